@@ -1,0 +1,2 @@
+from .autoencoder_brics import BricsAutoencoder
+from .discriminator import BricsDiscriminator

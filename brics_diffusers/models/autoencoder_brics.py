@@ -1,0 +1,386 @@
+"""The BRICS autoencoder: image -> key code -> feature block -> image (arXiv 2305.18601)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DiagonalGaussianDistribution, Encoder
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+from .feature_grids import FeatureGrids
+from .group_mlp import GroupMLP
+from .style_decoder import StyleDecoder
+
+
+DECODER_TYPES = ("style", "vqgan", "movq")
+REGULARIZATIONS = ("noise", "kl", "none")
+
+
+@dataclass
+class BricsEncoderOutput(BaseOutput):
+    r"""
+    Output of [`BricsAutoencoder.encode`].
+
+    Args:
+        key_codes (`torch.Tensor` of shape (B, C_z, H_z, W_z)): Key codes in [0, 1].
+        kl_loss (`torch.Tensor` of shape (B,), *optional*):
+            Divergence of the logits from N(0, I), summed over a code; with `regularization="kl"` only.
+    """
+
+    key_codes: torch.Tensor
+    kl_loss: torch.Tensor | None = None
+
+
+@dataclass
+class BricsDecoderOutput(BaseOutput):
+    r"""
+    Output of [`BricsAutoencoder.decode`].
+
+    Args:
+        sample (`torch.Tensor` of shape (B, out_channels, H, W)): Images, nominally in [-1, 1], not clipped.
+    """
+
+    sample: torch.Tensor
+
+
+@dataclass
+class BricsAutoencoderOutput(BaseOutput):
+    r"""
+    Output of [`BricsAutoencoder.forward`].
+
+    Args:
+        sample (`torch.Tensor` of shape (B, out_channels, H, W)): Reconstructions, nominally in [-1, 1], not clipped.
+        key_codes (`torch.Tensor` of shape (B, C_z, H_z, W_z)): The key codes they were decoded from.
+        kl_loss (`torch.Tensor` of shape (B,), *optional*): As in [`BricsEncoderOutput`].
+    """
+
+    sample: torch.Tensor
+    key_codes: torch.Tensor
+    kl_loss: torch.Tensor | None = None
+
+
+class BricsAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
+    r"""
+    Autoencoder with bounded continuous key codes, grouped multi-resolution feature grids and a small style decoder
+    (arXiv 2305.18601).
+
+    This model inherits from [`ModelMixin`]. Images of another size than `sample_size` work when height and width divide by
+    the encoder's factor; the feature block scales with them.
+
+    Args:
+        in_channels (`int`, defaults to 3): Channels of the input image.
+        out_channels (`int`, defaults to 3): Channels of the output image.
+        sample_size (`int`, defaults to 256): Height and width of the training images in pixels.
+        down_block_types (`tuple[str]`): Encoder blocks, one a resolution; attention at the lowest only (Sec. 3.1).
+        encoder_block_out_channels (`tuple[int]`, defaults to `(64, 128, 256)`): Width of each encoder block.
+        encoder_layers_per_block (`int`, defaults to 4): Residual blocks in each encoder block.
+        norm_num_groups (`int`, defaults to 32): Groups of the group normalisation in the encoder and in the `"vqgan"` and
+            `"movq"` decoders.
+        key_channels (`int`, defaults to 4): Channels of the key code C_z.
+        key_length (`int`, defaults to 1): Channels of one group's key C_key (1: 3-D grids, 2: 4-D grids).
+        feature_size (`int`, defaults to 64): Height and width of the feature block at `sample_size`, H_d.
+        feature_channels (`int`, defaults to 512): Channels of the feature block C_d.
+        num_levels (`int`, defaults to 16): Levels of each group's grids N_r.
+        min_resolution (`int`, defaults to 16): Cells per axis of the coarsest level N_min.
+        max_resolution (`int`, defaults to 64): Cells per axis of the finest level N_max.
+        level_channels (`int`, defaults to 4): Features at a node C_r.
+        max_entries (`int`, defaults to 2**18): Entries stored for a level at most, T.
+        grid_type (`str`, defaults to `"tiled"`): `"tiled"`, `"dense"` or `"hash"`; see [`FeatureGrids`].
+        mlp_layers (`int`, defaults to 3): Linear layers of each group's MLP.
+        style_dim (`int`, defaults to 512): Width of the style code.
+        decoder_type (`str`, defaults to `"style"`): `"style"`, `"vqgan"` or `"movq"` (Sec. 3.3, App. J).
+        decoder_block_out_channels (`tuple[int]`, defaults to `(512, 256, 128)`):
+            Width of each decoder resolution, from the feature block's up to the image's.
+        regularization (`str`, defaults to `"noise"`):
+            What keeps the codes smooth in training: `"noise"` relaxes their precision by `key_noise_scale` (Sec. 3.4),
+            `"kl"` draws logits from a Gaussian (App. A.4), `"none"` does nothing. Without effect in eval mode.
+        key_noise_scale (`float`, *optional*):
+            Standard deviation of the training noise on key codes; `1 / (4 * max_resolution)` by default, so that two
+            standard deviations are half a cell of the finest grid.
+
+    Raises:
+        `ValueError`: If the arguments contradict each other.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from brics_diffusers import BricsAutoencoder
+
+    >>> autoencoder = BricsAutoencoder().eval()
+    >>> key_codes = autoencoder.encode(torch.zeros(1, 3, 256, 256)).key_codes
+    >>> key_codes.shape
+    torch.Size([1, 4, 64, 64])
+    >>> autoencoder.decode(key_codes).sample.shape
+    torch.Size([1, 3, 256, 256])
+    ```
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["FeatureGrids", "SynthesisBlock", "ResnetBlock2D"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        sample_size: int = 256,
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        encoder_block_out_channels: tuple[int, ...] = (64, 128, 256),
+        encoder_layers_per_block: int = 4,
+        norm_num_groups: int = 32,
+        key_channels: int = 4,
+        key_length: int = 1,
+        feature_size: int = 64,
+        feature_channels: int = 512,
+        num_levels: int = 16,
+        min_resolution: int = 16,
+        max_resolution: int = 64,
+        level_channels: int = 4,
+        max_entries: int = 2**18,
+        grid_type: str = "tiled",
+        mlp_layers: int = 3,
+        style_dim: int = 512,
+        decoder_type: str = "style",
+        decoder_block_out_channels: tuple[int, ...] = (512, 256, 128),
+        regularization: str = "noise",
+        key_noise_scale: float | None = None,
+    ):
+        super().__init__()
+        self._check_config()
+        self.use_slicing = False
+        self.encoder = Encoder(
+            in_channels=in_channels,
+            out_channels=key_channels,
+            down_block_types=tuple(down_block_types),
+            block_out_channels=tuple(encoder_block_out_channels),
+            layers_per_block=encoder_layers_per_block,
+            norm_num_groups=norm_num_groups,
+            double_z=regularization == "kl",
+        )
+        num_groups = key_channels // key_length
+        self.grids = FeatureGrids(
+            num_groups=num_groups,
+            key_length=key_length,
+            num_levels=num_levels,
+            min_resolution=min_resolution,
+            max_resolution=max_resolution,
+            level_channels=level_channels,
+            max_entries=max_entries,
+            grid_type=grid_type,
+        )
+        self.mlp = GroupMLP(
+            num_groups,
+            self.grids.num_features,
+            feature_channels,
+            style_dim=style_dim if decoder_type == "style" else 0,
+            num_layers=mlp_layers,
+        )
+        if decoder_type == "style":
+            self.decoder = StyleDecoder(feature_channels, out_channels, tuple(decoder_block_out_channels), style_dim)
+        else:
+            self.decoder = Decoder(
+                in_channels=feature_channels,
+                out_channels=out_channels,
+                up_block_types=("UpDecoderBlock2D",) * len(decoder_block_out_channels),
+                block_out_channels=tuple(reversed(decoder_block_out_channels)),
+                norm_num_groups=norm_num_groups,
+                norm_type="spatial" if decoder_type == "movq" else "group",
+            )
+
+    def _check_config(self):
+        config = self.config
+        for name, allowed in (("decoder_type", DECODER_TYPES), ("regularization", REGULARIZATIONS)):
+            if config[name] not in allowed:
+                raise ValueError(f"{name} is {config[name]!r}; it must be one of {', '.join(map(repr, allowed))}.")
+        if config.key_length < 1 or config.key_channels < 1 or config.key_channels % config.key_length:
+            raise ValueError(
+                f"key_channels is {config.key_channels} and key_length {config.key_length}; "
+                "key_channels must be a positive multiple of key_length."
+            )
+        if len(config.down_block_types) != len(config.encoder_block_out_channels):
+            raise ValueError(
+                f"down_block_types names {len(config.down_block_types)} blocks and encoder_block_out_channels "
+                f"{len(config.encoder_block_out_channels)}; give one width a block."
+            )
+        if config.sample_size != config.feature_size * self.decoder_factor:
+            raise ValueError(
+                f"sample_size is {config.sample_size}; feature_size={config.feature_size} and "
+                f"{len(config.decoder_block_out_channels)} decoder blocks make images of "
+                f"{config.feature_size * self.decoder_factor}, so change one of the three."
+            )
+        if config.sample_size % self.encoder_factor or self.encoder_factor % self.decoder_factor:
+            raise ValueError(
+                f"the encoder divides by {self.encoder_factor} and the decoder multiplies by {self.decoder_factor}; "
+                f"the first must be a multiple of the second and divide sample_size={config.sample_size}."
+            )
+
+    @property
+    def encoder_factor(self) -> int:
+        """Pixels of the image per element of the key code, along one axis."""
+        return 2 ** (len(self.config.encoder_block_out_channels) - 1)
+
+    @property
+    def decoder_factor(self) -> int:
+        """Pixels of the image per element of the feature block, along one axis."""
+        return 2 ** (len(self.config.decoder_block_out_channels) - 1)
+
+    @property
+    def key_code_shape(self) -> tuple[int, int, int]:
+        """Shape (C_z, H_z, W_z) of the key code of an image of `sample_size`."""
+        side = self.config.sample_size // self.encoder_factor
+        return self.config.key_channels, side, side
+
+    @property
+    def key_noise_scale(self) -> float:
+        """Standard deviation of the noise that relaxes the codes' precision in training (Sec. 3.4, App. D)."""
+        scale = self.config.key_noise_scale
+        return 1 / (4 * self.config.max_resolution) if scale is None else scale
+
+    @apply_forward_hook
+    def encode(
+        self, sample: torch.Tensor, generator: torch.Generator | None = None, return_dict: bool = True
+    ) -> BricsEncoderOutput | tuple:
+        r"""
+        Encodes images as key codes (Sec. 3.1). In eval mode the codes are exact and deterministic; in training mode they
+        are regularised: perturbed and clipped (Sec. 3.4), or drawn from the posterior (App. A.4).
+
+        Args:
+            sample (`torch.Tensor` of shape (B, in_channels, H, W)): Images in [-1, 1].
+            generator (`torch.Generator`, *optional*): Source of the noise in training mode.
+            return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
+
+        Returns:
+            [`BricsEncoderOutput`] or `tuple`: Key codes of shape (B, C_z, H / f, W / f), f = `encoder_factor`.
+
+        Raises:
+            `ValueError`: If the images' shape is wrong or, in eval mode, their values leave [-1, 1].
+        """
+        self._check_sample(sample)
+        if self.use_slicing and sample.shape[0] > 1 and not self.training:
+            logits = torch.cat([self.encoder(part) for part in sample.split(1)])
+        else:
+            logits = self.encoder(sample)
+        kl_loss = None
+        if self.config.regularization == "kl":
+            posterior = DiagonalGaussianDistribution(logits.float())
+            kl_loss = posterior.kl()
+            logits = posterior.sample(generator).to(logits.dtype) if self.training else posterior.mode().to(logits.dtype)
+        key_codes = torch.sigmoid(logits)
+        if self.config.regularization == "noise" and self.training:
+            key_codes = self.relax_precision(key_codes, generator)
+        if not return_dict:
+            return (key_codes,) if kl_loss is None else (key_codes, kl_loss)
+        return BricsEncoderOutput(key_codes=key_codes, kl_loss=kl_loss)
+
+    def relax_precision(self, key_codes: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        r"""
+        Adds Gaussian noise of `key_noise_scale` to key codes and clips them to [0, 1] (Sec. 3.4, App. D).
+
+        Args:
+            key_codes (`torch.Tensor` of any shape): Key codes in [0, 1].
+            generator (`torch.Generator`, *optional*): Source of the noise.
+
+        Returns:
+            `torch.Tensor`: Perturbed key codes in [0, 1], same shape.
+        """
+        noise = torch.randn(key_codes.shape, generator=generator, device=key_codes.device, dtype=key_codes.dtype)
+        return (key_codes + self.key_noise_scale * noise).clamp(0, 1)
+
+    def retrieve(self, key_codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        r"""
+        Key codes to feature block and style code: tile, add coordinates, look up, per-group MLPs (Sec. 3.2, Eq. 1-6).
+
+        Args:
+            key_codes (`torch.Tensor` of shape (B, C_z, H_z, W_z)): Key codes in [0, 1].
+
+        Returns:
+            `tuple`: feature block (B, C_d, H_d, W_d) and style code (B, style_dim), or `None` where the decoder takes
+            none.
+        """
+        repeat = self.encoder_factor // self.decoder_factor
+        tiled = key_codes.repeat_interleave(repeat, dim=2).repeat_interleave(repeat, dim=3)  # (B, C_z, H_d, W_d)
+        feature_block, style = self.mlp(self.grids(tiled))
+        return feature_block.unflatten(2, tiled.shape[2:]), style
+
+    def _decode(self, key_codes: torch.Tensor) -> torch.Tensor:
+        feature_block, style = self.retrieve(key_codes)
+        if self.config.decoder_type == "vqgan":
+            return self.decoder(feature_block)
+        return self.decoder(feature_block, feature_block if self.config.decoder_type == "movq" else style)
+
+    @apply_forward_hook
+    def decode(self, key_codes: torch.Tensor, return_dict: bool = True) -> BricsDecoderOutput | tuple:
+        r"""
+        Decodes key codes to images (Sec. 3.2-3.3).
+
+        Args:
+            key_codes (`torch.Tensor` of shape (B, C_z, H_z, W_z)): Key codes in [0, 1].
+            return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
+
+        Returns:
+            [`BricsDecoderOutput`] or `tuple`: Images of shape (B, out_channels, f * H_z, f * W_z), f = `encoder_factor`.
+
+        Raises:
+            `ValueError`: If the codes' shape is wrong or, in eval mode, their values leave [0, 1].
+        """
+        self._check_key_codes(key_codes)
+        if self.use_slicing and key_codes.shape[0] > 1 and not self.training:
+            sample = torch.cat([self._decode(part) for part in key_codes.split(1)])
+        else:
+            sample = self._decode(key_codes)
+        return BricsDecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self, sample: torch.Tensor, generator: torch.Generator | None = None, return_dict: bool = True
+    ) -> BricsAutoencoderOutput | tuple:
+        r"""
+        Encodes and decodes images.
+
+        Args:
+            sample (`torch.Tensor` of shape (B, in_channels, H, W)): Images in [-1, 1].
+            generator (`torch.Generator`, *optional*): Source of the noise in training mode.
+            return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
+
+        Returns:
+            [`BricsAutoencoderOutput`] or `tuple`: Reconstructions and the key codes they come from.
+        """
+        encoded = self.encode(sample, generator=generator)
+        decoded = self.decode(encoded.key_codes).sample
+        if not return_dict:
+            return (decoded, *encoded.to_tuple())
+        return BricsAutoencoderOutput(sample=decoded, key_codes=encoded.key_codes, kl_loss=encoded.kl_loss)
+
+    def _check_sample(self, sample: torch.Tensor):
+        channels, factor = self.config.in_channels, self.encoder_factor
+        if sample.ndim != 4 or sample.shape[1] != channels:
+            raise ValueError(f"sample has shape {tuple(sample.shape)}; expected (batch, {channels}, height, width).")
+        if min(sample.shape[2:]) < factor or sample.shape[2] % factor or sample.shape[3] % factor:
+            raise ValueError(
+                f"sample is {sample.shape[2]}x{sample.shape[3]}; height and width must divide by {factor}."
+            )
+        self._check_range("sample", sample, -1, 1, "scale pixels to [-1, 1], as diffusers' VaeImageProcessor does")
+
+    def _check_key_codes(self, key_codes: torch.Tensor):
+        channels = self.config.key_channels
+        if key_codes.ndim != 4 or key_codes.shape[1] != channels:
+            raise ValueError(
+                f"key_codes has shape {tuple(key_codes.shape)}; expected (batch, {channels}, height, width)."
+            )
+        self._check_range("key_codes", key_codes, 0, 1, "map latents back with z / 2 + 0.5 and clip them")
+
+    def _check_range(self, name: str, tensor: torch.Tensor, low: float, high: float, advice: str):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}; expected floating point in [{low}, {high}], so {advice}.")
+        # Reading values waits for the device and breaks compiled graphs: training and compiled code skip it.
+        if self.training or torch.compiler.is_compiling() or tensor.numel() == 0 or tensor.device.type == "meta":
+            return
+        smallest, largest = torch.aminmax(tensor.detach())
+        tolerance = 1e-2  # rounding in half precision
+        if not (smallest >= low - tolerance and largest <= high + tolerance):
+            raise ValueError(
+                f"{name} spans [{smallest.item():.3g}, {largest.item():.3g}]; expected [{low}, {high}], so {advice}."
+            )

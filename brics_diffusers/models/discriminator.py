@@ -1,0 +1,116 @@
+"""StyleGAN2's residual discriminator, for training the autoencoder (App. A.3)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from .group_mlp import scaled_leaky_relu
+from .style_decoder import EqualizedLinear, filter_2d
+
+
+class EqualizedConv2d(nn.Module):
+    """Convolution with equalized learning rate; `downsample` filters with [1, 3, 3, 1] and halves the size."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias=True, downsample=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.scale = 1 / math.sqrt(in_channels * kernel_size**2)
+        self.downsample = downsample
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H, W), or half H and W."""
+        weight = self.weight * self.scale
+        if not self.downsample:
+            return F.conv2d(x, weight, self.bias, padding=weight.shape[-1] // 2)
+        if weight.shape[-1] == 1:  # filter and decimate first: the 1x1 product commutes with both
+            return F.conv2d(filter_2d(x, stride=2), weight, self.bias)
+        return F.conv2d(filter_2d(x, padding=2), weight, self.bias, stride=2)
+
+
+class DiscriminatorBlock(nn.Module):
+    """Residual block that halves the resolution."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv_in = EqualizedConv2d(in_channels, in_channels, 3)
+        self.conv_down = EqualizedConv2d(in_channels, out_channels, 3, downsample=True)
+        self.shortcut = EqualizedConv2d(in_channels, out_channels, 1, bias=False, downsample=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H / 2, W / 2)."""
+        y = scaled_leaky_relu(self.conv_down(scaled_leaky_relu(self.conv_in(x))))
+        return (y + self.shortcut(x)) / math.sqrt(2)
+
+
+def minibatch_stddev(x: torch.Tensor, group_size: int = 4) -> torch.Tensor:
+    r"""
+    Appends a channel with the mean standard deviation within groups of the batch (Progressive GAN, Sec. 3).
+
+    Args:
+        x (`torch.Tensor` of shape (B, C, H, W)): Features.
+        group_size (`int`, defaults to 4): Images a group; the largest divisor of B up to it is used.
+
+    Returns:
+        `torch.Tensor` of shape (B, C + 1, H, W).
+    """
+    batch_size, channels, height, width = x.shape
+    group_size = max(size for size in range(1, min(group_size, batch_size) + 1) if batch_size % size == 0)
+    groups = x.view(group_size, -1, channels, height, width)
+    deviation = (groups.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))  # (B / group_size,)
+    deviation = deviation.repeat(group_size).view(-1, 1, 1, 1).expand(-1, 1, height, width)
+    return torch.cat([x, deviation], dim=1)
+
+
+class BricsDiscriminator(ModelMixin, ConfigMixin):
+    r"""
+    Discriminator for the adversarial loss of [`BricsAutoencoder`] (App. A.3): residual blocks down to 4 x 4.
+
+    Args:
+        in_channels (`int`, defaults to 3): Channels of the image.
+        sample_size (`int`, defaults to 256): Height and width of the image, a power of two of at least 8.
+        base_channels (`int`, defaults to 16384): Width at a resolution is `base_channels / resolution`, limited by
+            `max_channels`.
+        max_channels (`int`, defaults to 512): Largest width.
+
+    Raises:
+        `ValueError`: If `sample_size` is not a power of two of at least 8.
+    """
+
+    @register_to_config
+    def __init__(
+        self, in_channels: int = 3, sample_size: int = 256, base_channels: int = 16384, max_channels: int = 512
+    ):
+        super().__init__()
+        if sample_size < 8 or sample_size & (sample_size - 1):
+            raise ValueError(f"sample_size is {sample_size}; the discriminator needs a power of two of at least 8.")
+        resolutions = [2**power for power in range(int(math.log2(sample_size)), 1, -1)]
+        widths = [min(max(base_channels // resolution, 1), max_channels) for resolution in resolutions]
+        self.conv_in = EqualizedConv2d(in_channels, widths[0], 1)
+        self.blocks = nn.ModuleList(
+            DiscriminatorBlock(fan_in, fan_out) for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.conv_out = EqualizedConv2d(widths[-1] + 1, widths[-1], 3)
+        self.linear = EqualizedLinear(widths[-1] * 16, widths[-1])
+        self.linear_out = EqualizedLinear(widths[-1], 1)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        r"""
+        Args:
+            sample (`torch.Tensor` of shape (B, in_channels, sample_size, sample_size)): Images in [-1, 1].
+
+        Returns:
+            `torch.Tensor` of shape (B,): Logits, higher for images taken to be real.
+        """
+        size = self.config.sample_size
+        if sample.shape[2:] != (size, size):
+            raise ValueError(f"sample is {sample.shape[2]}x{sample.shape[3]}; the discriminator takes {size}x{size}.")
+        x = scaled_leaky_relu(self.conv_in(sample))
+        for block in self.blocks:
+            x = block(x)
+        x = scaled_leaky_relu(self.conv_out(minibatch_stddev(x)))
+        return self.linear_out(scaled_leaky_relu(self.linear(x.flatten(1)))).squeeze(1)

@@ -1,0 +1,130 @@
+"""Per-group modulated MLPs from grid features to the feature block and the style code (Sec. 3.2, App. A.1)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+LEAKY_SLOPE = 0.2
+ACTIVATION_GAIN = math.sqrt(2)  # keeps the variance through a leaky ReLU (StyleGAN2)
+
+
+def scaled_leaky_relu(x: torch.Tensor) -> torch.Tensor:
+    """Leaky ReLU with slope 0.2, times the square root of two."""
+    return F.leaky_relu(x, LEAKY_SLOPE) * ACTIVATION_GAIN
+
+
+class GroupLinear(nn.Module):
+    r"""
+    One linear layer a group, in one batched product. Weights are N(0, 1) and scaled by `1 / sqrt(in_features)` when used
+    (equalized learning rate, as everywhere on StyleGAN2's side of the model).
+
+    Args:
+        num_groups (`int`): Number of groups g.
+        in_features (`int`): Width of the input.
+        out_features (`int`): Width of the output.
+        bias_init (`float`, defaults to 0.0): Initial value of the bias.
+    """
+
+    def __init__(self, num_groups: int, in_features: int, out_features: int, bias_init: float = 0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_groups, out_features, in_features))
+        self.bias = nn.Parameter(torch.full((num_groups, out_features, 1), float(bias_init)))
+        self.scale = 1 / math.sqrt(in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(g, in_features, n) -> (g, out_features, n)."""
+        return torch.baddbmm(self.bias, self.weight * self.scale, x)
+
+
+class GroupMapping(nn.Sequential):
+    """Two linear layers a group with a leaky ReLU between them: (g, in_features, n) -> (g, out_features, n)."""
+
+    def __init__(self, num_groups: int, in_features: int, out_features: int):
+        super().__init__(
+            GroupLinear(num_groups, in_features, out_features),
+            nn.LeakyReLU(LEAKY_SLOPE),
+            GroupLinear(num_groups, out_features, out_features),
+        )
+
+
+class ModulatedGroupLinear(nn.Module):
+    r"""
+    A linear layer a group whose inputs are scaled by a style and whose outputs are brought back to unit variance:
+    StyleGAN2's weight modulation and demodulation for a linear layer.
+
+    Args:
+        num_groups (`int`): Number of groups g.
+        in_features (`int`): Width of the input.
+        out_features (`int`): Width of the output.
+        style_features (`int`): Width of the vector that modulates.
+    """
+
+    def __init__(self, num_groups: int, in_features: int, out_features: int, style_features: int):
+        super().__init__()
+        self.affine = GroupLinear(num_groups, style_features, in_features, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(num_groups, out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(num_groups, out_features, 1, 1))
+        self.scale = 1 / math.sqrt(in_features)
+
+    def forward(self, x: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
+        """x (g, in_features, B, P), style (g, style_features, B) -> (g, out_features, B, P)."""
+        scale = self.affine(style) * self.scale  # (g, in, B)
+        norm = torch.rsqrt(torch.bmm(self.weight.square(), scale.square()) + 1e-8)  # (g, out, B)
+        x = torch.bmm(self.weight, (x * scale.unsqueeze(-1)).flatten(2)).unflatten(2, x.shape[2:])
+        return x * norm.unsqueeze(-1) + self.bias
+
+
+class GroupMLP(nn.Module):
+    r"""
+    Grid features to feature block and style code, all groups at once (Sec. 3.2, App. A.1).
+
+    The mean of a group's features over the pixels, divided by its root mean square, goes through two small MLPs: one
+    gives the vector that modulates the group's layers, the other its share of the style code.
+
+    Args:
+        num_groups (`int`): Number of groups g.
+        in_features (`int`): Grid features of a group N_r * C_r; also the width of the hidden layers.
+        out_channels (`int`): Channels of the whole feature block C_d, divisible by `num_groups`.
+        style_dim (`int`): Width of the whole style code, divisible by `num_groups`; 0 for a decoder that takes none.
+        num_layers (`int`, defaults to 3): Linear layers.
+
+    Raises:
+        `ValueError`: If there is no layer or a width does not divide by the groups.
+    """
+
+    def __init__(self, num_groups: int, in_features: int, out_channels: int, style_dim: int, num_layers: int = 3):
+        super().__init__()
+        if num_layers < 1 or out_channels % num_groups or style_dim % num_groups:
+            raise ValueError(
+                f"mlp_layers={num_layers}, feature_channels={out_channels}, style_dim={style_dim}; use at least one layer "
+                f"and widths that divide by the {num_groups} groups."
+            )
+        widths = [in_features] * num_layers + [out_channels // num_groups]
+        self.layers = nn.ModuleList(
+            ModulatedGroupLinear(num_groups, fan_in, fan_out, in_features)
+            for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.modulation = GroupMapping(num_groups, in_features, in_features)
+        self.style = GroupMapping(num_groups, in_features, style_dim // num_groups) if style_dim else None
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        r"""
+        Args:
+            features (`torch.Tensor` of shape (g, N_r * C_r, B, P)): Grid features of P pixels.
+
+        Returns:
+            `tuple`: feature block (B, C_d, P) and style code (B, style_dim), or `None` with `style_dim=0`.
+        """
+        mean = features.float().mean(dim=-1)  # (g, N_r * C_r, B)
+        mean = mean * torch.rsqrt(mean.square().mean(dim=1, keepdim=True) + 1e-8)
+        mean = mean.to(features.dtype)
+        modulation = self.modulation(mean)
+        for index, layer in enumerate(self.layers):
+            if index > 0:
+                features = scaled_leaky_relu(features)
+            features = layer(features, modulation)
+        style = None if self.style is None else self.style(mean).flatten(0, 1).t()
+        return features.flatten(0, 1).transpose(0, 1), style

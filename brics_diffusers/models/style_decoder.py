@@ -1,0 +1,174 @@
+"""StyleGAN2-type synthesis network that starts from a feature block (Sec. 3.3)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .group_mlp import scaled_leaky_relu
+
+
+def filter_2d(x: torch.Tensor, gain: float = 1.0, padding: int = 1, stride: int = 1) -> torch.Tensor:
+    r"""
+    Low-pass filter [1, 3, 3, 1] in both directions, the same for every channel.
+
+    Args:
+        x (`torch.Tensor` of shape (B, C, H, W)): The input.
+        gain (`float`, defaults to 1.0): Sum of the 4 x 4 kernel.
+        padding (`int`, defaults to 1): Zeros on each side.
+        stride (`int`, defaults to 1): Keep every `stride`-th result.
+
+    Returns:
+        `torch.Tensor` of shape (B, C, (H + 2 * padding - 4) // stride + 1, ...).
+    """
+    return F.conv2d(x, _kernel(x, gain), padding=padding, stride=stride, groups=x.shape[1])
+
+
+def upsample_2d(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, C, 2H, 2W): zeros between the pixels, then the [1, 3, 3, 1] filter."""
+    return F.conv_transpose2d(x, _kernel(x, 4.0), stride=2, padding=1, groups=x.shape[1])
+
+
+def _kernel(x: torch.Tensor, gain: float) -> torch.Tensor:
+    taps = torch.tensor([1, 3, 3, 1], device=x.device, dtype=x.dtype)
+    return (torch.outer(taps, taps) * (gain / 64)).expand(x.shape[1], 1, 4, 4)
+
+
+class EqualizedLinear(nn.Module):
+    """Linear layer with N(0, 1) weights that are scaled by `1 / sqrt(in_features)` when used."""
+
+    def __init__(self, in_features: int, out_features: int, bias_init: float = 0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features))
+        self.bias = nn.Parameter(torch.full((out_features,), float(bias_init)))
+        self.scale = 1 / math.sqrt(in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_features) -> (B, out_features)."""
+        return F.linear(x, self.weight * self.scale, self.bias)
+
+
+class ModulatedConv2d(nn.Module):
+    r"""
+    Convolution whose input channels are scaled by a style, and whose outputs are brought back to unit variance.
+
+    Scaling the activations instead of the weights gives the same result with one convolution for the whole batch.
+
+    Args:
+        in_channels (`int`): Channels of the input.
+        out_channels (`int`): Channels of the output.
+        kernel_size (`int`): 1 or 3.
+        style_dim (`int`): Width of the style code.
+        demodulate (`bool`, defaults to `True`): Whether to bring the outputs back to unit variance.
+        upsample (`bool`, defaults to `False`): Double the size: transposed convolution, then the [1, 3, 3, 1] filter.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        style_dim: int,
+        demodulate: bool = True,
+        upsample: bool = False,
+    ):
+        super().__init__()
+        self.affine = EqualizedLinear(style_dim, in_channels, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.scale = 1 / math.sqrt(in_channels * kernel_size**2)
+        self.demodulate = demodulate
+        self.upsample = upsample
+
+    def forward(self, x: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
+        """x (B, in_channels, H, W), style (B, style_dim) -> (B, out_channels, H, W), or twice H and W."""
+        scale = self.affine(style) * self.scale  # (B, in)
+        x = x * scale[:, :, None, None]
+        if self.upsample:
+            x = F.conv_transpose2d(x, self.weight.transpose(0, 1), stride=2)  # 2H + 1
+            x = filter_2d(x, gain=4.0)
+        else:
+            x = F.conv2d(x, self.weight, padding=self.weight.shape[-1] // 2)
+        if self.demodulate:
+            power = F.linear(scale.square(), self.weight.square().sum(dim=(2, 3)))  # (B, out)
+            x = x * torch.rsqrt(power + 1e-8)[:, :, None, None]
+        return x + self.bias[:, None, None]
+
+
+class SynthesisBlock(nn.Module):
+    r"""
+    One resolution of the decoder: an up-convolution where the resolution doubles, two convolutions, and an RGB output.
+
+    Args:
+        in_channels (`int`): Channels of the input.
+        out_channels (`int`): Channels of the output.
+        image_channels (`int`): Channels of the image.
+        style_dim (`int`): Width of the style code.
+        upsample (`bool`): Whether this block doubles the resolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, image_channels: int, style_dim: int, upsample: bool):
+        super().__init__()
+        widths = [out_channels if upsample else in_channels, out_channels, out_channels]
+        self.up_conv = ModulatedConv2d(in_channels, out_channels, 3, style_dim, upsample=True) if upsample else None
+        self.convs = nn.ModuleList(
+            ModulatedConv2d(fan_in, fan_out, 3, style_dim)
+            for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.to_rgb = ModulatedConv2d(out_channels, image_channels, 1, style_dim, demodulate=False)
+
+    def forward(self, x: torch.Tensor, image: torch.Tensor | None, style: torch.Tensor):
+        """x (B, in, H, W), image so far or `None`, style -> features and image at this block's resolution."""
+        if self.up_conv is not None:
+            x = scaled_leaky_relu(self.up_conv(x, style))
+        for conv in self.convs:
+            x = scaled_leaky_relu(conv(x, style))
+        rgb = self.to_rgb(x, style)
+        return x, rgb if image is None else rgb + upsample_2d(image)
+
+
+class StyleDecoder(nn.Module):
+    r"""
+    Feature block and style code to image: StyleGAN2's synthesis network with the skip architecture, no noise inputs
+    (Sec. 3.3).
+
+    Args:
+        in_channels (`int`): Channels of the feature block C_d.
+        out_channels (`int`, defaults to 3): Channels of the image.
+        block_out_channels (`tuple[int]`, defaults to `(512, 256, 128)`):
+            Width of each resolution; the first works at the resolution of the feature block, each other doubles it.
+        style_dim (`int`, defaults to 512): Width of the style code.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int = 3,
+        block_out_channels: tuple[int, ...] = (512, 256, 128),
+        style_dim: int = 512,
+    ):
+        super().__init__()
+        widths = (in_channels, *block_out_channels)
+        self.blocks = nn.ModuleList(
+            SynthesisBlock(fan_in, fan_out, out_channels, style_dim, upsample=index > 0)
+            for index, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+        )
+        self.gradient_checkpointing = False
+
+    def forward(self, feature_block: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
+        r"""
+        Args:
+            feature_block (`torch.Tensor` of shape (B, C_d, H_d, W_d)): Features of every pixel.
+            style (`torch.Tensor` of shape (B, style_dim)): Style code.
+
+        Returns:
+            `torch.Tensor` of shape (B, out_channels, H, W): Image, nominally in [-1, 1], not clipped.
+        """
+        x, image = feature_block, None
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, image = self._gradient_checkpointing_func(block, x, image, style)
+            else:
+                x, image = block(x, image, style)
+        return image
