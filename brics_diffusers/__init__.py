@@ -1,0 +1,25 @@
+"""BRICS (arXiv 2305.18601) in the style of Hugging Face diffusers."""
+
+import diffusers
+from diffusers.pipelines import pipeline_loading_utils
+
+from .models import BricsAutoencoder, BricsDiscriminator
+from .pipelines import BricsKeyCodePipeline
+from .schedulers import CosineVariantScheduler
+
+
+__version__ = "0.1.0"
+
+__all__ = ["BricsAutoencoder", "BricsDiscriminator", "BricsKeyCodePipeline", "CosineVariantScheduler"]
+
+
+def _register_with_diffusers():
+    """Makes `DiffusionPipeline` save and load this package's classes by their short names."""
+    methods = ["save_pretrained", "from_pretrained"]
+    classes = {name: methods for name in ("BricsAutoencoder", "CosineVariantScheduler", "BricsKeyCodePipeline")}
+    pipeline_loading_utils.LOADABLE_CLASSES["brics_diffusers"] = classes
+    pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(classes)
+    diffusers.BricsKeyCodePipeline = BricsKeyCodePipeline
+
+
+_register_with_diffusers()

@@ -251,6 +251,7 @@ def test_folder(folder, load):
     (folder / "Thumbs.db").write_bytes(b"\0\1")
     (folder / "a.png.txt").write_text("caption")
     (folder / "metadata.csv").write_text("wrong,columns\n1,2\n")
+    (folder / "nested/loop").symlink_to(folder, target_is_directory=True)
     dataset = load(folder)
     assert dataset.column_names == ["image"]
     assert dataset.features["image"] == datasets.Image(decode=False)
@@ -277,7 +278,7 @@ def test_split_folders(folder, load, caplog):
         load(folder, "test")
     save(folder / "cover.png", COLORS[2])
     assert first_colors(load(folder)) == {COLORS[0]}
-    assert "1 files of" in caplog.text and "outside its split folders" in caplog.text
+    assert "1 file(s) of" in caplog.text and "outside its split folders" in caplog.text
 
 
 def test_class_folder_named_like_a_split(folder, load):
@@ -389,7 +390,7 @@ def test_column_choice_and_errors(folder, load):
 
 
 def test_missing_sources(tmp_path, load):
-    for source in (tmp_path / "missing", "./missing", "a/b/c", "photos.zip", "~nobody/images"):
+    for source in (tmp_path / "missing", "./missing", "a/b/c", "photos.zip", "~no-such-user/images"):
         with pytest.raises(FileNotFoundError, match="does not exist; give a folder of images"):
             load(source)
     for source in ("someone/no-such-collection", "no-such-collection"):

@@ -268,7 +268,9 @@ class BricsAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         if self.config.regularization == "kl":
             posterior = DiagonalGaussianDistribution(logits.float())
             kl_loss = posterior.kl()
-            logits = posterior.sample(generator).to(logits.dtype) if self.training else posterior.mode().to(logits.dtype)
+            logits = (
+                posterior.sample(generator).to(logits.dtype) if self.training else posterior.mode().to(logits.dtype)
+            )
         key_codes = torch.sigmoid(logits)
         if self.config.regularization == "noise" and self.training:
             key_codes = self.relax_precision(key_codes, generator)

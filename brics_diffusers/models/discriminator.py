@@ -53,16 +53,16 @@ def minibatch_stddev(x: torch.Tensor, group_size: int = 4) -> torch.Tensor:
 
     Args:
         x (`torch.Tensor` of shape (B, C, H, W)): Features.
-        group_size (`int`, defaults to 4): Images a group; the largest divisor of B up to it is used.
+        group_size (`int`, defaults to 4): Neighbouring images a group; the largest divisor of B up to it is used.
 
     Returns:
         `torch.Tensor` of shape (B, C + 1, H, W).
     """
     batch_size, channels, height, width = x.shape
     group_size = max(size for size in range(1, min(group_size, batch_size) + 1) if batch_size % size == 0)
-    groups = x.view(group_size, -1, channels, height, width)
-    deviation = (groups.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))  # (B / group_size,)
-    deviation = deviation.repeat(group_size).view(-1, 1, 1, 1).expand(-1, 1, height, width)
+    groups = x.view(-1, group_size, channels, height, width)
+    deviation = (groups.var(dim=1, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))  # (B / group_size,)
+    deviation = deviation.repeat_interleave(group_size).view(-1, 1, 1, 1).expand(-1, 1, height, width)
     return torch.cat([x, deviation], dim=1)
 
 
@@ -76,6 +76,7 @@ class BricsDiscriminator(ModelMixin, ConfigMixin):
         base_channels (`int`, defaults to 16384): Width at a resolution is `base_channels / resolution`, limited by
             `max_channels`.
         max_channels (`int`, defaults to 512): Largest width.
+        stddev_group_size (`int`, defaults to 4): Images a group of `minibatch_stddev`.
 
     Raises:
         `ValueError`: If `sample_size` is not a power of two of at least 8.
@@ -83,7 +84,12 @@ class BricsDiscriminator(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, in_channels: int = 3, sample_size: int = 256, base_channels: int = 16384, max_channels: int = 512
+        self,
+        in_channels: int = 3,
+        sample_size: int = 256,
+        base_channels: int = 16384,
+        max_channels: int = 512,
+        stddev_group_size: int = 4,
     ):
         super().__init__()
         if sample_size < 8 or sample_size & (sample_size - 1):
@@ -112,5 +118,5 @@ class BricsDiscriminator(ModelMixin, ConfigMixin):
         x = scaled_leaky_relu(self.conv_in(sample))
         for block in self.blocks:
             x = block(x)
-        x = scaled_leaky_relu(self.conv_out(minibatch_stddev(x)))
+        x = scaled_leaky_relu(self.conv_out(minibatch_stddev(x, self.config.stddev_group_size)))
         return self.linear_out(scaled_leaky_relu(self.linear(x.flatten(1)))).squeeze(1)

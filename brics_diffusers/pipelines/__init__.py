@@ -1,0 +1,1 @@
+from .pipeline_brics_key_code import BricsKeyCodePipeline

@@ -1,0 +1,1 @@
+from .scheduling_cosine_variant import CosineVariantScheduler

@@ -1,0 +1,12 @@
+from .collection import load_collection
+from .images import (
+    ImageCollection,
+    InfiniteBatchSampler,
+    UnreadableImageError,
+    UnreadableLog,
+    center_crop_resize,
+    collate_images,
+    evaluation_loader,
+    read_image,
+    training_loader,
+)

@@ -1,0 +1,229 @@
+"""Generation of images through key codes (Sec. 4)."""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..models import BricsAutoencoder
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def key_codes_to_latents(key_codes: torch.Tensor) -> torch.Tensor:
+    """Key codes in [0, 1] to the diffusion model's range [-1, 1] (App. A.5)."""
+    return 2 * (key_codes - 0.5)
+
+
+def latents_to_key_codes(latents: torch.Tensor) -> torch.Tensor:
+    """Latents to key codes, clipped to [0, 1] (App. A.5)."""
+    return (latents / 2 + 0.5).clamp(0, 1)
+
+
+def generators_per_image(
+    generator: torch.Generator | list[torch.Generator] | None, batch_size: int
+) -> list[torch.Generator] | None:
+    r"""
+    One generator an image, seeded from the one given, so that image `i` of a sequence of calls is the same however the
+    sequence is split into batches.
+
+    Args:
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*): A list is returned as it is.
+        batch_size (`int`): Number of images.
+
+    Returns:
+        `list[torch.Generator]`, or `None` if `generator` is `None`.
+
+    Raises:
+        `ValueError`: If a list does not hold one generator an image.
+    """
+    if isinstance(generator, list):
+        if len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators were given for batch_size={batch_size}; give one an image.")
+        return generator
+    if generator is None:
+        return None
+    device = generator.device
+    # One draw a seed: a longer draw advances some generators by other amounts.
+    seeds = [torch.randint(2**62, (1,), generator=generator, device=device).item() for _ in range(batch_size)]
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+class BricsKeyCodePipeline(DiffusionPipeline):
+    r"""
+    Pipeline for unconditional image generation: a diffusion model makes key codes, an autoencoder decodes them (Sec. 4,
+    arXiv 2305.18601).
+
+    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the methods of all pipelines
+    (downloading, saving, running on a particular device, etc.).
+
+    Args:
+        autoencoder ([`BricsAutoencoder`]): Autoencoder whose key codes are generated.
+        unet ([`UNet2DModel`]): Denoises key codes that are scaled to [-1, 1].
+        scheduler ([`SchedulerMixin`]):
+            [`CosineVariantScheduler`] or any scheduler compatible with it.
+
+    Raises:
+        `ValueError`: If the UNet's channels or size are not those of the autoencoder's key codes.
+    """
+
+    model_cpu_offload_seq = "unet->autoencoder"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(self, autoencoder: BricsAutoencoder, unet: UNet2DModel, scheduler: SchedulerMixin):
+        super().__init__()
+        channels, height, width = autoencoder.key_code_shape
+        if not unet.config.in_channels == unet.config.out_channels == channels:
+            raise ValueError(
+                f"unet has in_channels={unet.config.in_channels} and out_channels={unet.config.out_channels}, but the "
+                f"autoencoder's key codes have {channels} channels; use a UNet with {channels} for both."
+            )
+        unet_size = unet.config.sample_size
+        unet_size = (unet_size, unet_size) if isinstance(unet_size, int) else unet_size
+        if unet_size is None or tuple(unet_size) != (height, width):
+            raise ValueError(
+                f"unet has sample_size={unet.config.sample_size}, but the autoencoder's key codes are {height}x{width}; "
+                f"use a UNet with sample_size={height}."
+            )
+        self.register_modules(autoencoder=autoencoder, unet=unet, scheduler=scheduler)
+        self.image_processor = VaeImageProcessor(do_resize=False, do_convert_rgb=autoencoder.config.in_channels == 3)
+
+    def check_inputs(self, batch_size: int, latents: torch.Tensor | None, output_type: str, tensor_inputs: list[str]):
+        """Raises a `ValueError` for arguments of `__call__` that can't be served."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}; it must be one of {', '.join(map(repr, OUTPUT_TYPES))}.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        shape = (batch_size, *self.autoencoder.key_code_shape)
+        if latents is not None and latents.shape != shape:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}; expected {shape}.")
+        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs holds {unknown}; it may hold {self._callback_tensor_inputs} only."
+            )
+
+    def prepare_extra_step_kwargs(self, generator, eta: float) -> dict:
+        """`generator` and `eta`, as far as the scheduler's `step` takes them."""
+        parameters = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in parameters}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int = 250,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["BricsKeyCodePipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Generates images.
+
+        Args:
+            batch_size (`int`, defaults to 1): Number of images.
+            num_inference_steps (`int`, defaults to 250):
+                Denoising steps. Ancestral sampling wants hundreds; 20 do with [`DPMSolverMultistepScheduler`].
+            eta (`float`, defaults to 0.0): Share of fresh noise a step; only [`DDIMScheduler`] reads it.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of all noise. One generator seeds one a image, so that the same generator gives the same images
+                however they are split into batches; a list holds one an image.
+            latents (`torch.Tensor` of shape (B, C_z, H_z, W_z), *optional*): Gaussian noise to start from.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`; `"np"` (B, H, W, 3) in [0, 1]; `"pt"` (B, 3, H, W) in [0, 1]; or `"latent"`: denoised latents,
+                nominally in [-1, 1], whose key codes are `latents / 2 + 0.5`, clipped.
+            return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipeline, step, timestep, tensors)` after every step; may return changed tensors.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                Names of the tensors passed to the callback.
+
+        Returns:
+            [`ImagePipelineOutput`] or `tuple`: The images.
+
+        Raises:
+            `ValueError`: If an argument is out of range or shaped wrongly.
+
+        Example:
+
+        ```py
+        >>> import torch
+        >>> from brics_diffusers import BricsKeyCodePipeline
+
+        >>> pipe = BricsKeyCodePipeline.from_pretrained("runs/key-codes/pipeline")
+        >>> images = pipe(batch_size=4, num_inference_steps=250, generator=torch.Generator().manual_seed(0)).images
+        ```
+        """
+        tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        self.check_inputs(batch_size, latents, output_type, tensor_inputs)
+        device = self._execution_device
+        generator = generators_per_image(generator, batch_size)
+        if latents is None:
+            shape = (batch_size, *self.autoencoder.key_code_shape)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        latents = latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
+        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
+
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
+            for index, timestep in enumerate(self.scheduler.timesteps):
+                model_input = self.scheduler.scale_model_input(latents, timestep)
+                noise = self.unet(model_input, timestep).sample
+                latents = self.scheduler.step(noise, timestep, latents, **extra_step_kwargs).prev_sample
+                if callback_on_step_end is not None:
+                    tensors = {name: {"latents": latents}[name] for name in tensor_inputs}
+                    latents = (callback_on_step_end(self, index, timestep, tensors) or {}).pop("latents", latents)
+                progress_bar.update()
+
+        images = latents
+        if output_type != "latent":
+            key_codes = latents_to_key_codes(latents).to(self.autoencoder.dtype)
+            images = self.image_processor.postprocess(self.autoencoder.decode(key_codes).sample, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def reconstruct(
+        self, images: PipelineImageInput, output_type: str = "pil", return_dict: bool = True
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Encodes images and decodes their key codes. The diffusion model takes no part.
+
+        Args:
+            images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of one of them):
+                Images whose height and width divide by the encoder's factor: PIL, arrays (B, H, W, 3) in [0, 1] or
+                tensors (B, 3, H, W) in [0, 1].
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` or `"pt"`, as in `__call__`.
+            return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
+
+        Returns:
+            [`ImagePipelineOutput`] or `tuple`: The reconstructions.
+
+        Raises:
+            `ValueError`: If the images' size or range is wrong.
+
+        Example:
+
+        ```py
+        >>> from PIL import Image
+
+        >>> reconstruction = pipe.reconstruct(Image.open("photo.png")).images[0]
+        ```
+        """
+        self.check_inputs(1, None, output_type, [])
+        if output_type == "latent":
+            raise ValueError("output_type is 'latent'; for key codes call pipe.autoencoder.encode(...).key_codes instead.")
+        sample = self.image_processor.preprocess(images).to(self._execution_device, self.autoencoder.dtype)
+        key_codes = self.autoencoder.encode(sample).key_codes
+        images = self.image_processor.postprocess(self.autoencoder.decode(key_codes).sample, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
