@@ -118,10 +118,10 @@ class CosineVariantScheduler(DDPMScheduler):
     The config carries the betas themselves (`trained_betas`) and every argument, defaults included. So
     `DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)` samples with the noise levels, prediction type
     and thresholding that the model was trained with, and [`~ConfigMixin.from_config`] of this class brings them back.
-    `PNDMScheduler`, `LMSDiscreteScheduler`, `KDPM2DiscreteScheduler` and the Euler schedulers accept the config but
-    have no clamp on the clean sample; the first two enlarge a model's errors most. With 20 to 50 steps, pass
-    `use_karras_sigmas=True` to a solver that has it: evenly spread steps end at train step 49 or 19, whose noise is 25%
-    or 16% of the signal, and leave out detail finer than that.
+    `PNDMScheduler`, `LMSDiscreteScheduler`, `DPMSolverSDEScheduler` and the KDPM2 and Euler schedulers accept the
+    config but have no clamp on the clean sample; the first two enlarge a model's errors most. With 20 to 50 steps,
+    pass `use_karras_sigmas=True` to a solver that has it: evenly spread steps end at train step 49 or 19, whose noise
+    is 27% or 16% of the signal, and leave out detail finer than that.
 
     Args:
         num_train_timesteps (`int`, defaults to `1000`):

@@ -1,0 +1,156 @@
+"""Losses of both training stages, as functions of tensors (App. A.3 and A.5)."""
+
+import os
+import urllib.error
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+LPIPS_WEIGHTS = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
+
+
+def load_lpips(network: str = "vgg", pretrained: bool = True) -> nn.Module:
+    r"""
+    The LPIPS metric of Zhang et al. 2018, frozen, in eval mode.
+
+    Args:
+        network (`str`, defaults to `"vgg"`): Backbone: `"vgg"`, `"alex"` or `"squeeze"`.
+        pretrained (`bool`, defaults to `True`): `False` for a backbone of random weights, for tests without a network.
+
+    Returns:
+        `nn.Module`: takes two batches of images in [-1, 1] and returns distances of shape (B, 1, 1, 1). Gradients flow
+        to the images.
+
+    Raises:
+        `FileNotFoundError`: If the backbone's weights are neither in torch's cache nor to be downloaded.
+    """
+    import lpips
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision deprecates the argument names that lpips uses
+            metric = lpips.LPIPS(net=network, pnet_rand=not pretrained, verbose=False)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+        raise FileNotFoundError(
+            f"LPIPS needs {LPIPS_WEIGHTS[network]}, which could not be downloaded ({error}); put that file into {folder}, "
+            "or train with --lpips_weight 0."
+        ) from error
+    return metric.requires_grad_(False).eval()
+
+
+def reconstruction_loss(
+    sample: torch.Tensor,
+    target: torch.Tensor,
+    mse_weight: float = 20.0,
+    lpips_weight: float = 5.0,
+    lpips_metric: nn.Module | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    r"""
+    Weighted sum of squared error and LPIPS (App. A.3).
+
+    Args:
+        sample (`torch.Tensor` of shape (B, 3, H, W)): Reconstructions.
+        target (`torch.Tensor` of shape (B, 3, H, W)): Images in [-1, 1].
+        mse_weight (`float`, defaults to 20.0): Weight of the mean squared error.
+        lpips_weight (`float`, defaults to 5.0): Weight of LPIPS.
+        lpips_metric (`nn.Module`, *optional*): Result of [`load_lpips`]; needed unless `lpips_weight` is 0.
+
+    Returns:
+        `tuple`: the loss, and its unweighted parts by name, detached.
+    """
+    mse = F.mse_loss(sample, target)
+    loss, parts = mse_weight * mse, {"mse": mse.detach()}
+    if lpips_weight > 0:
+        distance = lpips_metric(sample, target).mean()
+        loss, parts["lpips"] = loss + lpips_weight * distance, distance.detach()
+    return loss, parts
+
+
+def adversarial_loss(fake_logits: torch.Tensor) -> torch.Tensor:
+    """Non-saturating logistic loss of the generating side: mean softplus(-logits) of its images."""
+    return F.softplus(-fake_logits).mean()
+
+
+def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
+    """Logistic loss of the discriminator: mean softplus(-real) + mean softplus(fake)."""
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def gradient_penalty(images: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    r"""
+    R1 of Mescheder et al. 2018: half the squared norm of the discriminator's gradient at real images, batch mean.
+
+    Args:
+        images (`torch.Tensor` of shape (B, 3, H, W)): Real images that require a gradient.
+        logits (`torch.Tensor` of shape (B,)): The discriminator's logits for them.
+
+    Returns:
+        `torch.Tensor`: scalar, to be multiplied by gamma and by the interval between penalties.
+    """
+    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    return 0.5 * gradient.square().sum(dim=(1, 2, 3)).mean()
+
+
+def denoising_loss(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    r"""
+    Squared error of the diffusion model, with one weight a sample (App. A.5).
+
+    Args:
+        prediction (`torch.Tensor` of shape (B, C, H, W)): Output of the model.
+        target (`torch.Tensor` of shape (B, C, H, W)): Noise, velocity or clean latents.
+        weights (`torch.Tensor` of shape (B,), *optional*): For instance from `min_snr_weights`.
+
+    Returns:
+        `torch.Tensor`: scalar.
+    """
+    error = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+    return (error if weights is None else weights * error).mean()
+
+
+def adversarial_ramp(step: int, start_step: int, warmup_steps: int) -> float:
+    """Share of the adversarial weight at an optimizer step: 0 before `start_step`, then linear to 1."""
+    if step < start_step:
+        return 0.0
+    return min(1.0, (step - start_step + 1) / max(warmup_steps, 1))
+
+
+class DiscriminatorLoss(nn.Module):
+    r"""
+    A discriminator together with its loss, so that one forward pass of a distributed wrapper covers all of it.
+
+    Args:
+        discriminator (`nn.Module`): Images to logits.
+        gradient_penalty_weight (`float`, defaults to 4.0): Gamma of R1 (App. A.3).
+        gradient_penalty_interval (`int`, defaults to 16): Steps from one penalty to the next; scales its weight.
+    """
+
+    def __init__(self, discriminator: nn.Module, gradient_penalty_weight=4.0, gradient_penalty_interval=16):
+        super().__init__()
+        self.discriminator = discriminator
+        self.gradient_penalty_weight = gradient_penalty_weight
+        self.gradient_penalty_interval = gradient_penalty_interval
+
+    def forward(self, real: torch.Tensor, fake: torch.Tensor, penalize: bool):
+        r"""
+        Args:
+            real (`torch.Tensor` of shape (B, 3, H, W)): Images of the collection.
+            fake (`torch.Tensor` of shape (B, 3, H, W)): Reconstructions, detached.
+            penalize (`bool`): Whether this is a step with R1, which is computed in float32.
+
+        Returns:
+            `tuple`: the loss to minimise, and its parts by name, detached.
+        """
+        real_logits, fake_logits = self.discriminator(real), self.discriminator(fake)
+        loss = discriminator_loss(real_logits.float(), fake_logits.float())
+        parts = {"discriminator": loss.detach()}
+        if penalize and self.gradient_penalty_weight > 0:
+            with torch.autocast(real.device.type, enabled=False):
+                images = real.detach().float().requires_grad_(True)
+                penalty = gradient_penalty(images, self.discriminator(images))
+            loss = loss + self.gradient_penalty_weight * self.gradient_penalty_interval * penalty
+            parts["r1"] = penalty.detach()
+        return loss, parts

@@ -1,0 +1,256 @@
+"""Stage two: trains a diffusion model on the key codes of a collection and saves a whole pipeline (Sec. 4, App. A.5).
+
+    accelerate launch training/train_key_codes.py --config training/configs/photos-demo.yaml --dataset_name FOLDER \
+        --autoencoder_name_or_path runs/photos-demo
+"""
+
+import argparse
+import hashlib
+import logging
+import time
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from diffusers import DPMSolverMultistepScheduler, UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torchvision.transforms.functional import to_tensor
+from tqdm.auto import tqdm
+
+from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
+from brics_diffusers.data import load_collection, training_loader
+from brics_diffusers.key_code_store import KeyCodeDataset, finish_key_codes, open_key_codes, write_key_codes
+from brics_diffusers.losses import denoising_loss
+from brics_diffusers.pipelines.pipeline_brics_key_code import key_codes_to_latents
+from brics_diffusers.schedulers.scheduling_cosine_variant import min_snr_weights
+from brics_diffusers.training_utils import (
+    RunState,
+    add_common_arguments,
+    averaged_weights,
+    build_optimizer,
+    image_grid,
+    parse_arguments,
+    resume,
+    save_checkpoint,
+    start_run,
+    step_if_finite,
+    tensorboard,
+)
+
+
+logger = logging.getLogger("train_key_codes")
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    add = parser.add_argument
+    add("--autoencoder_name_or_path", help="Stage one's --output_dir, a saved autoencoder, or its name on the Hub.")
+    add("--key_codes_dir", help="Folder for the collection's key codes; default: key_codes in --output_dir.")
+    add("--encode_batch_size", type=int, default=16, help="Images encoded at once.")
+    add("--shard_size", type=int, default=4096, help="Key codes in one file.")
+    add("--learning_rate", type=float, default=8e-5, help="Adam's learning rate.")
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.999)
+    add("--adam_epsilon", type=float, default=1e-8)
+    add("--snr_gamma", type=float, help="Min-SNR weighting with this limit, 5 in the paper; none by default.")
+    add("--ema_max_decay", type=float, default=0.9999, help="Decay of the averaged weights after its warm-up.")
+    add("--num_validation_images", type=int, default=16, help="Images sampled at each validation, of all processes.")
+    add("--num_inference_steps", type=int, default=20, help="DPM-Solver++ steps of these samples.")
+    parser.set_defaults(lr_scheduler="cosine")
+    args = parse_arguments(parser, "train_key_codes", ("unet", "scheduler"), argv)
+    if args.autoencoder_name_or_path is None:
+        parser.error("no autoencoder: give --autoencoder_name_or_path, for instance stage one's --output_dir")
+    return args
+
+
+def load_autoencoder(name_or_path: str) -> BricsAutoencoder:
+    """The autoencoder itself or the one in a run's or pipeline's `autoencoder` folder."""
+    subfolder = "autoencoder" if (Path(name_or_path) / "autoencoder").is_dir() else None
+    return BricsAutoencoder.from_pretrained(name_or_path, subfolder=subfolder).requires_grad_(False).eval()
+
+
+def fingerprint(autoencoder: BricsAutoencoder, dataset, args) -> str:
+    """Changes with the autoencoder's weights, the collection and how images are read."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(autoencoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
+    digest.update(repr((dataset._fingerprint, len(dataset), args.random_flip, args.shard_size)).encode())
+    return digest.hexdigest()
+
+
+def encode_collection(args, accelerator, autoencoder, dataset) -> KeyCodeDataset:
+    """The collection's key codes, made once and kept on disk; the processes share the work."""
+    folder = Path(args.key_codes_dir or Path(args.output_dir) / "key_codes")
+    mark = fingerprint(autoencoder, dataset, args)
+    with accelerator.main_process_first():
+        complete = open_key_codes(folder, mark)
+    accelerator.wait_for_everyone()
+    if not complete:
+        unreadable = write_key_codes(
+            autoencoder,
+            dataset,
+            folder,
+            batch_size=args.encode_batch_size,
+            shard_size=args.shard_size,
+            random_flip=args.random_flip,
+            num_workers=args.dataloader_num_workers,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+        if unreadable.count:
+            logger.warning(unreadable.summary())
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            finish_key_codes(folder)
+        accelerator.wait_for_everyone()
+    return KeyCodeDataset(folder)
+
+
+def build_unet(args, autoencoder: BricsAutoencoder) -> UNet2DModel:
+    """A UNet for the autoencoder's key codes; the config's `unet` section has the rest."""
+    channels, height, _ = autoencoder.key_code_shape
+    return UNet2DModel(**{"sample_size": height, "in_channels": channels, "out_channels": channels} | args.unet)
+
+
+def training_loss(unet, scheduler, latents: torch.Tensor, snr_gamma: float | None) -> torch.Tensor:
+    """Denoising loss at random timesteps (App. A.5)."""
+    noise = torch.randn_like(latents)
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+    prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, return_dict=False)[0]
+    if scheduler.config.prediction_type == "epsilon":
+        target = noise
+    elif scheduler.config.prediction_type == "v_prediction":
+        target = scheduler.get_velocity(latents, noise, timesteps)
+    else:
+        target = latents
+    weights = None if snr_gamma is None else min_snr_weights(scheduler, timesteps, snr_gamma)
+    return denoising_loss(prediction, target, weights)
+
+
+def sample_images(args, accelerator, pipeline: BricsKeyCodePipeline) -> torch.Tensor:
+    """The same `num_validation_images` images at each call, shared among the processes: (N, 3, H, W) in [-1, 1]."""
+    share = range(accelerator.process_index, args.num_validation_images, accelerator.num_processes)
+    images = []
+    for start in range(0, len(share), args.encode_batch_size):
+        generators = [torch.Generator().manual_seed(seed) for seed in share[start : start + args.encode_batch_size]]
+        images += pipeline(
+            batch_size=len(generators),
+            num_inference_steps=args.num_inference_steps,
+            generator=generators,
+            output_type="pt",
+        ).images.cpu()
+    numbered = gather_object(list(zip(share, images, strict=True)))
+    return 2 * torch.stack([image for _, image in sorted(numbered, key=lambda pair: pair[0])]) - 1
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    accelerator = start_run(args)
+    output_dir = Path(args.output_dir)
+    autoencoder = load_autoencoder(args.autoencoder_name_or_path).to(accelerator.device)
+    with accelerator.main_process_first():
+        dataset = load_collection(
+            args.dataset_name, args.dataset_split, args.image_column, args.cache_dir, args.max_train_samples
+        )
+    key_codes = encode_collection(args, accelerator, autoencoder, dataset)
+
+    unet = build_unet(args, autoencoder)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    scheduler = CosineVariantScheduler(**args.scheduler)
+    optimizer = build_optimizer(
+        unet.parameters(), args.learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
+    ema = EMAModel(unet.parameters(), decay=args.ema_max_decay, foreach=True)
+    ema.to(accelerator.device)
+    state = RunState()
+    unet, optimizer = accelerator.prepare(unet, optimizer)  # the schedule would advance once a process
+    accelerator.register_for_checkpointing(ema, lr_scheduler, state)
+    set_seed(args.seed, device_specific=True)  # noise differs between processes
+    resume(accelerator, output_dir, args.resume_from_checkpoint)
+
+    bare = accelerator.unwrap_model(unet)
+    solver = DPMSolverMultistepScheduler.from_config(scheduler.config, use_karras_sigmas=True)
+    sampler = BricsKeyCodePipeline(autoencoder, bare, solver)
+    sampler.set_progress_bar_config(disable=True)
+    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    loader = training_loader(
+        key_codes,
+        args.train_batch_size,
+        args.seed,
+        start=state.global_step * args.gradient_accumulation_steps,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        num_workers=args.dataloader_num_workers,
+    )
+    logger.info(
+        "%d key codes; %d a step; %.1f M parameters",
+        len(key_codes),
+        global_batch,
+        sum(parameter.numel() for parameter in bare.parameters()) / 1e6,
+    )
+
+    progress = tqdm(
+        total=args.max_train_steps,
+        initial=state.global_step,
+        desc="Training",
+        disable=not accelerator.is_local_main_process,
+    )
+    batches = iter(loader)
+    unet.train()
+    started, codes_seen = time.monotonic(), 0
+    while state.global_step < args.max_train_steps:
+        latents = key_codes_to_latents(next(batches).to(accelerator.device, non_blocking=True))
+        with accelerator.accumulate(unet):
+            loss = training_loss(unet, scheduler, latents, args.snr_gamma)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                step_if_finite(accelerator, optimizer, bare.parameters(), args.max_grad_norm)
+        codes_seen += len(latents) * accelerator.num_processes
+        if not accelerator.sync_gradients:
+            continue
+
+        lr_scheduler.step()
+        ema.step(bare.parameters())
+        state.global_step += 1
+        progress.update()
+        if state.global_step % args.logging_steps == 0:
+            values = {
+                "train/loss": accelerator.reduce(loss.detach(), reduction="mean").item(),
+                "train/learning_rate": lr_scheduler.get_last_lr()[0],
+                "train/images_per_second": codes_seen / (time.monotonic() - started),
+            }
+            accelerator.log(values, step=state.global_step)
+            progress.set_postfix(loss=f"{values['train/loss']:.4f}")
+            started, codes_seen = time.monotonic(), 0
+        last = state.global_step == args.max_train_steps
+        if state.global_step % args.checkpointing_steps == 0 or last:
+            save_checkpoint(accelerator, output_dir, state.global_step, args.checkpoints_total_limit)
+        if args.num_validation_images and (state.global_step % args.validation_steps == 0 or last):
+            with averaged_weights(bare, ema):
+                images = sample_images(args, accelerator, sampler)
+            if accelerator.is_main_process:
+                grid = image_grid(images)
+                grid.save(output_dir / "samples.png")
+                tensorboard(accelerator).add_image("samples", to_tensor(grid), state.global_step)
+            started, codes_seen = time.monotonic(), 0
+
+    progress.close()
+    if accelerator.is_main_process:
+        with averaged_weights(bare, ema):
+            BricsKeyCodePipeline(autoencoder, bare, scheduler).save_pretrained(output_dir)
+        logger.info("The pipeline is in %s", output_dir)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
