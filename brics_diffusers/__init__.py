@@ -16,10 +16,11 @@ __all__ = ["BricsAutoencoder", "BricsDiscriminator", "BricsKeyCodePipeline", "Co
 def _register_with_diffusers():
     """Makes `DiffusionPipeline` save and load this package's classes by their short names."""
     methods = ["save_pretrained", "from_pretrained"]
-    classes = {name: methods for name in ("BricsAutoencoder", "CosineVariantScheduler", "BricsKeyCodePipeline")}
+    classes = dict.fromkeys(("BricsAutoencoder", "CosineVariantScheduler", "BricsKeyCodePipeline"), methods)
     pipeline_loading_utils.LOADABLE_CLASSES["brics_diffusers"] = classes
     pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(classes)
-    diffusers.BricsKeyCodePipeline = BricsKeyCodePipeline
+    diffusers.BricsKeyCodePipeline = BricsKeyCodePipeline  # found by `DiffusionPipeline.from_pretrained`
+    diffusers.CosineVariantScheduler = CosineVariantScheduler  # found by the `from_config` of other schedulers
 
 
 _register_with_diffusers()

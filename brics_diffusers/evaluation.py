@@ -7,8 +7,8 @@ from tqdm.auto import tqdm
 
 def image_metrics(sample: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
     r"""
-    PSNR and SSIM of each image: both batches clipped to [-1, 1] and mapped to [0, 1], data range 1; SSIM with an 11 x 11
-    Gaussian window of standard deviation 1.5.
+    PSNR and SSIM of each image: both batches clipped to [-1, 1] and mapped to [0, 1], data range 1. SSIM has an 11 x
+    11 Gaussian window of standard deviation 1.5 and averages all pixels, those at the border over reflected windows.
 
     Args:
         sample (`torch.Tensor` of shape (B, 3, H, W)): Reconstructions.

@@ -33,9 +33,9 @@ def write_key_codes(
     r"""
     Encodes a process's share of a collection and writes the clean key codes as float16 shards.
 
-    Shard `i` holds the codes of rows `i * shard_size` and following, less the unreadable ones. Shards appear by a rename
-    when they are complete and those that exist are kept, so that an interrupted encoding goes on where it stopped. Call
-    [`open_key_codes`] before, and [`finish_key_codes`] when every process is done.
+    Shard `i` holds the codes of rows `i * shard_size` and following, less the unreadable ones. Shards appear by a
+    rename when they are complete and those that exist are kept, so that an interrupted encoding goes on where it
+    stopped. Call [`open_key_codes`] before, and [`finish_key_codes`] when every process is done.
 
     Args:
         autoencoder ([`BricsAutoencoder`]): The model; used in eval mode, so that codes are exact.
@@ -144,7 +144,9 @@ class KeyCodeDataset(torch.utils.data.Dataset):
         path = self.folder / MANIFEST
         counts = json.loads(path.read_text())["counts"] if path.exists() else None
         if counts is None:
-            raise FileNotFoundError(f"{folder} has no complete {MANIFEST}; encode the collection with write_key_codes.")
+            raise FileNotFoundError(
+                f"{folder} has no complete {MANIFEST}; encode the collection with write_key_codes."
+            )
         self.ends = np.cumsum(counts)
         self._maps: dict[int, np.ndarray] = {}
 

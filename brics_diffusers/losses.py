@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 
-LPIPS_WEIGHTS = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
+LPIPS_WEIGHTS = {
+    "vgg": "vgg16-397923af.pth",
+    "alex": "alexnet-owt-7be5be79.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
 
 
 def load_lpips(network: str = "vgg", pretrained: bool = True) -> nn.Module:
@@ -36,8 +40,8 @@ def load_lpips(network: str = "vgg", pretrained: bool = True) -> nn.Module:
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         raise FileNotFoundError(
-            f"LPIPS needs {LPIPS_WEIGHTS[network]}, which could not be downloaded ({error}); put that file into {folder}, "
-            "or train with --lpips_weight 0."
+            f"LPIPS needs {LPIPS_WEIGHTS[network]}, which could not be downloaded ({error}); put that file into "
+            f"{folder}, or train with --lpips_weight 0."
         ) from error
     return metric.requires_grad_(False).eval()
 
@@ -95,7 +99,9 @@ def gradient_penalty(images: torch.Tensor, logits: torch.Tensor) -> torch.Tensor
     return 0.5 * gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
-def denoising_loss(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+def denoising_loss(
+    prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     r"""
     Squared error of the diffusion model, with one weight a sample (App. A.5).
 

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -16,7 +17,6 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
-
 
 from .data import load_collection
 
@@ -45,7 +45,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gradient_accumulation_steps", type=int, default=1, help="Batches to sum gradients over before a step.")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False, help="Less memory, slower.")
     add("--max_train_steps", type=int, default=100_000, help="Optimizer steps.")
-    add("--lr_scheduler", default="constant", help="Schedule of the learning rate, a name of diffusers' get_scheduler.")
+    add(
+        "--lr_scheduler", default="constant", help="Schedule of the learning rate, a name of diffusers' get_scheduler."
+    )
     add("--lr_warmup_steps", type=int, default=0, help="Steps in which the learning rate rises from 0.")
     add("--max_grad_norm", type=float, default=None, help="Clip gradients to this norm; not clipped by default.")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Default: what `accelerate config` has chosen.")
@@ -73,6 +75,7 @@ def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple
     Raises:
         `SystemExit`: If the file can't be read or names an unknown flag.
     """
+    argv = sys.argv[1:] if argv is None else argv
     path = parser.parse_known_args(argv)[0].config
     config = {}
     if path is not None:
@@ -83,21 +86,23 @@ def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple
         if not isinstance(config, dict):
             parser.error(f"--config {path} must hold sections such as {section}:, not a {type(config).__name__}")
         flags = config.get(section) or {}
-        known = {action.dest: action for action in parser._actions}
-        unknown = sorted(set(flags) - set(known))
+        unknown = sorted(set(flags) - {action.dest for action in parser._actions})
         if unknown:
             parser.error(f"--config {path} names unknown flags in {section}: {', '.join(unknown)}")
-        # As text they pass through the flags' own types and choices: 1e-4 is a string in YAML.
-        parser.set_defaults(
-            **{name: str(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else value
-               for name, value in flags.items()}
-        )
+        # Before the command line's own flags, which so have the last word; both are checked alike.
+        argv = [text for name, value in flags.items() for text in _as_flag(name, value)] + list(argv)
     args = parser.parse_args(argv)
     for name in models:
         setattr(args, name, config.get(name) or {})
     if args.dataset_name is None:
         parser.error("no collection: give --dataset_name (a folder, a zip, or a name on the Hub)")
     return args
+
+
+def _as_flag(name: str, value) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [] if value is None else [f"--{name}={value}"]
 
 
 def start_run(args: argparse.Namespace) -> Accelerator:
@@ -211,7 +216,8 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
     Args:
         accelerator (`Accelerator`): The run's accelerator.
         output_dir (`str`): Folder of the run, searched for `latest`.
-        checkpoint (`str`, *optional*): Path of a checkpoint; `"latest"`, which starts afresh if there is none; or `None`.
+        checkpoint (`str`, *optional*): Path of a checkpoint; `"latest"`, which starts afresh if there is none; or
+            `None`.
 
     Raises:
         `FileNotFoundError`: If a path is given that is not a checkpoint.
@@ -268,9 +274,9 @@ def load_splits(args: argparse.Namespace):
 
     Args:
         args (`argparse.Namespace`):
-            Flags of [`add_common_arguments`], `validation_split` and `num_validation_images`. With no `validation_split`,
-            a split called `validation` is taken if there is one; else `num_validation_images`, at most a tenth, are taken
-            from the training images by the seed.
+            Flags of [`add_common_arguments`], `validation_split` and `num_validation_images`. With no
+            `validation_split`, a split called `validation` is taken if there is one; else `num_validation_images`, at
+            most a tenth, are taken from the training images by the seed.
 
     Returns:
         `tuple`: training and validation `datasets.Dataset`; the second may be `None`.
@@ -307,8 +313,8 @@ def set_beta1(optimizer, beta1: float) -> None:
 
 def step_if_finite(accelerator: Accelerator, optimizer, parameters, max_grad_norm: float | None) -> bool:
     r"""
-    Takes an optimizer step if all gradients are finite, else drops them. Gradients are summed over the processes by then,
-    so all come to the same decision.
+    Takes an optimizer step if all gradients are finite, else drops them. Gradients are summed over the processes by
+    then, so all come to the same decision.
 
     Args:
         accelerator (`Accelerator`): The run's accelerator.

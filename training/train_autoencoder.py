@@ -1,6 +1,6 @@
 """Stage one: trains a BricsAutoencoder on a collection of images (Sec. 3, App. A.3).
 
-    accelerate launch training/train_autoencoder.py --config training/configs/photos-demo.yaml --dataset_name FOLDER
+accelerate launch training/train_autoencoder.py --config training/configs/photos-demo.yaml --dataset_name FOLDER
 """
 
 import argparse
@@ -201,9 +201,7 @@ def main(argv=None):
         gan_on = critic is not None and step >= args.gan_start_step
         set_beta1(optimizer, args.adam_beta1_gan if gan_on else args.adam_beta1)
         with accelerator.accumulate(*trained):
-            loss, parts, sample = generator_loss(
-                args, accelerator, autoencoder, critic, lpips_metric, images, step
-            )
+            loss, parts, sample = generator_loss(args, accelerator, autoencoder, critic, lpips_metric, images, step)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 step_if_finite(accelerator, optimizer, bare.parameters(), args.max_grad_norm)

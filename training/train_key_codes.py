@@ -10,6 +10,7 @@ import logging
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object, set_seed
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
@@ -115,10 +116,23 @@ def build_unet(args, autoencoder: BricsAutoencoder) -> UNet2DModel:
     return UNet2DModel(**{"sample_size": height, "in_channels": channels, "out_channels": channels} | args.unet)
 
 
-def training_loss(unet, scheduler, latents: torch.Tensor, snr_gamma: float | None) -> torch.Tensor:
-    """Denoising loss at random timesteps (App. A.5)."""
-    noise = torch.randn_like(latents)
-    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+def draw_noise(shape: torch.Size, seed: int, batch: int, accelerator, num_train_timesteps: int):
+    """Noise and timesteps of a process's share of a batch.
+
+    They follow from the seed and the number of the batch: several processes draw what one process with their batches
+    together draws, and a resumed run what an uninterrupted one does.
+    """
+    device, count = accelerator.device, shape[0] * accelerator.num_processes
+    state = int(np.random.SeedSequence((seed, batch)).generate_state(1, np.uint64)[0] >> 1)
+    generator = torch.Generator(device).manual_seed(state)
+    noise = torch.randn(count, *shape[1:], generator=generator, device=device)
+    timesteps = torch.randint(num_train_timesteps, (count,), generator=generator, device=device)
+    share = slice(accelerator.process_index * shape[0], (accelerator.process_index + 1) * shape[0])
+    return noise[share], timesteps[share]
+
+
+def training_loss(unet, scheduler, latents, noise, timesteps, snr_gamma: float | None) -> torch.Tensor:
+    """Denoising loss at given noise and timesteps (App. A.5)."""
     prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, return_dict=False)[0]
     if scheduler.config.prediction_type == "epsilon":
         target = noise
@@ -205,13 +219,16 @@ def main(argv=None):
         desc="Training",
         disable=not accelerator.is_local_main_process,
     )
-    batches = iter(loader)
+    first = state.global_step * args.gradient_accumulation_steps
     unet.train()
     started, codes_seen = time.monotonic(), 0
-    while state.global_step < args.max_train_steps:
-        latents = key_codes_to_latents(next(batches).to(accelerator.device, non_blocking=True))
+    for number, key_code_batch in enumerate(loader, start=first):
+        latents = key_codes_to_latents(key_code_batch.to(accelerator.device, non_blocking=True))
+        noise, timesteps = draw_noise(
+            latents.shape, args.seed, number, accelerator, scheduler.config.num_train_timesteps
+        )
         with accelerator.accumulate(unet):
-            loss = training_loss(unet, scheduler, latents, args.snr_gamma)
+            loss = training_loss(unet, scheduler, latents, noise, timesteps, args.snr_gamma)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 step_if_finite(accelerator, optimizer, bare.parameters(), args.max_grad_norm)
@@ -243,6 +260,8 @@ def main(argv=None):
                 grid.save(output_dir / "samples.png")
                 tensorboard(accelerator).add_image("samples", to_tensor(grid), state.global_step)
             started, codes_seen = time.monotonic(), 0
+        if last:
+            break
 
     progress.close()
     if accelerator.is_main_process:

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DiagonalGaussianDistribution, Encoder
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.torch_utils import randn_tensor
 
 from .feature_grids import FeatureGrids
 from .group_mlp import GroupMLP
@@ -67,8 +67,8 @@ class BricsAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     Autoencoder with bounded continuous key codes, grouped multi-resolution feature grids and a small style decoder
     (arXiv 2305.18601).
 
-    This model inherits from [`ModelMixin`]. Images of another size than `sample_size` work when height and width divide by
-    the encoder's factor; the feature block scales with them.
+    This model inherits from [`ModelMixin`]. Images of another size than `sample_size` work when height and width
+    divide by the encoder's factor; the feature block scales with them.
 
     Args:
         in_channels (`int`, defaults to 3): Channels of the input image.
@@ -77,8 +77,8 @@ class BricsAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         down_block_types (`tuple[str]`): Encoder blocks, one a resolution; attention at the lowest only (Sec. 3.1).
         encoder_block_out_channels (`tuple[int]`, defaults to `(64, 128, 256)`): Width of each encoder block.
         encoder_layers_per_block (`int`, defaults to 4): Residual blocks in each encoder block.
-        norm_num_groups (`int`, defaults to 32): Groups of the group normalisation in the encoder and in the `"vqgan"` and
-            `"movq"` decoders.
+        norm_num_groups (`int`, defaults to 32): Groups of the group normalisation in the encoder and in the `"vqgan"`
+            and `"movq"` decoders.
         key_channels (`int`, defaults to 4): Channels of the key code C_z.
         key_length (`int`, defaults to 1): Channels of one group's key C_key (1: 3-D grids, 2: 4-D grids).
         feature_size (`int`, defaults to 64): Height and width of the feature block at `sample_size`, H_d.
@@ -201,6 +201,11 @@ class BricsAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"key_channels is {config.key_channels} and key_length {config.key_length}; "
                 "key_channels must be a positive multiple of key_length."
             )
+        if config.decoder_type == "movq" and any(width % 32 for width in config.decoder_block_out_channels):
+            raise ValueError(
+                f"decoder_block_out_channels is {tuple(config.decoder_block_out_channels)}; the spatial norms of the "
+                "'movq' decoder have 32 groups, so use widths that divide by 32."
+            )
         if len(config.down_block_types) != len(config.encoder_block_out_channels):
             raise ValueError(
                 f"down_block_types names {len(config.down_block_types)} blocks and encoder_block_out_channels "
@@ -245,8 +250,8 @@ class BricsAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         self, sample: torch.Tensor, generator: torch.Generator | None = None, return_dict: bool = True
     ) -> BricsEncoderOutput | tuple:
         r"""
-        Encodes images as key codes (Sec. 3.1). In eval mode the codes are exact and deterministic; in training mode they
-        are regularised: perturbed and clipped (Sec. 3.4), or drawn from the posterior (App. A.4).
+        Encodes images as key codes (Sec. 3.1). In eval mode the codes are exact and deterministic; in training mode
+        they are regularised: perturbed and clipped (Sec. 3.4), or drawn from the posterior (App. A.4).
 
         Args:
             sample (`torch.Tensor` of shape (B, in_channels, H, W)): Images in [-1, 1].
@@ -264,6 +269,8 @@ class BricsAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
             logits = torch.cat([self.encoder(part) for part in sample.split(1)])
         else:
             logits = self.encoder(sample)
+        # Autocast's bfloat16 steps by 1/256 near 1, as far as the training noise reaches: codes keep the input's type.
+        logits = logits.to(sample.dtype)
         kl_loss = None
         if self.config.regularization == "kl":
             posterior = DiagonalGaussianDistribution(logits.float())
@@ -289,7 +296,7 @@ class BricsAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         Returns:
             `torch.Tensor`: Perturbed key codes in [0, 1], same shape.
         """
-        noise = torch.randn(key_codes.shape, generator=generator, device=key_codes.device, dtype=key_codes.dtype)
+        noise = randn_tensor(key_codes.shape, generator=generator, device=key_codes.device, dtype=key_codes.dtype)
         return (key_codes + self.key_noise_scale * noise).clamp(0, 1)
 
     def retrieve(self, key_codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -324,7 +331,8 @@ class BricsAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
             return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
 
         Returns:
-            [`BricsDecoderOutput`] or `tuple`: Images of shape (B, out_channels, f * H_z, f * W_z), f = `encoder_factor`.
+            [`BricsDecoderOutput`] or `tuple`: Images of shape (B, out_channels, f * H_z, f * W_z), f =
+            `encoder_factor`.
 
         Raises:
             `ValueError`: If the codes' shape is wrong or, in eval mode, their values leave [0, 1].

@@ -60,10 +60,11 @@ def minibatch_stddev(x: torch.Tensor, group_size: int = 4) -> torch.Tensor:
     """
     batch_size, channels, height, width = x.shape
     group_size = max(size for size in range(1, min(group_size, batch_size) + 1) if batch_size % size == 0)
-    groups = x.view(-1, group_size, channels, height, width)
+    # At least float32: the epsilon vanishes in float16, and the gradient of the root with it.
+    groups = x.view(-1, group_size, channels, height, width).to(torch.promote_types(x.dtype, torch.float32))
     deviation = (groups.var(dim=1, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))  # (B / group_size,)
     deviation = deviation.repeat_interleave(group_size).view(-1, 1, 1, 1).expand(-1, 1, height, width)
-    return torch.cat([x, deviation], dim=1)
+    return torch.cat([x, deviation.to(x.dtype)], dim=1)
 
 
 class BricsDiscriminator(ModelMixin, ConfigMixin):
@@ -113,8 +114,10 @@ class BricsDiscriminator(ModelMixin, ConfigMixin):
             `torch.Tensor` of shape (B,): Logits, higher for images taken to be real.
         """
         size = self.config.sample_size
-        if sample.shape[2:] != (size, size):
-            raise ValueError(f"sample is {sample.shape[2]}x{sample.shape[3]}; the discriminator takes {size}x{size}.")
+        if sample.ndim != 4 or sample.shape[1:] != (self.config.in_channels, size, size):
+            raise ValueError(
+                f"sample has shape {tuple(sample.shape)}; expected (batch, {self.config.in_channels}, {size}, {size})."
+            )
         x = scaled_leaky_relu(self.conv_in(sample))
         for block in self.blocks:
             x = block(x)

@@ -52,9 +52,9 @@ class FeatureGrids(nn.Module):
     r"""
     One set of multi-resolution grids per group; d-linear interpolation at (x, y, key) (Sec. 3.2, Eq. 2-4 and 6).
 
-    Group `i` reads its own grids at `(x, y, key_i)`: the centre of a pixel of the feature block and slice `i` of the key
-    code there. The levels' features are concatenated. A level with more than `max_entries` nodes shares entries among
-    nodes, unless `grid_type` is `"dense"`.
+    Group `i` reads its own grids at `(x, y, key_i)`: the centre of a pixel of the feature block and slice `i` of the
+    key code there. The levels' features are concatenated. A level with more than `max_entries` nodes shares entries
+    among nodes, unless `grid_type` is `"dense"`.
 
     Args:
         num_groups (`int`): Number of groups g.
@@ -65,8 +65,8 @@ class FeatureGrids(nn.Module):
         level_channels (`int`, defaults to 4): Features stored at a node C_r.
         max_entries (`int`, defaults to 2**18): Entries stored for a level at most, T.
         grid_type (`str`, defaults to `"tiled"`):
-            How a node finds its entry: `"tiled"`: row-major index modulo T; `"hash"`: Instant-NGP's XOR of primes modulo
-            T (App. K); `"dense"`: no limit T. Levels of at most T nodes are row-major in every type.
+            How a node finds its entry: `"tiled"`: row-major index modulo T; `"hash"`: Instant-NGP's XOR of primes
+            modulo T (App. K); `"dense"`: no limit T. Levels of at most T nodes are row-major in every type.
 
     Raises:
         `ValueError`: If `grid_type` is unknown or a size is out of range.
@@ -163,9 +163,9 @@ class FeatureGrids(nn.Module):
         return level_table.view(self.num_groups, side, side, side, self.level_channels).permute(0, 4, 1, 2, 3)
 
     def sample_volumes(self, points: torch.Tensor) -> torch.Tensor:
-        """Trilinear lookup through `grid_sample`, one call a level for all groups and the whole batch: see `forward`."""
-        # At 1 exactly the last cell's slope must reach the key (one-sided derivative): a value half an ulp below 1 stays
-        # inside that cell, while its gradient is passed on as if nothing had moved.
+        """Trilinear lookup through one `grid_sample` a level, all groups and the whole batch at once."""
+        # At 1 exactly the last cell's slope must reach the key (one-sided derivative): a value half an ulp below 1
+        # stays inside that cell, while its gradient is passed on as if nothing had moved.
         below_one = 1 - torch.finfo(points.dtype).eps / 2
         points = points - (points - below_one).clamp(min=0).detach()
         grid = points.unflatten(2, (1, -1)) * 2 - 1  # (g, B, 1, P, 3)
@@ -177,7 +177,7 @@ class FeatureGrids(nn.Module):
         return torch.cat(levels, dim=1).squeeze(3)
 
     def gather_corners(self, points: torch.Tensor) -> torch.Tensor:
-        """d-linear lookup as one weighted `embedding_bag` of 2**d corners a point and level: see `forward`."""
+        """d-linear lookup as one weighted `embedding_bag` of 2**d corners a point and level."""
         num_groups, batch_size, num_points, num_dims = points.shape
         corners = torch.tensor(list(itertools.product((0, 1), repeat=num_dims)), device=points.device)  # (2**d, d)
         total_entries = self.entries.shape[1]
@@ -196,7 +196,7 @@ class FeatureGrids(nn.Module):
             per_sample_weights=torch.stack(weights).flatten(0, 3),
             mode="sum",
         )
-        features = features.view(-1, num_groups, batch_size, num_points, self.level_channels)
+        features = features.unflatten(0, (len(self.resolutions), num_groups, batch_size, num_points))
         return features.permute(1, 0, 4, 2, 3).flatten(1, 2)  # (g, L * C_r, B, P)
 
     def forward(self, keys: torch.Tensor) -> torch.Tensor:
@@ -209,14 +209,14 @@ class FeatureGrids(nn.Module):
                 precision cannot tell 1/256 apart near 1.
 
         Returns:
-            `torch.Tensor` of shape (g, N_r * C_r, B, H_d * W_d) in the dtype of the entries, levels coarse to fine along
-            the second axis.
+            `torch.Tensor` of shape (g, N_r * C_r, B, H_d * W_d) in the dtype of the entries, levels coarse to fine
+            along the second axis.
         """
-        batch_size, _, height, width = keys.shape
+        height, width = keys.shape[2:]
         dtype = torch.promote_types(keys.dtype, torch.float32)
-        keys = keys.to(dtype).view(batch_size, self.num_groups, -1, height * width).permute(1, 0, 3, 2)
+        keys = keys.to(dtype).unflatten(1, (self.num_groups, -1)).flatten(3).permute(1, 0, 3, 2)
+        keys = keys + (keys.clamp(0, 1) - keys).detach()  # stays in the grids, with a gradient at 0 and 1
         centers = pixel_centers(height, width, keys.device, dtype).view(-1, 2)
         points = torch.cat([centers.expand(*keys.shape[:2], -1, -1), keys], dim=-1)  # (g, B, H_d * W_d, d), Eq. 1
-        with torch.autocast(keys.device.type, enabled=False):
-            features = self.sample_volumes(points) if self.unrolls else self.gather_corners(points)
+        features = self.sample_volumes(points) if self.unrolls else self.gather_corners(points)
         return features.to(self.entries.dtype)

@@ -18,8 +18,8 @@ def scaled_leaky_relu(x: torch.Tensor) -> torch.Tensor:
 
 class GroupLinear(nn.Module):
     r"""
-    One linear layer a group, in one batched product. Weights are N(0, 1) and scaled by `1 / sqrt(in_features)` when used
-    (equalized learning rate, as everywhere on StyleGAN2's side of the model).
+    One linear layer a group, in one batched product. Weights are N(0, 1) and scaled by `1 / sqrt(in_features)` when
+    used (equalized learning rate, as everywhere on StyleGAN2's side of the model).
 
     Args:
         num_groups (`int`): Number of groups g.
@@ -99,8 +99,8 @@ class GroupMLP(nn.Module):
         super().__init__()
         if num_layers < 1 or out_channels % num_groups or style_dim % num_groups:
             raise ValueError(
-                f"mlp_layers={num_layers}, feature_channels={out_channels}, style_dim={style_dim}; use at least one layer "
-                f"and widths that divide by the {num_groups} groups."
+                f"mlp_layers={num_layers}, feature_channels={out_channels}, style_dim={style_dim}; use at least one "
+                f"layer and widths that divide by the {num_groups} groups."
             )
         widths = [in_features] * num_layers + [out_channels // num_groups]
         self.layers = nn.ModuleList(
@@ -118,7 +118,7 @@ class GroupMLP(nn.Module):
         Returns:
             `tuple`: feature block (B, C_d, P) and style code (B, style_dim), or `None` with `style_dim=0`.
         """
-        mean = features.float().mean(dim=-1)  # (g, N_r * C_r, B)
+        mean = features.to(torch.promote_types(features.dtype, torch.float32)).mean(dim=-1)  # (g, N_r * C_r, B)
         mean = mean * torch.rsqrt(mean.square().mean(dim=1, keepdim=True) + 1e-8)
         mean = mean.to(features.dtype)
         modulation = self.modulation(mean)

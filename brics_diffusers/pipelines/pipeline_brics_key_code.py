@@ -56,8 +56,8 @@ def generators_per_image(
 
 class BricsKeyCodePipeline(DiffusionPipeline):
     r"""
-    Pipeline for unconditional image generation: a diffusion model makes key codes, an autoencoder decodes them (Sec. 4,
-    arXiv 2305.18601).
+    Pipeline for unconditional image generation: a diffusion model makes key codes, an autoencoder decodes them (Sec.
+    4, arXiv 2305.18601).
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the methods of all pipelines
     (downloading, saving, running on a particular device, etc.).
@@ -87,7 +87,7 @@ class BricsKeyCodePipeline(DiffusionPipeline):
         unet_size = (unet_size, unet_size) if isinstance(unet_size, int) else unet_size
         if unet_size is None or tuple(unet_size) != (height, width):
             raise ValueError(
-                f"unet has sample_size={unet.config.sample_size}, but the autoencoder's key codes are {height}x{width}; "
+                f"unet has sample_size={unet.config.sample_size}, but key codes are {height}x{width}; "
                 f"use a UNet with sample_size={height}."
             )
         self.register_modules(autoencoder=autoencoder, unet=unet, scheduler=scheduler)
@@ -96,7 +96,9 @@ class BricsKeyCodePipeline(DiffusionPipeline):
     def check_inputs(self, batch_size: int, latents: torch.Tensor | None, output_type: str, tensor_inputs: list[str]):
         """Raises a `ValueError` for arguments of `__call__` that can't be served."""
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type is {output_type!r}; it must be one of {', '.join(map(repr, OUTPUT_TYPES))}.")
+            raise ValueError(
+                f"output_type is {output_type!r}; it must be one of {', '.join(map(repr, OUTPUT_TYPES))}."
+            )
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         shape = (batch_size, *self.autoencoder.key_code_shape)
@@ -221,7 +223,9 @@ class BricsKeyCodePipeline(DiffusionPipeline):
         """
         self.check_inputs(1, None, output_type, [])
         if output_type == "latent":
-            raise ValueError("output_type is 'latent'; for key codes call pipe.autoencoder.encode(...).key_codes instead.")
+            raise ValueError(
+                "output_type is 'latent'; for key codes call pipe.autoencoder.encode(...).key_codes instead."
+            )
         sample = self.image_processor.preprocess(images).to(self._execution_device, self.autoencoder.dtype)
         key_codes = self.autoencoder.encode(sample).key_codes
         images = self.image_processor.postprocess(self.autoencoder.decode(key_codes).sample, output_type)

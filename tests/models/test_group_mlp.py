@@ -88,7 +88,10 @@ class TestParts:
         x = torch.randn(3, 4, 2, 7, dtype=torch.float64, requires_grad=True)
         style = torch.randn(3, 6, 2, dtype=torch.float64, requires_grad=True)
         expected = torch.stack(
-            [torch.stack([reference_layer(layer, i, x[i, :, j], style[i, :, j]) for j in range(2)], 1) for i in range(3)]
+            [
+                torch.stack([reference_layer(layer, i, x[i, :, j], style[i, :, j]) for j in range(2)], 1)
+                for i in range(3)
+            ]
         )
         actual = layer(x, style)
         torch.testing.assert_close(actual, expected, **EXACT)
@@ -114,9 +117,7 @@ class TestGroupMLP:
         [
             # Three layers of sums of 8 terms of order 1, gradients up to about 100.
             (torch.float32, {"rtol": 1e-3, "atol": 1e-3}),
-            pytest.param(
-                torch.float64, EXACT, marks=pytest.mark.xfail(strict=True, reason="float64 means are cast to float32")
-            ),
+            (torch.float64, EXACT),
         ],
     )
     def test_values_and_gradients(self, num_layers, style_dim, dtype, tolerance):
@@ -157,7 +158,7 @@ class TestGroupMLP:
     def test_scale_of_features_does_not_reach_the_style_code(self):
         mlp = randomize(GroupMLP(2, 8, 12, 8))
         features = torch.randn(2, 8, 3, 5)
-        # The means are divided by their RMS; its epsilon of 1e-8 is 1e-6 of their squares or less, as they are near 0.1.
+        # The means are divided by their RMS; its epsilon of 1e-8 is 1e-6 of their squares: they are near 0.1.
         torch.testing.assert_close(mlp(10 * features)[1], mlp(features)[1], rtol=1e-4, atol=1e-4)
 
     def test_constant_zero_features_are_finite_with_gradients(self):

@@ -35,9 +35,7 @@ def naive_filter(x, gain, padding, stride=1):
     x = F.pad(x, (*padding, *padding))
     height, width = (size - 3 for size in x.shape[2:])
     taps = [1 / 8, 3 / 8, 3 / 8, 1 / 8]
-    total = sum(
-        gain * taps[i] * taps[j] * x[:, :, i : i + height, j : j + width] for i in range(4) for j in range(4)
-    )
+    total = sum(gain * taps[i] * taps[j] * x[:, :, i : i + height, j : j + width] for i in range(4) for j in range(4))
     return total[:, :, ::stride, ::stride]
 
 

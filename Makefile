@@ -1,0 +1,28 @@
+PYTHON ?= python3
+VENV ?= .venv
+INSTALLED = $(VENV)/.installed
+
+.PHONY: demo test test-slow lint cost
+
+demo: $(INSTALLED)
+	$(VENV)/bin/python demo.py
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+cost: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/decode_cost.py
+
+# One environment for everything, made again when the dependencies change.
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade pip
+	$(VENV)/bin/pip install --quiet --editable ".[demo,test]"
+	touch $@

@@ -1,0 +1,100 @@
+"""Trains both stages small on photographs that ship with scikit-image, and shows what comes out.
+
+Run by `make demo`. Everything is written to one folder, which is named at the end.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+import torch
+from PIL import Image
+
+from brics_diffusers import BricsKeyCodePipeline
+from brics_diffusers.data import evaluation_loader, load_collection
+from brics_diffusers.evaluation import reconstruction_metrics
+from brics_diffusers.training_utils import image_grid, side_by_side
+
+
+ROOT = Path(__file__).parent
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle")
+CROPS = {"train": 160, "validation": 12}  # of each photograph
+SIZE = 64
+
+
+def load_photograph(name: str) -> Image.Image:
+    """One of the colour photographs in scikit-image's wheel (none is downloaded)."""
+    pixels = skimage.data.stereo_motorcycle()[0] if name == "motorcycle" else getattr(skimage.data, name)()
+    return Image.fromarray(np.asarray(pixels)[..., :3])
+
+
+def write_crops(folder: Path, seed: int) -> None:
+    """Random square crops at several scales; validation crops come from the right quarter, training ones do not."""
+    random = np.random.default_rng(seed)
+    for name in PHOTOGRAPHS:
+        photograph = load_photograph(name)
+        border = photograph.width * 3 // 4
+        areas = {"train": (0, border), "validation": (border, photograph.width)}
+        for split, (left, right) in areas.items():
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            largest = min(right - left, photograph.height)
+            for index in range(CROPS[split]):
+                side = int(random.integers(min(SIZE, largest), largest + 1))
+                x = int(random.integers(left, right - side + 1))
+                y = int(random.integers(0, photograph.height - side + 1))
+                crop = photograph.crop((x, y, x + side, y + side)).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+                crop.save(folder / split / f"{name}-{index:03d}.png")
+
+
+def launch(script: str, *arguments: str) -> None:
+    """Runs a training script as a user would."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--mixed_precision", "no"]
+    command += ["--num_machines", "1", "--dynamo_backend", "no", str(ROOT / "training" / script), *arguments]
+    subprocess.run(command, check=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="demo-output", help="Folder for everything.")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    started = time.monotonic()
+    output_dir = Path(args.output_dir)
+    photos = output_dir / "photos"
+    write_crops(photos, args.seed)
+
+    common = ["--config", str(ROOT / "training/configs/photos-demo.yaml"), "--dataset_name", str(photos)]
+    common += ["--seed", str(args.seed)]
+    launch("train_autoencoder.py", *common, "--output_dir", str(output_dir / "stage-one"))
+    stages = [
+        "--autoencoder_name_or_path",
+        str(output_dir / "stage-one"),
+        "--output_dir",
+        str(output_dir / "pipeline"),
+    ]
+    launch("train_key_codes.py", *common, *stages)
+
+    pipe = BricsKeyCodePipeline.from_pretrained(output_dir / "pipeline")
+    generator = torch.Generator().manual_seed(args.seed)
+    samples = pipe(batch_size=16, num_inference_steps=50, generator=generator, output_type="pt").images
+    image_grid(samples * 2 - 1).save(output_dir / "samples.png")
+
+    loader = evaluation_loader(load_collection(photos, "validation"), SIZE, batch_size=16)
+    metrics = reconstruction_metrics(pipe.autoencoder.eval(), loader)
+    summary = {name: round(metrics[name].mean().item(), 4) for name in ("psnr", "ssim")}
+    summary |= {"images": len(metrics["index"]), "seconds": round(time.monotonic() - started)}
+    (output_dir / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
+    images = torch.cat([batch["pixel_values"] for batch in loader])[:: len(metrics["index"]) // 16][:16]
+    with torch.no_grad():
+        side_by_side(images, pipe.autoencoder(images).sample).save(output_dir / "reconstructions.png")
+    print(f"\nHeld-out crops: PSNR {summary['psnr']:.2f} dB, SSIM {summary['ssim']:.3f} ({summary['images']} images)")
+    print(f"Reconstructions, samples and metrics after {summary['seconds']} s are in {output_dir.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Runs the training scripts as a user does, on small models."""
+
+import os
+import subprocess
+import sys
+
+from small_models import AUTOENCODER, ROOT, UNET
+
+
+def plain(config: dict) -> dict:
+    """Tuples to lists: YAML knows no tuples."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
+
+
+CONFIG = {
+    "autoencoder": plain(AUTOENCODER),
+    "discriminator": {"base_channels": 256, "max_channels": 16, "stddev_group_size": 2},
+    "train_autoencoder": {"train_batch_size": 4, "max_train_steps": 4, "lpips_weight": 0, "logging_steps": 1},
+    "unet": plain(UNET),
+    "train_key_codes": {"train_batch_size": 4, "max_train_steps": 4, "num_inference_steps": 2, "shard_size": 5},
+}
+
+
+def launch(script: str, *flags, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes"]
+    command += [str(processes), "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["--multi_gpu"] if processes > 1 else []  # with ACCELERATE_USE_CPU: gloo processes
+    command += [str(ROOT / "training" / script), *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    if check:
+        assert done.returncode == 0, done.stderr[-4000:]
+    return done

@@ -1,0 +1,589 @@
+"""The autoencoder: its contract as a diffusers model and what the paper says of its key codes."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from brics_diffusers import BricsAutoencoder
+
+
+SMALL = {
+    "sample_size": 16,
+    "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+    "encoder_block_out_channels": (8, 8, 16),
+    "encoder_layers_per_block": 1,
+    "norm_num_groups": 4,
+    "key_channels": 4,
+    "feature_size": 8,
+    "feature_channels": 16,
+    "num_levels": 3,
+    "min_resolution": 4,
+    "max_resolution": 16,
+    "level_channels": 2,
+    "max_entries": 1000,
+    "style_dim": 16,
+    "decoder_block_out_channels": (16, 8),
+}
+VARIANTS = {
+    "style-noise": {},
+    "style-kl": {"regularization": "kl"},
+    "style-none": {"regularization": "none"},
+    "4d-keys": {"key_length": 2},
+    "hash": {"grid_type": "hash"},
+    "vqgan": {"decoder_type": "vqgan"},
+    # diffusers' spatial normalisation has 32 groups, whatever norm_num_groups says.
+    "movq": {"decoder_type": "movq", "decoder_block_out_channels": (32, 32)},
+}
+
+# Another batch size or memory plan changes the order of float32 sums; outputs are of order 1.
+SAME = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def make_model(seed=0, **config) -> BricsAutoencoder:
+    """A small model whose grid entries are of order 1, so that codes matter as after training."""
+    torch.manual_seed(seed)
+    model = BricsAutoencoder(**{**SMALL, **config})
+    nn.init.uniform_(model.grids.entries, -1, 1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: make_model(**config) for name, config in VARIANTS.items()}
+
+
+@pytest.fixture(params=VARIANTS)
+def any_model(request, models):
+    return models[request.param].eval()
+
+
+@pytest.fixture
+def model(models):
+    return models["style-noise"].eval()
+
+
+@pytest.fixture
+def images():
+    return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+@pytest.fixture
+def codes():
+    return torch.rand(3, 4, 4, 4, generator=torch.Generator().manual_seed(4))
+
+
+def fix_logits(model, monkeypatch, *logits):
+    """Lets the encoder give logits that a test chooses, the same for every image."""
+    logits = torch.cat(logits, dim=1)
+    monkeypatch.setattr(model.encoder, "forward", lambda sample: logits.expand(len(sample), -1, -1, -1))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def relative_error(actual, expected):
+    return ((actual.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
+
+
+def public(config):
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+class TestInterface:
+    def test_shapes_and_types(self, any_model, images):
+        encoded = any_model.encode(images)
+        assert encoded.key_codes.shape == (3, *any_model.key_code_shape) == (3, 4, 4, 4)
+        assert encoded.key_codes.min() >= 0 and encoded.key_codes.max() <= 1
+        decoded = any_model.decode(encoded.key_codes)
+        assert decoded.sample.shape == images.shape and decoded.sample.dtype == torch.float32
+        output = any_model(images)
+        assert torch.equal(output.sample, decoded.sample) and torch.equal(output.key_codes, encoded.key_codes)
+        assert decoded.sample.isfinite().all()
+
+    def test_tuples(self, any_model, images):
+        has_kl = any_model.config.regularization == "kl"
+        encoded = any_model.encode(images, return_dict=False)
+        decoded = any_model.decode(encoded[0], return_dict=False)
+        output = any_model(images, return_dict=False)
+        assert (len(encoded), len(decoded), len(output)) == (1 + has_kl, 1, 2 + has_kl)
+        for actual, expected in zip(output, (*decoded, *encoded), strict=True):
+            assert torch.equal(actual, expected)
+        named = any_model(images)
+        assert (named.kl_loss is not None) == has_kl
+        assert all(torch.equal(a, b) for a, b in zip(named.to_tuple(), output, strict=True))
+
+    @pytest.mark.parametrize("size", [(4, 4), (8, 24), (24, 8), (20, 12)])
+    def test_other_image_sizes(self, any_model, size):
+        sample = torch.zeros(2, 3, *size)
+        output = any_model(sample)
+        assert output.key_codes.shape == (2, 4, size[0] // 4, size[1] // 4)
+        assert output.sample.shape == sample.shape
+
+    def test_other_channels(self):
+        model = make_model(in_channels=1, out_channels=4).eval()
+        assert model(torch.zeros(1, 1, 16, 16)).sample.shape == (1, 4, 16, 16)
+
+    @pytest.mark.parametrize("encoder_levels, feature_size", [(2, 8), (2, 16), (3, 4), (3, 8), (3, 16), (4, 4)])
+    def test_any_sizes_of_code_and_feature_block_that_fit(self, encoder_levels, feature_size):
+        model = make_model(
+            down_block_types=("DownEncoderBlock2D",) * encoder_levels,
+            encoder_block_out_channels=(8,) * encoder_levels,
+            feature_size=feature_size,
+            decoder_block_out_channels=(16, 8, 8)[: int(math.log2(16 // feature_size)) + 1],
+        ).eval()
+        side = 16 // 2 ** (encoder_levels - 1)
+        assert (model.encoder_factor, model.decoder_factor) == (16 // side, 16 // feature_size)
+        output = model(torch.zeros(1, 3, 16, 16))
+        assert output.key_codes.shape == (1, *model.key_code_shape) == (1, 4, side, side)
+        assert output.sample.shape == (1, 3, 16, 16)
+
+    def test_tiling_is_nearest_neighbour(self, model, codes):
+        seen = []
+        handle = model.grids.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        model.decode(codes)
+        handle.remove()
+        assert torch.equal(seen[0], nn.functional.interpolate(codes, scale_factor=2, mode="nearest"))
+
+    def test_batch_split_does_not_matter(self, any_model, images):
+        whole = any_model(images)
+        parts = [any_model(part) for part in images.split([1, 2])]
+        for name in whole.keys():
+            torch.testing.assert_close(whole[name], torch.cat([part[name] for part in parts]), **SAME)
+
+    def test_slicing(self, any_model, images):
+        whole, batches = any_model(images), []
+        hooks = [
+            module.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
+            for module in (any_model.encoder, any_model.decoder)
+        ]
+        any_model.enable_slicing()
+        sliced = any_model(images)
+        any_model.disable_slicing()
+        assert batches == [1] * 6
+        any_model(images)
+        assert batches == [1] * 6 + [3] * 2
+        for hook in hooks:
+            hook.remove()
+        for name in whole.keys():
+            torch.testing.assert_close(sliced[name], whole[name], **SAME)
+
+
+class TestNoise:
+    """Relaxed precision (Sec. 3.4, App. D)."""
+
+    def test_eval_is_exact_and_leaves_the_random_state_alone(self, any_model, images):
+        state = torch.get_rng_state()
+        first = any_model.encode(images, generator=generator(1)).key_codes
+        assert torch.equal(first, any_model.encode(images, generator=generator(2)).key_codes)
+        assert torch.equal(state, torch.get_rng_state())
+        logits = any_model.encoder(images)[:, :4]
+        assert torch.equal(first, torch.sigmoid(logits))
+
+    def test_default_scale_is_a_quarter_of_a_cell(self, model):
+        assert model.config.key_noise_scale is None and model.key_noise_scale == 1 / (4 * 16)
+        assert make_model(key_noise_scale=0.0).key_noise_scale == 0
+
+    @pytest.mark.parametrize("scale", [None, 0.05])
+    def test_perturbation_has_the_scale(self, scale, monkeypatch):
+        model = make_model(key_noise_scale=scale).train()
+        fix_logits(model, monkeypatch, torch.zeros(1, 4, 64, 64))
+        noise = model.encode(torch.zeros(4, 3, 256, 256), generator=generator()).key_codes - 0.5
+        expected = scale or 1 / (4 * 16)
+        # 65,536 draws put the standard deviation within 0.3% and the mean within 0.4% of it (one sigma).
+        assert noise.std().item() == pytest.approx(expected, rel=0.015)
+        assert abs(noise.mean().item()) < 0.02 * expected
+        within = noise.abs().lt(expected).double().mean().item()
+        assert within == pytest.approx(0.6827, abs=0.01)  # normal; its estimate has sigma 0.002
+        assert not torch.equal(noise[0], noise[1]) and not torch.equal(noise[:, 0], noise[:, 1])
+
+    def test_codes_stay_in_range(self, images):
+        model = make_model(key_noise_scale=1e3).train()
+        codes = model.encode(images).key_codes
+        assert codes.min() == 0 and codes.max() == 1
+        assert model(images).sample.isfinite().all()
+
+    def test_gradients_pass_unless_clipped(self):
+        model = make_model(key_noise_scale=0.3)
+        codes = torch.full((1, 4, 4, 4), 0.5, requires_grad=True)
+        relaxed = model.relax_precision(codes, generator())
+        gradient = torch.autograd.grad(relaxed.sum(), codes)[0]
+        clipped = (relaxed == 0) | (relaxed == 1)
+        assert clipped.any() and not clipped.all()
+        assert torch.equal(gradient, (~clipped).float())
+
+    @pytest.mark.parametrize("variant", ["style-noise", "style-kl"])
+    def test_generator_decides_in_training(self, models, variant, images):
+        model = models[variant].train()
+        first, again, other = (model.encode(images, generator=generator(seed)).key_codes for seed in (1, 1, 2))
+        model.eval()
+        assert torch.equal(first, again) and not torch.equal(first, other)
+        exact = model.encode(images).key_codes
+        assert not torch.equal(first, exact)
+        if variant == "style-noise":
+            assert (first - exact).abs().max() < 6 / 64  # 6 sigma
+
+    @pytest.mark.parametrize(
+        "variant",
+        [
+            "style-noise",
+            "style-kl",
+        ],
+    )
+    def test_a_generator_an_image(self, models, variant, images):
+        model = models[variant].train()
+        whole = model.encode(images, generator=[generator(seed) for seed in range(3)]).key_codes
+        parts = [model.encode(image[None], generator=[generator(seed)]).key_codes for seed, image in enumerate(images)]
+        torch.testing.assert_close(whole, torch.cat(parts), **SAME)
+
+    def test_none_is_exact_in_training(self, models, images):
+        model = models["style-none"]
+        assert torch.equal(model.train().encode(images).key_codes, model.eval().encode(images).key_codes)
+
+
+class TestKL:
+    """Gaussian logits (App. A.4)."""
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_loss(self, models, monkeypatch, training):
+        model = models["style-kl"].train(training)
+        mean, log_variance = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
+        fix_logits(model, monkeypatch, mean, log_variance)
+        kl_loss = model.encode(torch.zeros(2, 3, 16, 16)).kl_loss
+        posterior = torch.distributions.Normal(mean, (log_variance / 2).exp())
+        expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum((1, 2, 3))
+        assert kl_loss.shape == (2,)
+        torch.testing.assert_close(kl_loss, expected, rtol=1e-4, atol=1e-4)  # float32 sums of 64 terms
+
+    @pytest.mark.parametrize("raw, clamped", [(-1000.0, -30.0), (-30.0, -30.0), (20.0, 20.0), (1000.0, 20.0)])
+    def test_log_variance_is_clamped(self, models, monkeypatch, raw, clamped):
+        model = models["style-kl"].train()
+        fix_logits(model, monkeypatch, torch.full((1, 4, 4, 4), 0.3), torch.full((1, 4, 4, 4), raw))
+        output = model.encode(torch.zeros(1, 3, 16, 16), generator=generator())
+        expected = 64 * 0.5 * (0.3**2 + math.exp(clamped) - 1 - clamped)
+        assert output.kl_loss.item() == pytest.approx(expected, rel=1e-4)
+        if clamped < 0:  # a standard deviation of 3e-7
+            torch.testing.assert_close(output.key_codes, torch.full_like(output.key_codes, 0.3).sigmoid())
+        else:
+            assert output.key_codes.isfinite().all() and output.key_codes.std() > 0.4  # all near 0 or 1
+
+    def test_eval_takes_the_mean(self, models, monkeypatch):
+        model = models["style-kl"].eval()
+        mean = torch.randn(2, 4, 4, 4)
+        fix_logits(model, monkeypatch, mean, torch.randn(2, 4, 4, 4))
+        assert torch.equal(model.encode(torch.zeros(2, 3, 16, 16)).key_codes, mean.sigmoid())
+
+    def test_training_draws_logits(self, models, monkeypatch):
+        model = models["style-kl"].train()
+        shape = (1, 4, 64, 64)
+        fix_logits(model, monkeypatch, torch.full(shape, 0.3), torch.full(shape, math.log(0.25)))
+        logits = model.encode(torch.zeros(4, 3, 256, 256), generator=generator()).key_codes.logit()
+        # 65,536 draws: sigmas of 0.002 and 0.0014.
+        assert logits.mean().item() == pytest.approx(0.3, abs=0.01)
+        assert logits.std().item() == pytest.approx(0.5, abs=0.007)
+
+    def test_only_kl_has_a_loss(self, models, images):
+        for name in ("style-noise", "style-none"):
+            assert models[name].train().encode(images).kl_loss is None
+
+
+class TestTraining:
+    def test_every_parameter_gets_a_gradient(self, any_model, images):
+        any_model.train().zero_grad()
+        output = any_model(images, generator=generator())
+        loss = (output.sample - images).square().mean()
+        if output.kl_loss is not None:
+            loss = loss + 1e-4 * output.kl_loss.mean()
+        loss.backward()
+        for name, parameter in any_model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+            # Biases in front of a normalisation, or of attention's keys, have a gradient of 0 but for rounding.
+            if name.startswith(("grids", "mlp")) or name.endswith("weight") or name == "encoder.conv_out.bias":
+                assert parameter.grad.abs().max() > 0, name
+        any_model.zero_grad()
+
+    def test_gradient_checkpointing(self, any_model, images):
+        assert any_model._supports_gradient_checkpointing
+        any_model.train()
+        results = []
+        for enabled in (False, True):
+            (any_model.enable_gradient_checkpointing if enabled else any_model.disable_gradient_checkpointing)()
+            assert any_model.is_gradient_checkpointing == enabled
+            assert any_model.decoder.gradient_checkpointing == any_model.encoder.gradient_checkpointing == enabled
+            any_model.zero_grad()
+            sample = any_model(images, generator=generator()).sample
+            sample.square().mean().backward()
+            results.append((sample, [parameter.grad.clone() for parameter in any_model.parameters()]))
+        any_model.disable_gradient_checkpointing()
+        any_model.zero_grad()
+        torch.testing.assert_close(results[1], results[0], **SAME)
+
+    def test_a_few_steps_learn(self, images):
+        images = nn.functional.interpolate(images[:, :, :4, :4], scale_factor=4)  # one colour an element of the code
+        model = make_model().train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, betas=(0.9, 0.99), eps=1e-15)
+        losses = []
+        for step in range(40):
+            loss = (model(images, generator=generator(step)).sample - images).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert sum(losses[-5:]) < 0.7 * sum(losses[:5])  # 0.55 when written
+
+
+class TestPrecision:
+    @pytest.mark.parametrize("dtype, limit", [(torch.float16, 0.02), (torch.bfloat16, 0.15)])
+    def test_half_precision_is_near_float32(self, dtype, limit, images, codes):
+        single, half = make_model().eval(), make_model().to(dtype).eval()
+        output = half(images.to(dtype))
+        assert output.sample.dtype == output.key_codes.dtype == dtype
+        assert output.sample.isfinite().all()
+        # A dozen convolutions deep, eps being 2^-10 and 2^-7: codes within a few eps.
+        expected = single(images)
+        error = (output.key_codes.float() - expected.key_codes).abs().max()
+        assert error < 4 * torch.finfo(dtype).eps
+        # The same codes: only the decoder rounds.
+        codes = codes.to(dtype)
+        assert relative_error(half.decode(codes).sample, single.decode(codes.float()).sample) < limit / 2
+        assert relative_error(output.sample, expected.sample) < limit
+
+    @pytest.mark.parametrize("variant", ["style-noise", "style-kl", "vqgan", "4d-keys"])
+    def test_bfloat16_autocast(self, models, variant, images):
+        model = models[variant].eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(images)
+        expected = model(images)
+        assert relative_error(output.sample, expected.sample) < 0.15  # as for bfloat16 weights
+        if expected.kl_loss is not None:
+            assert output.kl_loss.dtype == torch.float32
+            torch.testing.assert_close(output.kl_loss, expected.kl_loss, rtol=0.05, atol=0.5)
+
+    @pytest.mark.parametrize("variant", ["style-noise", "style-kl", "style-none"])
+    def test_autocast_keeps_codes_in_float32(self, models, variant, images):
+        # bfloat16 steps by 1/256 between 0.5 and 1: as much as sigma, for 64 cells.
+        with torch.autocast("cpu", torch.bfloat16):
+            codes = models[variant].train().encode(images, generator=generator()).key_codes
+        assert codes.dtype == torch.float32
+
+    def test_gradients_under_autocast(self, images):
+        model = make_model().train()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(images).sample.square().mean()
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), name
+
+    def test_float64(self, images):
+        model = make_model().eval()
+        expected = model(images).sample
+        sample = model.double()(images.double()).sample
+        assert sample.dtype == torch.float64
+        torch.testing.assert_close(
+            sample.float(), expected, rtol=1e-3, atol=1e-3
+        )  # float32, through a few dozen layers
+
+
+class TestSaving:
+    def test_round_trip(self, any_model, images, tmp_path):
+        any_model.save_pretrained(tmp_path)
+        assert sorted(os.listdir(tmp_path)) == ["config.json", "diffusion_pytorch_model.safetensors"]
+        loaded = BricsAutoencoder.from_pretrained(tmp_path)
+        assert not loaded.training
+        assert public(loaded.config).keys() == public(any_model.config).keys()
+        # JSON knows lists only.
+        assert json.dumps(public(loaded.config)) == json.dumps(public(any_model.config))
+        for name, tensor in any_model(images).items():
+            assert torch.equal(loaded(images)[name], tensor), name
+
+    def test_half_precision(self, model, images, tmp_path):
+        model.save_pretrained(tmp_path)
+        loaded = BricsAutoencoder.from_pretrained(tmp_path, torch_dtype=torch.float16)
+        assert loaded(images.half()).sample.dtype == torch.float16
+        assert all(parameter.dtype == torch.float16 for parameter in loaded.parameters())
+
+    def test_config(self, any_model):
+        again = BricsAutoencoder.from_config(any_model.config)
+        assert public(again.config) == public(any_model.config)
+        shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (again, any_model)]
+        assert shapes[0] == shapes[1]
+
+    def test_state_is_parameters_only(self, any_model):
+        # EMAModel keeps parameters only.
+        assert not list(any_model.buffers())
+
+
+class TestCompile:
+    @pytest.mark.parametrize("variant, training", [("style-noise", True), ("style-kl", False), ("4d-keys", False)])
+    def test_one_graph(self, models, variant, training, images):
+        model = models[variant].train(training)
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")  # tracing only: a break is an error
+        torch.manual_seed(0)
+        actual = compiled(images)
+        torch.manual_seed(0)
+        expected = model(images)
+        torch.testing.assert_close(actual.sample, expected.sample, **SAME)
+        torch.testing.assert_close(actual.key_codes, expected.key_codes, **SAME)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("variant", ["style-noise", "4d-keys"])
+    def test_inductor(self, models, variant, images):
+        model = models[variant].eval()
+        torch.compiler.reset()
+        expected = model(images)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(images).sample, expected.sample, **SAME)
+
+    @pytest.mark.slow
+    def test_inductor_gradients(self, models, images):
+        model = models["style-none"].train()
+        torch.compiler.reset()
+        results = []
+        for forward in (model, torch.compile(model, fullgraph=True)):
+            model.zero_grad()
+            forward(images).sample.square().mean().backward()
+            results.append([parameter.grad.clone() for parameter in model.parameters()])
+        model.zero_grad()
+        torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)  # fused float32 sums
+
+
+class TestDefaults:
+    """The defaults are the preset church-64x64x4."""
+
+    @pytest.fixture(scope="class")
+    def costs(self):
+        with FakeTensorMode():
+            model = BricsAutoencoder().train()  # in training mode values are not looked at
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                sample = model.decode(torch.rand(1, *model.key_code_shape)).sample
+        assert sample.shape == (1, 3, 256, 256)
+        return model, counter.get_total_flops() / 2
+
+    def test_parameters(self, costs):
+        sizes = {name: parameter.numel() for name, parameter in costs[0].named_parameters()}
+        grids = sum(size for name, size in sizes.items() if name.startswith("grids"))
+        decoding = sum(size for name, size in sizes.items() if name.startswith(("mlp", "decoder")))
+        assert grids == 18_629_680
+        assert decoding == pytest.approx(9.9e6, rel=0.03)
+        assert costs[0].key_code_shape == (4, 64, 64) and costs[0].key_noise_scale == 1 / 256
+
+    def test_multiply_adds(self, costs):
+        assert 63e9 < costs[1] < 69e9  # the paper's 63.4 G; 68 G with everything counted
+
+    def test_untrained_decode_is_finite(self):
+        torch.manual_seed(0)
+        model = BricsAutoencoder().eval()
+        with torch.no_grad():
+            sample = model.decode(torch.rand(1, 4, 64, 64)).sample
+        assert sample.shape == (1, 3, 256, 256) and sample.isfinite().all()
+
+    def test_meta_device(self):
+        with torch.device("meta"):
+            model = BricsAutoencoder(**SMALL).eval()
+            assert model(torch.zeros(1, 3, 16, 16)).sample.shape == (1, 3, 16, 16)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "shape, message",
+        [
+            ((1, 4, 16, 16), r"sample has shape \(1, 4, 16, 16\); expected \(batch, 3, height, width\)"),
+            ((3, 16, 16), r"sample has shape \(3, 16, 16\); expected \(batch, 3"),
+            ((1, 3, 18, 16), "sample is 18x16; height and width must divide by 4"),
+            ((1, 3, 16, 17), "sample is 16x17; height and width must divide by 4"),
+            ((1, 3, 0, 16), "sample is 0x16"),
+        ],
+    )
+    @pytest.mark.parametrize("training", [False, True])
+    def test_image_shape(self, model, shape, message, training):
+        model.train(training)
+        for call in (model.encode, model):
+            with pytest.raises(ValueError, match=message):
+                call(torch.zeros(shape))
+
+    @pytest.mark.parametrize(
+        "sample, message",
+        [
+            (
+                torch.linspace(0, 255, 768).view(1, 3, 16, 16),
+                r"sample spans \[0, 255\]; expected \[-1, 1\].*scale pixels",
+            ),
+            (torch.full((1, 3, 16, 16), -1.1), r"sample spans \[-1.1, -1.1\]"),
+            (torch.full((1, 3, 16, 16), float("nan")), r"sample spans \[nan, nan\]"),
+            (torch.zeros(1, 3, 16, 16).index_fill(3, torch.tensor(5), float("nan")), "nan"),
+            (torch.full((1, 3, 16, 16), float("inf")), "inf"),
+            (
+                torch.zeros(1, 3, 16, 16, dtype=torch.uint8),
+                "sample is torch.uint8; expected floating point.*scale pixels",
+            ),
+        ],
+        ids=["bytes-as-floats", "below", "nan", "some-nan", "inf", "uint8"],
+    )
+    def test_image_values(self, model, sample, message):
+        with pytest.raises(ValueError, match=message):
+            model.encode(sample)
+
+    def test_uint8_is_refused_in_training_too(self, model):
+        with pytest.raises(ValueError, match="torch.uint8"):
+            model.train().encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+    @pytest.mark.parametrize(
+        "key_codes, message",
+        [
+            (torch.zeros(1, 3, 4, 4), r"key_codes has shape \(1, 3, 4, 4\); expected \(batch, 4, height, width\)"),
+            (torch.zeros(4, 4, 4), r"key_codes has shape \(4, 4, 4\)"),
+            (torch.full((1, 4, 4, 4), -1.0), r"key_codes spans \[-1, -1\]; expected \[0, 1\].*z / 2 \+ 0.5"),
+            (torch.full((1, 4, 4, 4), 1.02), "key_codes spans"),
+            (torch.full((1, 4, 4, 4), float("nan")), r"key_codes spans \[nan, nan\]"),
+            (torch.zeros(1, 4, 4, 4, dtype=torch.int64), "key_codes is torch.int64; expected floating point"),
+        ],
+        ids=["channels", "no-batch", "latents", "above", "nan", "integers"],
+    )
+    def test_key_codes(self, model, key_codes, message):
+        with pytest.raises(ValueError, match=message):
+            model.decode(key_codes)
+
+    @pytest.mark.parametrize("variant", ["style-noise", "4d-keys"])
+    def test_codes_that_rounding_put_outside_are_clipped(self, models, variant):
+        model = models[variant].eval()
+        codes = torch.tensor([-0.009, 1.009]).repeat(32).view(1, 4, 4, 4)
+        torch.testing.assert_close(model.decode(codes).sample, model.decode(codes.clamp(0, 1)).sample, **SAME)
+
+    def test_values_at_the_limits_pass(self, model):
+        assert model.encode(torch.tensor([-1.0, 1.0]).repeat(384).view(1, 3, 16, 16)).key_codes.isfinite().all()
+        assert model.decode(torch.tensor([0.0, 1.0]).repeat(32).view(1, 4, 4, 4)).sample.isfinite().all()
+
+    @pytest.mark.parametrize(
+        "config, message",
+        [
+            ({"grid_type": "sparse"}, "grid_type is 'sparse'"),
+            ({"decoder_type": "unet"}, "decoder_type is 'unet'; it must be one of 'style', 'vqgan', 'movq'"),
+            ({"regularization": "vq"}, "regularization is 'vq'; it must be one of 'noise', 'kl', 'none'"),
+            ({"key_channels": 5, "key_length": 2}, "key_channels is 5 and key_length 2.*multiple"),
+            ({"key_channels": 0}, "key_channels is 0"),
+            ({"key_length": 0}, "key_length 0"),
+            ({"key_channels": 6, "key_length": 3}, "key_length is 3; grids are 3-D or 4-D"),
+            ({"sample_size": 32}, "sample_size is 32; feature_size=8 and 2 decoder blocks make images of 16"),
+            ({"feature_size": 4}, "sample_size is 16; feature_size=4"),
+            ({"decoder_block_out_channels": (16, 8, 8)}, "3 decoder blocks make images of 32"),
+            ({"down_block_types": ("DownEncoderBlock2D",)}, "names 1 blocks and encoder_block_out_channels 3"),
+            (
+                {"feature_size": 2, "decoder_block_out_channels": (16, 8, 8, 8)},
+                "the encoder divides by 4 and the decoder multiplies by 8",
+            ),
+            ({"sample_size": 18, "feature_size": 9}, "divide sample_size=18"),
+            ({"feature_channels": 18}, "feature_channels=18.*4 groups"),
+            ({"style_dim": 18}, "style_dim=18.*4 groups"),
+            ({"mlp_layers": 0}, "mlp_layers=0"),
+            ({"min_resolution": 32}, "min_resolution=32, max_resolution=16"),
+        ],
+    )
+    def test_config(self, config, message):
+        with pytest.raises(ValueError, match=message):
+            BricsAutoencoder(**{**SMALL, **config})

@@ -1,0 +1,144 @@
+import pytest
+import torch
+import train_autoencoder
+import train_key_codes
+from launching import launch
+from PIL import Image, ImageFilter
+from safetensors.torch import load_file
+from small_models import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
+from brics_diffusers.data import ImageCollection, load_collection
+from brics_diffusers.evaluation import image_metrics
+
+
+def read_log(output_dir):
+    events = EventAccumulator(str(output_dir / "logs" / "tensorboard"))
+    events.Reload()
+    return events
+
+
+class TestOneProcess:
+    def test_results(self, stage_one):
+        output_dir, _ = stage_one
+        autoencoder = BricsAutoencoder.from_pretrained(output_dir / "autoencoder")
+        assert autoencoder.config.sample_size == 32
+        assert {path.name for path in output_dir.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+        grid = Image.open(output_dir / "reconstructions.png")
+        assert grid.width > 32 and grid.height > 64  # images above reconstructions
+
+    def test_log(self, stage_one):
+        output_dir, _ = stage_one
+        events = read_log(output_dir)
+        names = {"psnr": "validation", "ssim": "validation", "mse": "train", "images_per_second": "train"}
+        assert {f"{kind}/{name}" for name, kind in names.items()} <= set(events.Tags()["scalars"])
+        assert [event.step for event in events.Scalars("train/adversarial")] == [3, 4]  # from --gan_start_step on
+        assert "validation" in events.Tags()["images"]
+
+    def test_unreadable_file_is_named(self, stage_one):
+        _, done = stage_one
+        assert done.stderr.count("broken.png is not readable as an image") == 1
+        assert "skipped 1 unreadable file" in done.stderr
+
+    def test_both_networks_moved(self, stage_one):
+        output_dir, _ = stage_one
+        first, last = (output_dir / f"checkpoint-{step}" for step in (2, 4))
+        for name in ("model.safetensors", "model_1.safetensors"):
+            before, after = load_file(first / name), load_file(last / name)
+            moved = [key for key in before if not torch.equal(before[key], after[key])]
+            assert len(moved) > len(before) // 2
+
+
+class TestFlags:
+    def test_flag_beats_file(self, write_config):
+        config = str(write_config({"train_autoencoder": {"learning_rate": "1e-3", "seed": 7}}))
+        args = train_autoencoder.parse_args(["--config", config, "--dataset_name", "x", "--seed", "8"])
+        assert (args.learning_rate, args.seed, args.train_batch_size) == (1e-3, 8, 4)
+        assert args.autoencoder["sample_size"] == 32
+
+    @pytest.mark.parametrize(
+        ("changes", "flags", "message"),
+        [
+            (
+                {"train_autoencoder": {"lerning_rate": 1}},
+                ["--dataset_name", "x"],
+                "flags in train_autoencoder: lerning_r",
+            ),
+            (
+                {"train_autoencoder": {"mixed_precision": "fp8"}},
+                ["--dataset_name", "x"],
+                "argument --mixed_precision: invalid choice",
+            ),
+            ({}, [], "no collection: give --dataset_name"),
+            ({}, ["--config", "none.yaml"], "--config none.yaml can't be read as YAML"),
+        ],
+    )
+    def test_errors(self, write_config, capsys, changes, flags, message):
+        with pytest.raises(SystemExit):
+            train_autoencoder.parse_args(["--config", str(write_config(changes)), *flags])
+        assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize("path", sorted((ROOT / "training/configs").glob("*.yaml")), ids=lambda path: path.stem)
+    def test_configs(self, path):
+        args = train_autoencoder.parse_args(["--config", str(path), "--dataset_name", "x"])
+        both = ["--config", str(path), "--dataset_name", "x", "--autoencoder_name_or_path", "y"]
+        with torch.device("meta"):
+            autoencoder = BricsAutoencoder(**args.autoencoder)
+            args = train_key_codes.parse_args(both)
+            unet = train_key_codes.build_unet(args, autoencoder)
+        BricsKeyCodePipeline(autoencoder, unet, CosineVariantScheduler(**args.scheduler))
+
+
+class TestTwoProcesses:
+    @pytest.fixture(scope="class")
+    def steps(self, tmp_path_factory, image_folder, write_config):
+        """Weights after one step with the adversarial loss and R1: one process, and two with half the batch each."""
+        config = write_config({"autoencoder": {"regularization": "none"}})
+        weights = []
+        for processes in (1, 2):
+            output_dir = tmp_path_factory.mktemp(f"processes-{processes}")
+            # A large epsilon makes Adam's first step proportional to the gradient: with a small one only its sign
+            # matters, and rounding decides the sign of those near zero.
+            flags = ["--adam_epsilon", 1.0, "--discriminator_adam_epsilon", 1.0, "--learning_rate", 1.0]
+            flags += ["--train_batch_size", 4 // processes, "--max_train_steps", 1, "--num_validation_images", 0]
+            flags += ["--config", config, "--dataset_name", image_folder, "--output_dir", output_dir]
+            launch("train_autoencoder.py", *flags, processes=processes)
+            names = ("model.safetensors", "model_1.safetensors")
+            weights.append({name: load_file(output_dir / "checkpoint-1" / name) for name in names})
+        return weights
+
+    @pytest.mark.parametrize("network", ["model.safetensors", "model_1.safetensors"])
+    def test_equal_one_process_with_doubled_batch(self, steps, network):
+        one, two = (weights[network] for weights in steps)
+        assert one.keys() == two.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+    def test_both_networks_took_the_step(self, steps):
+        # These start at zero.
+        assert steps[0]["model.safetensors"]["decoder.blocks.1.to_rgb.bias"].abs().min() > 1e-3
+        assert steps[0]["model_1.safetensors"]["discriminator.linear_out.bias"].abs().min() > 1e-3
+
+
+@pytest.mark.skipif(not (ROOT.parent / "shared/data/noto-emoji-64").is_dir(), reason="needs the noto-emoji-64 data")
+def test_loss_falls_below_that_of_a_blurred_copy(tmp_path, write_config):
+    source = ROOT.parent / "shared/data/noto-emoji-64"
+    config = ROOT / "training/configs/noto-emoji-64.yaml"
+    flags = ["--max_train_samples", 64, "--num_validation_images", 0, "--logging_steps", 5]
+    launch("train_autoencoder.py", "--config", config, "--dataset_name", source, "--output_dir", tmp_path, *flags)
+    losses = [event.value for event in read_log(tmp_path).Scalars("train/mse")]
+    assert losses[-1] < losses[0] / 10
+    collection = ImageCollection(load_collection(source, max_images=64), 64)
+    images = torch.stack([collection[index]["pixel_values"] for index in range(64)])
+    blurred = torch.stack([blur(image) for image in images])
+    autoencoder = BricsAutoencoder.from_pretrained(tmp_path / "autoencoder").eval()
+    with torch.no_grad():
+        reconstructed = autoencoder(images).sample
+    assert image_metrics(reconstructed, images)["psnr"].mean() > image_metrics(blurred, images)["psnr"].mean()
+
+
+def blur(image):
+    picture = to_pil_image(image / 2 + 0.5).filter(ImageFilter.GaussianBlur(2))
+    return pil_to_tensor(picture) / 127.5 - 1

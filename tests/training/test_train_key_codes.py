@@ -1,0 +1,75 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+import train_key_codes
+from launching import launch
+from PIL import Image
+from safetensors.torch import load_file
+
+from brics_diffusers import BricsKeyCodePipeline
+from brics_diffusers.data import ImageCollection, load_collection
+from brics_diffusers.key_code_store import KeyCodeDataset
+
+
+def test_a_whole_pipeline_is_saved(stage_two):
+    output_dir, _ = stage_two
+    pipe = BricsKeyCodePipeline.from_pretrained(output_dir)
+    images = pipe(2, 3, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert images.shape == (2, 3, 32, 32) and images.isfinite().all()
+    assert Image.open(output_dir / "samples.png").width > 32
+    assert (output_dir / "checkpoint-4").is_dir()
+
+
+def test_key_codes_are_those_of_the_autoencoder(stage_two, image_folder):
+    output_dir, done = stage_two
+    autoencoder = BricsKeyCodePipeline.from_pretrained(output_dir).autoencoder.eval()
+    stored = KeyCodeDataset(output_dir / "key_codes")
+    collection = ImageCollection(load_collection(image_folder), 32, random_flip=True)
+    items = [collection[index] for index in range(len(collection))]
+    images = torch.stack([item["pixel_values"] for item in items if item["pixel_values"] is not None])
+    assert len(stored) == len(images) == 48  # 24 images, their mirror images, and one file that is none, twice
+    with torch.no_grad():
+        expected = autoencoder.encode(images).key_codes
+    codes = torch.stack([stored[index] for index in range(len(stored))])
+    # float16 keeps 11 bits: 2**-12 of a value below 1.
+    torch.testing.assert_close(codes, expected, rtol=0, atol=2**-11)
+    assert len(list((output_dir / "key_codes").glob("codes-*.npy"))) == 10  # 50 rows in shards of 5
+    assert "skipped 1 unreadable file" in done.stderr
+
+
+def test_same_key_codes_are_not_made_again(stage_one, stage_two, image_folder, write_config, tmp_path):
+    folder = stage_two[0] / "key_codes"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    flags = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", tmp_path]
+    flags += ["--autoencoder_name_or_path", stage_one[0], "--key_codes_dir", folder, "--max_train_steps", 1]
+    launch("train_key_codes.py", *flags, "--random_flip", "--num_validation_images", 0)
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    # Without mirror images these would be other codes.
+    done = launch("train_key_codes.py", *flags, check=False)
+    assert done.returncode != 0 and "holds key codes of another autoencoder, collection or resolution" in done.stderr
+
+
+def test_two_processes_equal_one_with_doubled_batch(tmp_path, image_folder, write_config, stage_one):
+    weights = []
+    for processes in (1, 2):
+        output_dir = tmp_path / str(processes)
+        flags = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", output_dir]
+        # A large epsilon makes Adam's first step proportional to the gradient, see test_train_autoencoder.py.
+        flags += ["--adam_epsilon", 1.0, "--learning_rate", 1.0, "--train_batch_size", 4 // processes]
+        flags += ["--max_train_steps", 1, "--autoencoder_name_or_path", stage_one[0], "--num_validation_images", 3]
+        launch("train_key_codes.py", *flags, processes=processes)
+        weights.append(load_file(output_dir / "checkpoint-1" / "model.safetensors"))
+        assert json.loads((output_dir / "key_codes/manifest.json").read_text())["counts"] == [5, 5, 5, 5, 4]
+    one, two = weights
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    grids = [np.array(Image.open(tmp_path / str(processes) / "samples.png")).astype(int) for processes in (1, 2)]
+    assert np.abs(grids[0] - grids[1]).max() <= 2  # the same samples, to rounding
+
+
+def test_an_autoencoder_is_needed(capsys):
+    with pytest.raises(SystemExit):
+        train_key_codes.parse_args(["--dataset_name", "x"])
+    assert "no autoencoder: give --autoencoder_name_or_path" in capsys.readouterr().err
