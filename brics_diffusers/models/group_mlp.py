@@ -119,7 +119,9 @@ class GroupMLP(nn.Module):
             `tuple`: feature block (B, C_d, P) and style code (B, style_dim), or `None` with `style_dim=0`.
         """
         mean = features.to(torch.promote_types(features.dtype, torch.float32)).mean(dim=-1)  # (g, N_r * C_r, B)
-        mean = mean * torch.rsqrt(mean.square().mean(dim=1, keepdim=True) + 1e-8)
+        # New grids have means near 1e-6. The usual epsilon of 1e-8 would dwarf their squares and leave style and
+        # modulation almost constant for the first hundred steps.
+        mean = mean * torch.rsqrt(mean.square().mean(dim=1, keepdim=True) + 1e-20)
         mean = mean.to(features.dtype)
         modulation = self.modulation(mean)
         for index, layer in enumerate(self.layers):
