@@ -5,6 +5,7 @@ Run by `make demo`. Everything is written to one folder, which is named at the e
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from PIL import Image
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data import evaluation_loader, load_collection
 from brics_diffusers.evaluation import reconstruction_metrics
-from brics_diffusers.training_utils import image_grid, side_by_side
+from brics_diffusers.visualization import image_grid, side_by_side
 
 
 ROOT = Path(__file__).parent
@@ -54,6 +55,7 @@ def write_crops(folder: Path, seed: int) -> None:
 def launch(script: str, *arguments: str) -> None:
     """Runs a training script as a user would."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--mixed_precision", "no"]
+    command += ["--num_cpu_threads_per_process", str(os.cpu_count())]  # accelerate's default is one
     command += ["--num_machines", "1", "--dynamo_backend", "no", str(ROOT / "training" / script), *arguments]
     subprocess.run(command, check=True)
 

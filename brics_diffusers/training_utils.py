@@ -1,24 +1,25 @@
-"""What both training scripts share: flags and config files, checkpoints, averaged weights, pictures."""
+"""What both training scripts share: flags and config files, data splits, optimizer steps, averaged weights."""
 
 import argparse
 import contextlib
 import json
 import logging
-import os
-import shutil
-import signal
+import resource
 import sys
+import time
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
+from tqdm.auto import tqdm
 
+from .checkpoints import RunState, checkpoint_step, list_checkpoints
 from .data import load_collection
+from .models import BricsAutoencoder
 
 
 logger = logging.getLogger(__name__)
@@ -54,9 +55,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataloader_num_workers", type=int, default=0, help="Processes that read data, for each training process.")
     add("--checkpointing_steps", type=int, default=5000, help="Steps between checkpoints.")
     add("--checkpoints_total_limit", type=int, help="Checkpoints to keep; all by default.")
-    add("--resume_from_checkpoint", help="Path of a checkpoint, or `latest`.")
+    add("--resume_from_checkpoint", help="Path of a checkpoint, or `latest`, which starts afresh if there is none.")
     add("--validation_steps", type=int, default=2000, help="Steps between validations.")
     add("--logging_steps", type=int, default=10, help="Steps between entries in the logs.")
+    add("--max_nonfinite_steps", type=int, default=25, help="Skipped steps in a row after which a run stops.")
 
 
 def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple[str, ...], argv=None):
@@ -142,19 +144,6 @@ def tensorboard(accelerator: Accelerator):
     return accelerator.get_tracker("tensorboard", unwrap=True)
 
 
-class RunState:
-    """Counters of a run that belong in its checkpoints."""
-
-    def __init__(self):
-        self.global_step = 0
-
-    def state_dict(self) -> dict:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
-
-
 def ema_half_life_decay(batch_size: int, half_life_images: float) -> float:
     """Decay of averaged weights that forgets half in `half_life_images` images at `batch_size` images a step."""
     return 0.5 ** (batch_size / half_life_images)
@@ -174,98 +163,19 @@ def averaged_weights(model: torch.nn.Module, ema: EMAModel):
         model.train(was_training)
 
 
-def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    paths = Path(output_dir).glob("checkpoint-*")
-    numbered = [path for path in paths if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, step: int, limit: int | None = None):
+def load_autoencoder(name_or_path: str, **changes) -> BricsAutoencoder:
     r"""
-    Saves all that is needed to go on: networks, optimizers, schedules, averaged weights, counters and random states.
-    The folder appears by a rename when it is complete. Call on every process.
+    A saved autoencoder, or the one in the `autoencoder` folder of a run or of a pipeline.
 
     Args:
-        accelerator (`Accelerator`): With everything prepared or registered for checkpointing.
-        output_dir (`str`): Folder of the run.
-        step (`int`): Optimizer step; the folder is called `checkpoint-<step>`.
-        limit (`int`, *optional*): Checkpoints to keep, the oldest go first; all by default.
-    """
-    path = Path(output_dir) / f"checkpoint-{step}"
-    partial = Path(output_dir) / f".partial-checkpoint-{step}"
-    if accelerator.is_main_process and partial.exists():
-        shutil.rmtree(partial)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-        for old in list_checkpoints(output_dir)[: -max(limit, 1) if limit is not None else 0]:
-            shutil.rmtree(old)
-        logger.info("Saved %s", path)
-    accelerator.wait_for_everyone()
-
-
-def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: str | None) -> None:
-    r"""
-    Restores a run. Call on every process, after everything is prepared and registered.
-
-    Args:
-        accelerator (`Accelerator`): The run's accelerator.
-        output_dir (`str`): Folder of the run, searched for `latest`.
-        checkpoint (`str`, *optional*): Path of a checkpoint; `"latest"`, which starts afresh if there is none; or
-            `None`.
-
-    Raises:
-        `FileNotFoundError`: If a path is given that is not a checkpoint.
-    """
-    if checkpoint is None:
-        return
-    if checkpoint == "latest":
-        found = list_checkpoints(output_dir)
-        if not found:
-            logger.info("No checkpoint in %s: starting afresh.", output_dir)
-            return
-        checkpoint = found[-1]
-    if not Path(checkpoint).is_dir():
-        raise FileNotFoundError(f"{checkpoint} is not a checkpoint folder; give the path of one, or latest.")
-    accelerator.load_state(str(checkpoint))
-    logger.info("Resumed from %s", checkpoint)
-
-
-class TerminationSignal:
-    """Remembers that SIGTERM was received, so that the loop can save and leave."""
-
-    def __init__(self):
-        self.received = False
-        signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, *_):
-        self.received = True
-
-
-def image_grid(images: torch.Tensor, columns: int = 8):
-    r"""
-    Puts images into one picture.
-
-    Args:
-        images (`torch.Tensor` of shape (N, 3, H, W)): Images in [-1, 1]; clipped.
-        columns (`int`, defaults to 8): Images in a row.
+        name_or_path (`str`): A folder, or a name on the Hub.
+        changes: Values that replace those of the saved config.
 
     Returns:
-        `PIL.Image.Image`.
+        `BricsAutoencoder`.
     """
-    images = images.detach().float().cpu().clamp(-1, 1) / 2 + 0.5
-    return to_pil_image(make_grid(images, nrow=columns, padding=2, pad_value=1.0))
-
-
-def side_by_side(targets: torch.Tensor, samples: torch.Tensor, columns: int = 8):
-    """Rows of `columns` images, each followed by the row of their reconstructions, as one picture."""
-    rows = [part for pair in zip(targets.split(columns), samples.split(columns), strict=True) for part in pair]
-    return image_grid(torch.cat([row.cpu().float() for row in rows]), min(columns, len(targets)))
+    subfolder = "autoencoder" if (Path(name_or_path) / "autoencoder").is_dir() else None
+    return BricsAutoencoder.from_pretrained(name_or_path, subfolder=subfolder, **changes)
 
 
 def load_splits(args: argparse.Namespace):
@@ -300,9 +210,20 @@ def load_splits(args: argparse.Namespace):
     return train, validation.select(range(min(args.num_validation_images, len(validation))))
 
 
-def build_optimizer(parameters, learning_rate: float, beta1: float, beta2: float, epsilon: float):
-    """Adam in one fused kernel per step."""
+def build_optimizer(model: torch.nn.Module, learning_rate: float, beta1: float, beta2: float, epsilon: float):
+    """Adam, one fused kernel a step, for the parameters of a model that are not frozen."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.Adam(parameters, lr=learning_rate, betas=(beta1, beta2), eps=epsilon, fused=True)
+
+
+def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer):
+    """The schedule of the flags `lr_scheduler`, `lr_warmup_steps` and `max_train_steps`."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
 
 
 def set_beta1(optimizer, beta1: float) -> None:
@@ -331,3 +252,85 @@ def step_if_finite(accelerator: Accelerator, optimizer, parameters, max_grad_nor
         optimizer.step()
     optimizer.zero_grad()
     return finite
+
+
+def count_skipped(state: RunState, finite: bool, limit: int, output_dir: str | Path) -> None:
+    r"""
+    Counts steps that were skipped for gradients that are not finite.
+
+    Args:
+        state (`RunState`): Holds the counts.
+        finite (`bool`): Whether the step was taken.
+        limit (`int`): Skipped steps in a row that end the run.
+        output_dir (`str`): Folder of the run.
+
+    Raises:
+        `FloatingPointError`: If the limit is reached; names the last checkpoint.
+    """
+    state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+    state.skipped_steps += not finite
+    if state.skipped_in_a_row >= limit:
+        # Weights are known to be good if the step after them was: leave out a checkpoint right before the first fault.
+        good = [path for path in list_checkpoints(output_dir) if checkpoint_step(path) < state.global_step - limit]
+        raise FloatingPointError(
+            f"the loss or its gradient was not finite in {limit} steps in a row, up to step {state.global_step}; "
+            f"lower --learning_rate or use --mixed_precision no or bf16, and resume from "
+            f"{good[-1] if good else 'the start, as no checkpoint is known to be good'}."
+        )
+
+
+def peak_memory(device: torch.device) -> float:
+    """Largest memory in use so far, in MiB: allocated on a GPU, resident of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+class StepLog:
+    r"""
+    Progress bar on the terminal, and curves in TensorBoard: values averaged over the processes, skipped steps, images
+    a second and peak memory.
+
+    Args:
+        accelerator (`Accelerator`): The run's accelerator.
+        state (`RunState`): Counts the steps.
+        total (`int`): Steps of the whole run.
+        images_per_step (`int`): Of all processes.
+        interval (`int`): Steps between entries.
+    """
+
+    def __init__(self, accelerator: Accelerator, state: RunState, total: int, images_per_step: int, interval: int):
+        self.accelerator = accelerator
+        self.state = state
+        self.images_per_step = images_per_step
+        self.interval = interval
+        hidden = not accelerator.is_main_process
+        self.bar = tqdm(total=total, initial=state.global_step, desc="Training", disable=hidden)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last entry out of images a second, for instance after a validation."""
+        self.started, self.steps = time.monotonic(), 0
+
+    def step(self, losses: dict[str, torch.Tensor], values: dict[str, float]) -> None:
+        r"""
+        Call after every optimizer step.
+
+        Args:
+            losses (`dict[str, torch.Tensor]`): Scalars of this process; logged as their mean over the processes.
+            values (`dict[str, float]`): Logged as they are.
+        """
+        self.bar.update()
+        self.steps += 1
+        if self.state.global_step % self.interval:
+            return
+        reduced = {name: self.accelerator.reduce(loss, reduction="mean") for name, loss in losses.items()}
+        values = values | {name: loss.item() for name, loss in reduced.items()}
+        values |= {
+            "skipped_steps": self.state.skipped_steps,
+            "images_per_second": self.steps * self.images_per_step / (time.monotonic() - self.started),
+            "peak_memory_mib": peak_memory(self.accelerator.device),
+        }
+        self.accelerator.log({f"train/{k}": v for k, v in values.items()}, step=self.state.global_step)
+        self.bar.set_postfix({name: f"{values[name]:.4f}" for name in losses})
+        self.restart_clock()

@@ -21,13 +21,22 @@ CONFIG = {
 }
 
 
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def command(script: str, *flags, processes: int = 1, launcher: bool = True) -> list[str]:
+    words = [sys.executable]
+    if launcher:
+        words += ["-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", str(processes)]
+        words += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+        words += ["--multi_gpu"] if processes > 1 else []  # with ACCELERATE_USE_CPU: gloo processes
+    return words + [str(ROOT / "training" / script), *map(str, flags)]
+
+
 def launch(script: str, *flags, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes"]
-    command += [str(processes), "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["--multi_gpu"] if processes > 1 else []  # with ACCELERATE_USE_CPU: gloo processes
-    command += [str(ROOT / "training" / script), *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    words = command(script, *flags, processes=processes)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment())
     if check:
         assert done.returncode == 0, done.stderr[-4000:]
     return done

@@ -5,19 +5,18 @@ accelerate launch training/train_autoencoder.py --config training/configs/photos
 
 import argparse
 import logging
-import time
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object, set_seed
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torchvision.transforms.functional import to_tensor
-from tqdm.auto import tqdm
 
 from brics_diffusers import BricsAutoencoder, BricsDiscriminator
+from brics_diffusers.checkpoints import RunState, TerminationSignal, appearing_folder, resume, save_checkpoint
 from brics_diffusers.data import ImageCollection, UnreadableLog, collate_images, evaluation_loader, training_loader
 from brics_diffusers.evaluation import reconstruction_metrics
+from brics_diffusers.grid_usage import GridUsage
 from brics_diffusers.losses import (
     DiscriminatorLoss,
     adversarial_loss,
@@ -26,21 +25,22 @@ from brics_diffusers.losses import (
     reconstruction_loss,
 )
 from brics_diffusers.training_utils import (
-    RunState,
+    StepLog,
     add_common_arguments,
     averaged_weights,
+    build_lr_scheduler,
     build_optimizer,
+    count_skipped,
     ema_half_life_decay,
+    load_autoencoder,
     load_splits,
     parse_arguments,
-    resume,
-    save_checkpoint,
     set_beta1,
-    side_by_side,
     start_run,
     step_if_finite,
     tensorboard,
 )
+from brics_diffusers.visualization import side_by_side
 
 
 logger = logging.getLogger("train_autoencoder")
@@ -50,6 +50,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
     add = parser.add_argument
+    add("--pretrained_autoencoder_name_or_path", help="Start from these weights and their config.")
+    add(
+        "--train_decoder_only",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Freeze the encoder and train grids, MLPs and decoder on its clean key codes with --key_noise_scale.",
+    )
+    add("--key_noise_scale", type=float, help="Standard deviation of the noise on key codes; default: the config's.")
     add("--validation_split", help="Held-out split; default: `validation`, or images held out from training.")
     add("--num_validation_images", type=int, default=256, help="Held-out images to use at most; 0 for no validation.")
     add("--learning_rate", type=float, default=2e-3, help="Adam's learning rate, both networks.")
@@ -71,6 +79,25 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parse_arguments(parser, "train_autoencoder", ("autoencoder", "discriminator"), argv)
 
 
+def build_autoencoder(args) -> BricsAutoencoder:
+    """A new autoencoder, or a pretrained one, with the flags that concern it."""
+    changes = {} if args.key_noise_scale is None else {"key_noise_scale": args.key_noise_scale}
+    if args.pretrained_autoencoder_name_or_path is None:
+        if args.train_decoder_only:
+            raise ValueError("--train_decoder_only keeps an encoder; name its --pretrained_autoencoder_name_or_path.")
+        autoencoder = BricsAutoencoder(**args.autoencoder | changes)
+    else:
+        autoencoder = load_autoencoder(args.pretrained_autoencoder_name_or_path, **changes)
+    if args.train_decoder_only:
+        if autoencoder.config.regularization == "kl":
+            raise ValueError("--train_decoder_only adds noise to key codes; it can't with regularization 'kl'.")
+        autoencoder.register_to_config(regularization="noise")
+        autoencoder.encoder.requires_grad_(False)
+    if args.gradient_checkpointing:
+        autoencoder.enable_gradient_checkpointing()
+    return autoencoder
+
+
 def build_discriminator(args, autoencoder: BricsAutoencoder) -> DiscriminatorLoss | None:
     if args.adversarial_weight == 0:
         return None
@@ -79,24 +106,71 @@ def build_discriminator(args, autoencoder: BricsAutoencoder) -> DiscriminatorLos
     return DiscriminatorLoss(discriminator, args.gradient_penalty_weight, args.gradient_penalty_interval)
 
 
-def generator_loss(args, accelerator, autoencoder, critic, lpips_metric, images, step):
-    """Forward pass of the generating side: loss, its parts, reconstructions."""
-    sample, _, *kl_loss = autoencoder(images, return_dict=False)
-    sample = sample.float()
-    loss, parts = reconstruction_loss(sample, images, args.mse_weight, args.lpips_weight, lpips_metric)
-    if kl_loss:
-        parts["kl"] = kl_loss[0].detach().mean()
-        loss = loss + args.kl_weight * kl_loss[0].mean()
-    ramp = adversarial_ramp(step, args.gan_start_step, args.gan_warmup_steps) if critic is not None else 0
-    if ramp > 0:
-        # The bare network: its parameters take no gradient here, so there is nothing to synchronise.
-        critic.requires_grad_(False)
-        with accelerator.autocast():
-            logits = accelerator.unwrap_model(critic).discriminator(sample)
-        adversarial = adversarial_loss(logits.float())
-        parts["adversarial"] = adversarial.detach()
-        loss = loss + ramp * args.adversarial_weight * adversarial
-    return loss, parts, sample
+class Trainer:
+    """The two networks with their optimizers, and one step of both."""
+
+    def __init__(self, args, accelerator):
+        self.args, self.accelerator = args, accelerator
+        self.bare = build_autoencoder(args)
+        self.lpips_metric = None
+        if args.lpips_weight > 0:
+            self.lpips_metric = load_lpips(args.lpips_network).to(accelerator.device)
+        optimizer = build_optimizer(self.bare, args.learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon)
+        # Not prepared: accelerate would advance it once a process.
+        self.lr_scheduler = build_lr_scheduler(args, optimizer)
+        self.autoencoder, self.optimizer = accelerator.prepare(self.bare, optimizer)
+        self.critic, self.networks = build_discriminator(args, self.bare), [self.autoencoder]
+        if self.critic is not None:
+            optimizer = build_optimizer(
+                self.critic,
+                args.learning_rate,
+                args.adam_beta1_gan,
+                args.adam_beta2,
+                args.discriminator_adam_epsilon,
+            )
+            self.critic, self.critic_optimizer = accelerator.prepare(self.critic, optimizer)
+            self.networks.append(self.critic)
+
+    def step(self, images: torch.Tensor, step: int) -> tuple[dict[str, torch.Tensor], bool]:
+        """One batch through both networks: loss parts, and whether the gradients were finite."""
+        args, accelerator, finite = self.args, self.accelerator, True
+        gan_on = self.critic is not None and step >= args.gan_start_step
+        set_beta1(self.optimizer, args.adam_beta1_gan if gan_on else args.adam_beta1)
+        with accelerator.accumulate(*self.networks):
+            loss, parts, sample = self.generator_loss(images, step, gan_on)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                finite = step_if_finite(accelerator, self.optimizer, self.bare.parameters(), args.max_grad_norm)
+            if gan_on:
+                self.critic.requires_grad_(True)
+                penalize = step % args.gradient_penalty_interval == 0
+                loss, critic_parts = self.critic(images, sample.detach(), penalize)
+                accelerator.backward(loss)
+                parts |= critic_parts
+                if accelerator.sync_gradients:
+                    parameters = self.critic.parameters()
+                    finite &= step_if_finite(accelerator, self.critic_optimizer, parameters, args.max_grad_norm)
+        return parts, finite
+
+    def generator_loss(self, images: torch.Tensor, step: int, gan_on: bool):
+        """Forward pass of the generating side: loss, its parts, reconstructions."""
+        args = self.args
+        sample, _, *kl_loss = self.autoencoder(images, return_dict=False)
+        sample = sample.float()
+        loss, parts = reconstruction_loss(sample, images, args.mse_weight, args.lpips_weight, self.lpips_metric)
+        if kl_loss:
+            parts["kl"] = kl_loss[0].detach().mean()
+            loss = loss + args.kl_weight * kl_loss[0].mean()
+        if gan_on:
+            # The bare network: its parameters take no gradient here, so there is nothing to synchronise.
+            self.critic.requires_grad_(False)
+            with self.accelerator.autocast():
+                logits = self.accelerator.unwrap_model(self.critic).discriminator(sample)
+            adversarial = adversarial_loss(logits.float())
+            parts["adversarial"] = adversarial.detach()
+            ramp = adversarial_ramp(step, args.gan_start_step, args.gan_warmup_steps)
+            loss = loss + ramp * args.adversarial_weight * adversarial
+        return loss, parts, sample
 
 
 def validate(args, accelerator, autoencoder, dataset, lpips_metric) -> dict[str, float]:
@@ -112,12 +186,38 @@ def validate(args, accelerator, autoencoder, dataset, lpips_metric) -> dict[str,
 
 
 @torch.no_grad()
-def reconstruction_grid(accelerator, autoencoder, dataset, count: int = 16):
-    """Held-out images above their reconstructions."""
+def show(accelerator, autoencoder, dataset, output_dir: Path, step: int, count: int = 16) -> None:
+    """Writes held-out images above their reconstructions, and a histogram of their key codes."""
     size = autoencoder.config.sample_size
     batch = next(iter(evaluation_loader(dataset, size, count, rows=range(min(count, len(dataset))))))
     images = batch["pixel_values"].to(accelerator.device)
-    return side_by_side(images, autoencoder(images).sample)
+    output = autoencoder(images)
+    grid = side_by_side(images, output.sample)
+    grid.save(output_dir / "reconstructions.png")
+    tensorboard(accelerator).add_image("validation", to_tensor(grid), step)
+    tensorboard(accelerator).add_histogram("key_codes", output.key_codes.float(), step)
+
+
+def validate_and_keep_best(args, accelerator, trainer: Trainer, ema, dataset, state: RunState) -> None:
+    """Metrics and pictures from the averaged weights, which are kept if no earlier ones had a better PSNR."""
+    with averaged_weights(trainer.bare, ema) as autoencoder:
+        metrics = validate(args, accelerator, autoencoder, dataset, trainer.lpips_metric)
+        accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=state.global_step)
+        better = metrics.get("psnr", float("-inf")) > state.best_psnr
+        state.best_psnr = max(metrics.get("psnr", float("-inf")), state.best_psnr)
+        if accelerator.is_main_process:
+            rounded = {name: round(value, 4) for name, value in metrics.items()}
+            logger.info("step %d: %s", state.global_step, rounded)
+            show(accelerator, autoencoder, dataset, Path(args.output_dir), state.global_step)
+            if better:
+                save_autoencoder(autoencoder, Path(args.output_dir) / "autoencoder-best")
+    accelerator.wait_for_everyone()
+
+
+def save_autoencoder(autoencoder: BricsAutoencoder, path: Path) -> None:
+    """Writes the model's folder, complete or not at all."""
+    with appearing_folder(path) as folder:
+        autoencoder.save_pretrained(folder)
 
 
 def main(argv=None):
@@ -126,45 +226,17 @@ def main(argv=None):
     output_dir = Path(args.output_dir)
     with accelerator.main_process_first():
         train_set, validation_set = load_splits(args)
-    lpips_metric = load_lpips(args.lpips_network).to(accelerator.device) if args.lpips_weight > 0 else None
-
-    autoencoder = BricsAutoencoder(**args.autoencoder)
-    if args.gradient_checkpointing:
-        autoencoder.enable_gradient_checkpointing()
-    critic = build_discriminator(args, autoencoder)
-    optimizer = build_optimizer(
-        autoencoder.parameters(), args.learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon
-    )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
+    trainer = Trainer(args, accelerator)
+    bare = trainer.bare
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    decay = ema_half_life_decay(global_batch, args.ema_half_life_images)
-    ema = EMAModel(autoencoder.parameters(), decay=decay, foreach=True)
+    ema = EMAModel(bare.parameters(), decay=ema_half_life_decay(global_batch, args.ema_half_life_images), foreach=True)
     ema.to(accelerator.device)
-    state = RunState()
-
-    # The schedule is not prepared: accelerate would advance it once a process.
-    autoencoder, optimizer = accelerator.prepare(autoencoder, optimizer)
-    trained = [autoencoder]
-    if critic is not None:
-        critic_optimizer = build_optimizer(
-            critic.parameters(),
-            args.learning_rate,
-            args.adam_beta1_gan,
-            args.adam_beta2,
-            args.discriminator_adam_epsilon,
-        )
-        critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
-        trained.append(critic)
-    accelerator.register_for_checkpointing(ema, lr_scheduler, state)
+    usage = GridUsage(bare.grids)
+    state = RunState(best_psnr=float("-inf"))
+    accelerator.register_for_checkpointing(ema, trainer.lr_scheduler, usage, state)
     set_seed(args.seed, device_specific=True)  # noise differs between processes
     resume(accelerator, output_dir, args.resume_from_checkpoint)
 
-    bare = accelerator.unwrap_model(autoencoder)
     loader = training_loader(
         ImageCollection(train_set, bare.config.sample_size, args.random_flip, replace_unreadable=True),
         args.train_batch_size,
@@ -175,80 +247,48 @@ def main(argv=None):
         num_workers=args.dataloader_num_workers,
         collate_fn=collate_images,
     )
-    logger.info(
-        "%d training images, %d held out; %d images a step; %.1f M parameters",
-        len(train_set),
-        len(validation_set or ()),
-        global_batch,
-        sum(parameter.numel() for parameter in bare.parameters()) / 1e6,
-    )
+    counts = len(train_set), len(validation_set or ()), global_batch, bare.num_parameters() / 1e6
+    logger.info("%d training images, %d held out; %d images a step; %.1f M parameters", *counts)
 
     unreadable = UnreadableLog()
-    progress = tqdm(
-        total=args.max_train_steps,
-        initial=state.global_step,
-        desc="Training",
-        disable=not accelerator.is_local_main_process,
-    )
+    log = StepLog(accelerator, state, args.max_train_steps, global_batch, args.logging_steps)
+    terminated = TerminationSignal(accelerator)
     batches = iter(loader)
-    autoencoder.train()
-    started, images_seen = time.monotonic(), 0
+    bare.train()
     while state.global_step < args.max_train_steps:
         batch = next(batches)
         unreadable.add(batch["unreadable"])
         images = batch["pixel_values"].to(accelerator.device, non_blocking=True)
-        step = state.global_step
-        gan_on = critic is not None and step >= args.gan_start_step
-        set_beta1(optimizer, args.adam_beta1_gan if gan_on else args.adam_beta1)
-        with accelerator.accumulate(*trained):
-            loss, parts, sample = generator_loss(args, accelerator, autoencoder, critic, lpips_metric, images, step)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                step_if_finite(accelerator, optimizer, bare.parameters(), args.max_grad_norm)
-            if gan_on:
-                critic.requires_grad_(True)
-                penalize = step % args.gradient_penalty_interval == 0
-                critic_loss, critic_parts = critic(images, sample.detach(), penalize)
-                accelerator.backward(critic_loss)
-                parts |= critic_parts
-                if accelerator.sync_gradients:
-                    step_if_finite(accelerator, critic_optimizer, critic.parameters(), args.max_grad_norm)
-        images_seen += len(images) * accelerator.num_processes
+        parts, finite = trainer.step(images, state.global_step)
         if not accelerator.sync_gradients:
             continue
 
-        lr_scheduler.step()
+        trainer.lr_scheduler.step()
         ema.step(bare.parameters())
         state.global_step += 1
-        progress.update()
+        count_skipped(state, finite, args.max_nonfinite_steps, output_dir)
+        values = {"learning_rate": trainer.lr_scheduler.get_last_lr()[0]}
         if state.global_step % args.logging_steps == 0:
-            averages = accelerator.reduce(parts, reduction="mean")
-            values = {f"train/{name}": value.item() for name, value in averages.items()}
-            values["train/learning_rate"] = lr_scheduler.get_last_lr()[0]
-            values["train/images_per_second"] = images_seen / (time.monotonic() - started)
-            accelerator.log(values, step=state.global_step)
-            progress.set_postfix(mse=f"{values['train/mse']:.4f}")
-            started, images_seen = time.monotonic(), 0
-        last = state.global_step == args.max_train_steps
-        if state.global_step % args.checkpointing_steps == 0 or last:
-            save_checkpoint(accelerator, output_dir, state.global_step, args.checkpoints_total_limit)
-        if validation_set is not None and (state.global_step % args.validation_steps == 0 or last):
-            with averaged_weights(bare, ema):
-                metrics = validate(args, accelerator, bare, validation_set, lpips_metric)
-                accelerator.log({f"validation/{k}": v for k, v in metrics.items()}, step=state.global_step)
-                if accelerator.is_main_process:
-                    logger.info("step %d: %s", state.global_step, {k: round(v, 4) for k, v in metrics.items()})
-                    grid = reconstruction_grid(accelerator, bare, validation_set)
-                    grid.save(output_dir / "reconstructions.png")
-                    tensorboard(accelerator).add_image("validation", to_tensor(grid), state.global_step)
-            started, images_seen = time.monotonic(), 0
+            values["grid_usage"] = usage.update(trainer.optimizer)
+        log.step(parts, values)
+        step, stop = state.global_step, terminated.received(state.global_step)
+        last = step == args.max_train_steps
+        if validation_set is not None and (step % args.validation_steps == 0 or last):
+            validate_and_keep_best(args, accelerator, trainer, ema, validation_set, state)
+            log.restart_clock()
+        if (step % args.checkpointing_steps == 0 and finite) or last or stop:
+            save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
+            log.restart_clock()
+        if stop and not last:
+            logger.info("Stopped by SIGTERM; go on with --resume_from_checkpoint latest.")
+            accelerator.end_training()
+            return
 
-    progress.close()
     if accelerator.is_main_process:
         with averaged_weights(bare, ema):
-            bare.save_pretrained(output_dir / "autoencoder")
+            save_autoencoder(bare, output_dir / "autoencoder")
         if unreadable.count:
-            logger.warning(unreadable.summary())
+            logger.warning("%s", unreadable.summary())
         logger.info("The autoencoder is in %s", output_dir / "autoencoder")
     accelerator.end_training()
 

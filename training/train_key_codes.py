@@ -7,37 +7,36 @@
 import argparse
 import hashlib
 import logging
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torchvision.transforms.functional import to_tensor
-from tqdm.auto import tqdm
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
+from brics_diffusers.checkpoints import RunState, TerminationSignal, resume, save_checkpoint
 from brics_diffusers.data import load_collection, training_loader
 from brics_diffusers.key_code_store import KeyCodeDataset, finish_key_codes, open_key_codes, write_key_codes
 from brics_diffusers.losses import denoising_loss
 from brics_diffusers.pipelines.pipeline_brics_key_code import key_codes_to_latents
 from brics_diffusers.schedulers.scheduling_cosine_variant import min_snr_weights
 from brics_diffusers.training_utils import (
-    RunState,
+    StepLog,
     add_common_arguments,
     averaged_weights,
+    build_lr_scheduler,
     build_optimizer,
-    image_grid,
+    count_skipped,
+    load_autoencoder,
     parse_arguments,
-    resume,
-    save_checkpoint,
     start_run,
     step_if_finite,
     tensorboard,
 )
+from brics_diffusers.visualization import image_grid
 
 
 logger = logging.getLogger("train_key_codes")
@@ -64,12 +63,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.autoencoder_name_or_path is None:
         parser.error("no autoencoder: give --autoencoder_name_or_path, for instance stage one's --output_dir")
     return args
-
-
-def load_autoencoder(name_or_path: str) -> BricsAutoencoder:
-    """The autoencoder itself or the one in a run's or pipeline's `autoencoder` folder."""
-    subfolder = "autoencoder" if (Path(name_or_path) / "autoencoder").is_dir() else None
-    return BricsAutoencoder.from_pretrained(name_or_path, subfolder=subfolder).requires_grad_(False).eval()
 
 
 def fingerprint(autoencoder: BricsAutoencoder, dataset, args) -> str:
@@ -160,11 +153,21 @@ def sample_images(args, accelerator, pipeline: BricsKeyCodePipeline) -> torch.Te
     return 2 * torch.stack([image for _, image in sorted(numbered, key=lambda pair: pair[0])]) - 1
 
 
+def validate(args, accelerator, pipeline, ema, step: int) -> None:
+    """Writes a grid of samples from the averaged weights."""
+    with averaged_weights(pipeline.unet, ema):
+        images = sample_images(args, accelerator, pipeline)
+    if accelerator.is_main_process:
+        grid = image_grid(images)
+        grid.save(Path(args.output_dir) / "samples.png")
+        tensorboard(accelerator).add_image("samples", to_tensor(grid), step)
+
+
 def main(argv=None):
     args = parse_args(argv)
     accelerator = start_run(args)
     output_dir = Path(args.output_dir)
-    autoencoder = load_autoencoder(args.autoencoder_name_or_path).to(accelerator.device)
+    autoencoder = load_autoencoder(args.autoencoder_name_or_path).requires_grad_(False).eval().to(accelerator.device)
     with accelerator.main_process_first():
         dataset = load_collection(
             args.dataset_name, args.dataset_split, args.image_column, args.cache_dir, args.max_train_samples
@@ -175,28 +178,19 @@ def main(argv=None):
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     scheduler = CosineVariantScheduler(**args.scheduler)
-    optimizer = build_optimizer(
-        unet.parameters(), args.learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon
-    )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
+    optimizer = build_optimizer(unet, args.learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon)
+    lr_scheduler = build_lr_scheduler(args, optimizer)
     ema = EMAModel(unet.parameters(), decay=args.ema_max_decay, foreach=True)
     ema.to(accelerator.device)
     state = RunState()
     unet, optimizer = accelerator.prepare(unet, optimizer)  # the schedule would advance once a process
     accelerator.register_for_checkpointing(ema, lr_scheduler, state)
-    set_seed(args.seed, device_specific=True)  # noise differs between processes
     resume(accelerator, output_dir, args.resume_from_checkpoint)
 
     bare = accelerator.unwrap_model(unet)
     solver = DPMSolverMultistepScheduler.from_config(scheduler.config, use_karras_sigmas=True)
     sampler = BricsKeyCodePipeline(autoencoder, bare, solver)
     sampler.set_progress_bar_config(disable=True)
-    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     loader = training_loader(
         key_codes,
         args.train_batch_size,
@@ -206,23 +200,17 @@ def main(argv=None):
         num_processes=accelerator.num_processes,
         num_workers=args.dataloader_num_workers,
     )
-    logger.info(
-        "%d key codes; %d a step; %.1f M parameters",
-        len(key_codes),
-        global_batch,
-        sum(parameter.numel() for parameter in bare.parameters()) / 1e6,
-    )
+    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    millions = sum(parameter.numel() for parameter in bare.parameters()) / 1e6
+    logger.info("%d key codes; %d a step; %.1f M parameters", len(key_codes), global_batch, millions)
 
-    progress = tqdm(
-        total=args.max_train_steps,
-        initial=state.global_step,
-        desc="Training",
-        disable=not accelerator.is_local_main_process,
-    )
-    first = state.global_step * args.gradient_accumulation_steps
+    log = StepLog(accelerator, state, args.max_train_steps, global_batch, args.logging_steps)
+    terminated = TerminationSignal(accelerator)
+    finite = True
+    batches = enumerate(loader, start=state.global_step * args.gradient_accumulation_steps)
     unet.train()
-    started, codes_seen = time.monotonic(), 0
-    for number, key_code_batch in enumerate(loader, start=first):
+    while state.global_step < args.max_train_steps:
+        number, key_code_batch = next(batches)
         latents = key_codes_to_latents(key_code_batch.to(accelerator.device, non_blocking=True))
         noise, timesteps = draw_noise(
             latents.shape, args.seed, number, accelerator, scheduler.config.num_train_timesteps
@@ -231,39 +219,28 @@ def main(argv=None):
             loss = training_loss(unet, scheduler, latents, noise, timesteps, args.snr_gamma)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                step_if_finite(accelerator, optimizer, bare.parameters(), args.max_grad_norm)
-        codes_seen += len(latents) * accelerator.num_processes
+                finite = step_if_finite(accelerator, optimizer, bare.parameters(), args.max_grad_norm)
         if not accelerator.sync_gradients:
             continue
 
         lr_scheduler.step()
         ema.step(bare.parameters())
         state.global_step += 1
-        progress.update()
-        if state.global_step % args.logging_steps == 0:
-            values = {
-                "train/loss": accelerator.reduce(loss.detach(), reduction="mean").item(),
-                "train/learning_rate": lr_scheduler.get_last_lr()[0],
-                "train/images_per_second": codes_seen / (time.monotonic() - started),
-            }
-            accelerator.log(values, step=state.global_step)
-            progress.set_postfix(loss=f"{values['train/loss']:.4f}")
-            started, codes_seen = time.monotonic(), 0
-        last = state.global_step == args.max_train_steps
-        if state.global_step % args.checkpointing_steps == 0 or last:
-            save_checkpoint(accelerator, output_dir, state.global_step, args.checkpoints_total_limit)
-        if args.num_validation_images and (state.global_step % args.validation_steps == 0 or last):
-            with averaged_weights(bare, ema):
-                images = sample_images(args, accelerator, sampler)
-            if accelerator.is_main_process:
-                grid = image_grid(images)
-                grid.save(output_dir / "samples.png")
-                tensorboard(accelerator).add_image("samples", to_tensor(grid), state.global_step)
-            started, codes_seen = time.monotonic(), 0
-        if last:
-            break
+        count_skipped(state, finite, args.max_nonfinite_steps, output_dir)
+        log.step({"loss": loss.detach()}, {"learning_rate": lr_scheduler.get_last_lr()[0]})
+        step, stop = state.global_step, terminated.received(state.global_step)
+        last = step == args.max_train_steps
+        if args.num_validation_images and (step % args.validation_steps == 0 or last):
+            validate(args, accelerator, sampler, ema, step)
+            log.restart_clock()
+        if (step % args.checkpointing_steps == 0 and finite) or last or stop:
+            save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
+            log.restart_clock()
+        if stop and not last:
+            logger.info("Stopped by SIGTERM; go on with --resume_from_checkpoint latest.")
+            accelerator.end_training()
+            return
 
-    progress.close()
     if accelerator.is_main_process:
         with averaged_weights(bare, ema):
             BricsKeyCodePipeline(autoencoder, bare, scheduler).save_pretrained(output_dir)

@@ -74,7 +74,7 @@ class ModulatedGroupLinear(nn.Module):
         scale = self.affine(style) * self.scale  # (g, in, B)
         norm = torch.rsqrt(torch.bmm(self.weight.square(), scale.square()) + 1e-8)  # (g, out, B)
         x = torch.bmm(self.weight, (x * scale.unsqueeze(-1)).flatten(2)).unflatten(2, x.shape[2:])
-        return x * norm.unsqueeze(-1) + self.bias
+        return torch.addcmul(self.bias.to(x.dtype), x, norm.to(x.dtype).unsqueeze(-1))
 
 
 class GroupMLP(nn.Module):
