@@ -223,6 +223,7 @@ def save_autoencoder(autoencoder: BricsAutoencoder, path: Path) -> None:
 def main(argv=None):
     args = parse_args(argv)
     accelerator = start_run(args)
+    terminated = TerminationSignal(accelerator)
     output_dir = Path(args.output_dir)
     with accelerator.main_process_first():
         train_set, validation_set = load_splits(args)
@@ -252,7 +253,6 @@ def main(argv=None):
 
     unreadable = UnreadableLog()
     log = StepLog(accelerator, state, args.max_train_steps, global_batch, args.logging_steps)
-    terminated = TerminationSignal(accelerator)
     batches = iter(loader)
     bare.train()
     while state.global_step < args.max_train_steps:

@@ -166,6 +166,7 @@ def validate(args, accelerator, pipeline, ema, step: int) -> None:
 def main(argv=None):
     args = parse_args(argv)
     accelerator = start_run(args)
+    terminated = TerminationSignal(accelerator)
     output_dir = Path(args.output_dir)
     autoencoder = load_autoencoder(args.autoencoder_name_or_path).requires_grad_(False).eval().to(accelerator.device)
     with accelerator.main_process_first():
@@ -205,7 +206,6 @@ def main(argv=None):
     logger.info("%d key codes; %d a step; %.1f M parameters", len(key_codes), global_batch, millions)
 
     log = StepLog(accelerator, state, args.max_train_steps, global_batch, args.logging_steps)
-    terminated = TerminationSignal(accelerator)
     finite = True
     batches = enumerate(loader, start=state.global_step * args.gradient_accumulation_steps)
     unet.train()
