@@ -1,12 +1,11 @@
 """Peak memory of one training step of both stages for the paper's presets, computed on tensors without storage.
 
-Every storage that two steps allocate in `FakeTensorMode` is counted while it is alive: parameters, gradients, Adam's moments, averaged
-weights and activations in float32, with LPIPS, discriminator and R1 in stage one. Allocator slack, CUDA's own context and
-workspaces are not in it.
+Every storage that two steps allocate in `FakeTensorMode` is counted while it is alive: parameters, gradients, Adam's
+moments, averaged weights and activations in float32, with LPIPS, discriminator and R1 in stage one. Allocator slack,
+CUDA's own context and workspaces are not in it.
 """
 
 import argparse
-import copy
 import weakref
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def stage_one(config: dict, batch_size: int, checkpointing: bool) -> None:
         autoencoder.enable_gradient_checkpointing()
     critic = DiscriminatorLoss(BricsDiscriminator(sample_size=autoencoder.config.sample_size))
     lpips_metric = load_lpips("vgg", pretrained=False)
-    averaged = copy.deepcopy(autoencoder).requires_grad_(False)  # noqa: F841
+    averaged = [torch.empty_like(parameter) for parameter in autoencoder.parameters()]  # noqa: F841
     optimizers = [torch.optim.Adam(model.parameters(), fused=True) for model in (autoencoder, critic)]
 
     def step():
@@ -87,7 +86,7 @@ def stage_two(config: dict, batch_size: int, checkpointing: bool) -> None:
     unet = UNet2DModel(sample_size=height, in_channels=channels, out_channels=channels, **config["unet"])
     if checkpointing:
         unet.enable_gradient_checkpointing()
-    averaged = copy.deepcopy(unet).requires_grad_(False)  # noqa: F841
+    averaged = [torch.empty_like(parameter) for parameter in unet.parameters()]  # noqa: F841
     optimizer = torch.optim.Adam(unet.parameters(), fused=True)
 
     def step():

@@ -24,7 +24,7 @@ def start(script, *flags, processes=1, launcher=True):
 
 
 def send(run, number):
-    """Sends a signal to every process of a run, as a cluster's scheduler does; torchrun's workers have their own groups."""
+    """Sends a signal to every process of a run, as a cluster's scheduler does; its workers have groups of their own."""
     for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
         process.send_signal(number)
 
@@ -117,8 +117,8 @@ def test_sigterm_saves_and_exits_cleanly(flags_of, tmp_path):
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 0 and "Stopped by SIGTERM" in errors
     last = list_checkpoints(tmp_path)[-1]
-    assert f"Saved {last}" in errors.splitlines()[-2] + errors.splitlines()[-1]
-    content(last)
+    assert errors.rindex(f"Saved {last}") < errors.index("Stopped by SIGTERM")
+    assert content(last)["model.safetensors"]
 
 
 @pytest.mark.slow
@@ -127,8 +127,7 @@ def test_sigterm_to_two_processes(flags_of, tmp_path):
     run = start(SCRIPTS["one"], *flags, processes=2)
     wait_for(tmp_path / "checkpoint-7", run)
     send(run, signal.SIGTERM)
-    _, errors = run.communicate(timeout=90)
-    assert "Stopped by SIGTERM" in errors
+    run.communicate(timeout=90)
     last = list_checkpoints(tmp_path)[-1]
     assert checkpoint_step(last) % 10 == 0  # where the processes compare notes
     assert len(list(last.glob("random_states_*.pkl"))) == 2
