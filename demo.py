@@ -6,6 +6,7 @@ Run by `make demo`. Everything is written to one folder, which is named at the e
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -67,21 +68,18 @@ def main():
     args = parser.parse_args()
     started = time.monotonic()
     output_dir = Path(args.output_dir)
-    photos = output_dir / "photos"
+    photos, stage_one, pipeline = (output_dir / name for name in ("photos", "stage-one", "pipeline"))
+    for folder in (photos, stage_one, pipeline):  # of an earlier demo
+        shutil.rmtree(folder, ignore_errors=True)
     write_crops(photos, args.seed)
 
     common = ["--config", str(ROOT / "training/configs/photos-demo.yaml"), "--dataset_name", str(photos)]
     common += ["--seed", str(args.seed)]
-    launch("train_autoencoder.py", *common, "--output_dir", str(output_dir / "stage-one"))
-    stages = [
-        "--autoencoder_name_or_path",
-        str(output_dir / "stage-one"),
-        "--output_dir",
-        str(output_dir / "pipeline"),
-    ]
+    launch("train_autoencoder.py", *common, "--output_dir", str(stage_one))
+    stages = ["--autoencoder_name_or_path", str(stage_one), "--output_dir", str(pipeline)]
     launch("train_key_codes.py", *common, *stages)
 
-    pipe = BricsKeyCodePipeline.from_pretrained(output_dir / "pipeline")
+    pipe = BricsKeyCodePipeline.from_pretrained(pipeline)
     generator = torch.Generator().manual_seed(args.seed)
     samples = pipe(batch_size=16, num_inference_steps=50, generator=generator, output_type="pt").images
     image_grid(samples * 2 - 1).save(output_dir / "samples.png")

@@ -25,9 +25,11 @@ class RunState:
         vars(self).update(values)
 
     def state_dict(self) -> dict:
+        """All attributes."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict) -> None:
+        """Sets attributes from a `state_dict`."""
         vars(self).update(state)
 
 
@@ -125,15 +127,10 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
 
     Raises:
         `FileNotFoundError`: If a path is given that is not a checkpoint.
-        `FileExistsError`: If a run is to start afresh in a folder that has checkpoints.
+        `OSError`: If a checkpoint can't be read; names the others.
     """
     found = list_checkpoints(output_dir)
     if checkpoint is None:
-        if found:
-            raise FileExistsError(
-                f"{output_dir} has checkpoints of an earlier run; go on with --resume_from_checkpoint latest, or name "
-                "another --output_dir."
-            )
         return
     if checkpoint == "latest":
         if not found:

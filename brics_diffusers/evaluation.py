@@ -4,6 +4,8 @@ import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
 
+from .data import UnreadableLog
+
 
 def image_metrics(sample: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
     r"""
@@ -24,7 +26,9 @@ def image_metrics(sample: torch.Tensor, target: torch.Tensor) -> dict[str, torch
 
 
 @torch.no_grad()
-def reconstruction_metrics(autoencoder, loader, lpips_metric=None, progress: bool = True) -> dict[str, torch.Tensor]:
+def reconstruction_metrics(
+    autoencoder, loader, lpips_metric=None, unreadable: UnreadableLog | None = None, progress: bool = True
+) -> dict[str, torch.Tensor]:
     r"""
     Metrics of an autoencoder's reconstructions over a loader. The autoencoder should be in eval mode.
 
@@ -32,6 +36,7 @@ def reconstruction_metrics(autoencoder, loader, lpips_metric=None, progress: boo
         autoencoder ([`BricsAutoencoder`] or any module whose `forward(x).sample` is an image): The model.
         loader (`Iterable[dict]`): Batches with `pixel_values` in [-1, 1] and `index`.
         lpips_metric (`nn.Module`, *optional*): Result of `load_lpips`; adds `"lpips"`.
+        unreadable (`UnreadableLog`, *optional*): Notes the files that the loader could not read.
         progress (`bool`, defaults to `True`): Whether to show a progress bar.
 
     Returns:
@@ -40,6 +45,8 @@ def reconstruction_metrics(autoencoder, loader, lpips_metric=None, progress: boo
     device = next(autoencoder.parameters()).device
     batches = []
     for batch in tqdm(loader, desc="Reconstructing", disable=not progress, leave=False):
+        if unreadable is not None:
+            unreadable.add(batch["unreadable"])
         if batch["index"].numel() == 0:
             continue
         target = batch["pixel_values"].to(device)

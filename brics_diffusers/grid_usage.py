@@ -35,7 +35,9 @@ class GridUsage:
         return self.hit.float().mean().item()
 
     def state_dict(self) -> dict:
+        """Which entries were reached."""
         return {"hit": self.hit}
 
     def load_state_dict(self, state: dict) -> None:
+        """Goes on from a `state_dict`."""
         self.hit.copy_(state["hit"])

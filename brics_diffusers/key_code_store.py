@@ -29,7 +29,7 @@ def write_key_codes(
     num_workers: int = 0,
     process_index: int = 0,
     num_processes: int = 1,
-) -> UnreadableLog:
+) -> None:
     r"""
     Encodes a process's share of a collection and writes the clean key codes as float16 shards.
 
@@ -47,15 +47,11 @@ def write_key_codes(
         num_workers (`int`, defaults to 0): Processes that read images.
         process_index (`int`, defaults to 0): Rank of this process; ranks take shards in turn.
         num_processes (`int`, defaults to 1): Number of processes.
-
-    Returns:
-        `UnreadableLog`: The files that were left out by this process.
     """
     folder = Path(folder)
     autoencoder.eval()
     device, dtype = next(autoencoder.parameters()).device, next(autoencoder.parameters()).dtype
     num_items = len(dataset) * (2 if random_flip else 1)
-    unreadable = UnreadableLog()
     shards = [shard for shard in range(-(-num_items // shard_size)) if shard % num_processes == process_index]
     for shard in shards:
         path = _shard_path(folder, shard)
@@ -63,17 +59,18 @@ def write_key_codes(
             continue
         rows = range(shard * shard_size, min((shard + 1) * shard_size, num_items))
         loader = evaluation_loader(dataset, autoencoder.config.sample_size, batch_size, num_workers, random_flip, rows)
+        unreadable = UnreadableLog()
         codes = [np.empty((0, *autoencoder.key_code_shape), np.float16)]
         for batch in tqdm(loader, desc=f"Encoding shard {shard}", disable=process_index > 0, leave=False):
             unreadable.add(batch["unreadable"])
             if batch["index"].numel():
                 key_codes = autoencoder.encode(batch["pixel_values"].to(device, dtype)).key_codes
                 codes.append(key_codes.to("cpu", torch.float16).numpy())
+        _write_json(path.with_suffix(".unreadable.json"), unreadable.names)
         partial = path.with_suffix(".partial")
         with open(partial, "wb") as file:
             np.save(file, np.concatenate(codes))
         os.replace(partial, path)
-    return unreadable
 
 
 def open_key_codes(folder: str | os.PathLike, fingerprint: str) -> bool:
@@ -93,7 +90,7 @@ def open_key_codes(folder: str | os.PathLike, fingerprint: str) -> bool:
     path = Path(folder) / MANIFEST
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_manifest(path, {"fingerprint": fingerprint, "counts": None})
+        _write_json(path, {"fingerprint": fingerprint, "counts": None})
     manifest = json.loads(path.read_text())
     if manifest["fingerprint"] != fingerprint:
         raise ValueError(
@@ -103,26 +100,35 @@ def open_key_codes(folder: str | os.PathLike, fingerprint: str) -> bool:
     return manifest["counts"] is not None
 
 
-def finish_key_codes(folder: str | os.PathLike) -> None:
+def finish_key_codes(folder: str | os.PathLike) -> UnreadableLog:
     r"""
     Marks a folder of key codes as complete.
 
     Args:
         folder (`str`): Folder with all shards.
 
+    Returns:
+        `UnreadableLog`: The files that were left out, by whichever process and run.
+
     Raises:
         `ValueError`: If no image could be encoded.
     """
     folder = Path(folder)
-    counts = [len(np.load(path, mmap_mode="r")) for path in sorted(folder.glob("codes-*.npy"))]
+    shards = sorted(folder.glob("codes-*.npy"))
+    counts = [len(np.load(path, mmap_mode="r")) for path in shards]
     if sum(counts) == 0:
         raise ValueError(f"{folder} holds no key codes; give a collection with at least one readable image.")
-    _write_manifest(folder / MANIFEST, json.loads((folder / MANIFEST).read_text()) | {"counts": counts})
+    unreadable = UnreadableLog()
+    for path in shards:
+        unreadable.add(json.loads(path.with_suffix(".unreadable.json").read_text()))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    _write_json(folder / MANIFEST, manifest | {"counts": counts, "unreadable": unreadable.names})
+    return unreadable
 
 
-def _write_manifest(path: Path, manifest: dict) -> None:
+def _write_json(path: Path, content) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(manifest, indent=2))
+    partial.write_text(json.dumps(content, indent=2))
     os.replace(partial, path)
 
 

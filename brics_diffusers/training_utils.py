@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import logging
+import re
 import resource
 import sys
 import time
@@ -24,6 +25,8 @@ from .models import BricsAutoencoder
 
 logger = logging.getLogger(__name__)
 
+CONFIG_SECTIONS = ("autoencoder", "discriminator", "train_autoencoder", "unet", "scheduler", "train_key_codes")
+
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that both training scripts have."""
@@ -40,7 +43,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")
     add("--max_train_samples", type=int, help="Use the first images only.")
     add("--random_flip", action=argparse.BooleanOptionalAction, default=False, help="Add mirror images.")
-    add("--output_dir", default="runs/brics", help="Folder for checkpoints, logs and the result.")
+    add("--output_dir", help="Folder for checkpoints, logs and the result.")
     add("--seed", type=int, default=0, help="Seed of weights, data order and noise.")
     add("--train_batch_size", type=int, default=16, help="Images of one process in one step.")
     add("--gradient_accumulation_steps", type=int, default=1, help="Batches to sum gradients over before a step.")
@@ -87,8 +90,12 @@ def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple
             parser.error(f"--config {path} can't be read as YAML: {error}")
         if not isinstance(config, dict):
             parser.error(f"--config {path} must hold sections such as {section}:, not a {type(config).__name__}")
+        unknown = sorted(set(config) - set(CONFIG_SECTIONS))
+        if unknown:
+            expected = ", ".join(CONFIG_SECTIONS)
+            parser.error(f"--config {path} has unknown sections {', '.join(unknown)}; expected some of {expected}")
         flags = config.get(section) or {}
-        unknown = sorted(set(flags) - {action.dest for action in parser._actions})
+        unknown = sorted(name for name in flags if f"--{name}" not in parser._option_string_actions)
         if unknown:
             parser.error(f"--config {path} names unknown flags in {section}: {', '.join(unknown)}")
         # Before the command line's own flags, which so have the last word; both are checked alike.
@@ -115,18 +122,26 @@ def start_run(args: argparse.Namespace) -> Accelerator:
         args (`argparse.Namespace`): Result of [`parse_arguments`].
 
     Returns:
-        `Accelerator`: with its tracker started and all processes seeded differently.
+        `Accelerator`: with its tracker started and all processes seeded alike.
+
+    Raises:
+        `FileExistsError`: If a run is to start afresh in a folder that has checkpoints.
     """
     # With an epsilon of 1e-15, Adam's second moments become denormal numbers, on which CPUs are slow.
     torch.set_flush_denormal(True)
     output_dir = Path(args.output_dir)
+    if args.resume_from_checkpoint is None and list_checkpoints(output_dir):
+        raise FileExistsError(
+            f"{output_dir} has checkpoints of an earlier run; go on with --resume_from_checkpoint latest, or name "
+            "another --output_dir."
+        )
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )
-    level = logging.INFO if accelerator.is_main_process else logging.ERROR
+    level = logging.INFO if accelerator.is_main_process else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", force=True)
     for noisy in ("httpx", "httpx2", "datasets", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -173,7 +188,14 @@ def load_autoencoder(name_or_path: str, **changes) -> BricsAutoencoder:
 
     Returns:
         `BricsAutoencoder`.
+
+    Raises:
+        `FileNotFoundError`: If a folder does not exist.
     """
+    if not Path(name_or_path).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
+        raise FileNotFoundError(
+            f"{name_or_path} does not exist; name a saved autoencoder, a run or a model on the Hub."
+        )
     subfolder = "autoencoder" if (Path(name_or_path) / "autoencoder").is_dir() else None
     return BricsAutoencoder.from_pretrained(name_or_path, subfolder=subfolder, **changes)
 
@@ -218,8 +240,9 @@ def build_optimizer(model: torch.nn.Module, learning_rate: float, beta1: float, 
 
 def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer):
     """The schedule of the flags `lr_scheduler`, `lr_warmup_steps` and `max_train_steps`."""
+    name = args.lr_scheduler
     return get_scheduler(
-        args.lr_scheduler,
+        "constant_with_warmup" if name == "constant" and args.lr_warmup_steps > 0 else name,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
@@ -232,26 +255,38 @@ def set_beta1(optimizer, beta1: float) -> None:
         group["betas"] = (beta1, group["betas"][1])
 
 
-def step_if_finite(accelerator: Accelerator, optimizer, parameters, max_grad_norm: float | None) -> bool:
+def step_if_finite(accelerator: Accelerator, optimizers: list, max_grad_norm: float | None) -> bool:
     r"""
-    Takes an optimizer step if all gradients are finite, else drops them. Gradients are summed over the processes by
-    then, so all come to the same decision.
+    Takes a step of each optimizer whose gradients are all finite, and drops the gradients. They are summed over the
+    processes by then, so all come to the same decision.
 
     Args:
         accelerator (`Accelerator`): The run's accelerator.
-        optimizer: Prepared by the accelerator.
-        parameters (`list[torch.nn.Parameter]`): What the optimizer updates.
-        max_grad_norm (`float`, *optional*): Clip to this norm.
+        optimizers (`list`): All that share the accelerator's loss scale; prepared by it.
+        max_grad_norm (`float`, *optional*): Clip each optimizer's gradients to this norm.
 
     Returns:
-        `bool`: Whether the step was taken.
+        `bool`: Whether all steps were taken.
     """
-    norm = accelerator.clip_grad_norm_(parameters, float("inf") if max_grad_norm is None else max_grad_norm)
-    finite = bool(torch.isfinite(norm))
-    if finite or accelerator.scaler is not None:  # the loss scale of fp16 must see overflows; it skips the step itself
-        optimizer.step()
-    optimizer.zero_grad()
-    return finite
+    # accelerate's own clipping unscales the gradients of all optimizers at every call, and its optimizers change the
+    # loss scale at every step: with two of them, gradients would be divided twice, or by another scale than theirs.
+    scaler = accelerator.scaler
+    all_finite = True
+    for optimizer in optimizers:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if scaler is not None:
+            scaler.unscale_(optimizer.optimizer)
+        limit = float("inf") if max_grad_norm is None else max_grad_norm
+        finite = bool(torch.isfinite(torch.nn.utils.clip_grad_norm_(parameters, limit)))
+        if scaler is not None:
+            scaler.step(optimizer.optimizer)  # skips the step itself where gradients overflow
+        elif finite:
+            optimizer.step()
+        optimizer.zero_grad()
+        all_finite &= finite
+    if scaler is not None:
+        scaler.update()
+    return all_finite
 
 
 def count_skipped(state: RunState, finite: bool, limit: int, output_dir: str | Path) -> None:
@@ -288,8 +323,8 @@ def peak_memory(device: torch.device) -> float:
 
 class StepLog:
     r"""
-    Progress bar on the terminal, and curves in TensorBoard: values averaged over the processes, skipped steps, images
-    a second and peak memory.
+    Progress bar on the terminal, and curves in TensorBoard: losses averaged over processes and steps, skipped steps,
+    images a second and peak memory.
 
     Args:
         accelerator (`Accelerator`): The run's accelerator.
@@ -306,31 +341,33 @@ class StepLog:
         self.interval = interval
         hidden = not accelerator.is_main_process
         self.bar = tqdm(total=total, initial=state.global_step, desc="Training", disable=hidden)
+        self.losses: dict[str, list[torch.Tensor]] = {}
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leaves the time since the last entry out of images a second, for instance after a validation."""
         self.started, self.steps = time.monotonic(), 0
 
-    def step(self, losses: dict[str, torch.Tensor], values: dict[str, float]) -> None:
-        r"""
-        Call after every optimizer step.
+    def add(self, losses: dict[str, torch.Tensor]) -> None:
+        """Call after every batch, with detached scalars of this process; the same names on every process."""
+        for name, loss in losses.items():
+            self.losses.setdefault(name, []).append(loss)
 
-        Args:
-            losses (`dict[str, torch.Tensor]`): Scalars of this process; logged as their mean over the processes.
-            values (`dict[str, float]`): Logged as they are.
-        """
+    def step(self, values: dict[str, float]) -> None:
+        """Call after every optimizer step, with values to log as they are."""
         self.bar.update()
         self.steps += 1
         if self.state.global_step % self.interval:
             return
-        reduced = {name: self.accelerator.reduce(loss, reduction="mean") for name, loss in losses.items()}
-        values = values | {name: loss.item() for name, loss in reduced.items()}
+        means = {name: torch.stack(losses).mean() for name, losses in self.losses.items()}
+        means = {name: self.accelerator.reduce(mean, reduction="mean").item() for name, mean in means.items()}
+        self.losses.clear()
+        values = means | values
         values |= {
             "skipped_steps": self.state.skipped_steps,
             "images_per_second": self.steps * self.images_per_step / (time.monotonic() - self.started),
             "peak_memory_mib": peak_memory(self.accelerator.device),
         }
         self.accelerator.log({f"train/{k}": v for k, v in values.items()}, step=self.state.global_step)
-        self.bar.set_postfix({name: f"{values[name]:.4f}" for name in losses})
+        self.bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
         self.restart_clock()

@@ -47,6 +47,7 @@ logger = logging.getLogger("train_autoencoder")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
+    """Flags of this script, and the models of its config."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
     add = parser.add_argument
@@ -76,6 +77,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--gradient_penalty_weight", type=float, default=4.0, help="Gamma of R1.")
     add("--gradient_penalty_interval", type=int, default=16, help="Steps from one penalty to the next.")
     add("--ema_half_life_images", type=float, default=10_000, help="Half-life of the averaged weights, in images.")
+    parser.set_defaults(output_dir="runs/autoencoder")
     return parse_arguments(parser, "train_autoencoder", ("autoencoder", "discriminator"), argv)
 
 
@@ -99,6 +101,7 @@ def build_autoencoder(args) -> BricsAutoencoder:
 
 
 def build_discriminator(args, autoencoder: BricsAutoencoder) -> DiscriminatorLoss | None:
+    """The discriminator with its loss, or none if the adversarial loss has no weight."""
     if args.adversarial_weight == 0:
         return None
     config = {"in_channels": autoencoder.config.out_channels, "sample_size": autoencoder.config.sample_size}
@@ -139,17 +142,16 @@ class Trainer:
         with accelerator.accumulate(*self.networks):
             loss, parts, sample = self.generator_loss(images, step, gan_on)
             accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                finite = step_if_finite(accelerator, self.optimizer, self.bare.parameters(), args.max_grad_norm)
+            optimizers = [self.optimizer]
             if gan_on:
                 self.critic.requires_grad_(True)
                 penalize = step % args.gradient_penalty_interval == 0
                 loss, critic_parts = self.critic(images, sample.detach(), penalize)
                 accelerator.backward(loss)
                 parts |= critic_parts
-                if accelerator.sync_gradients:
-                    parameters = self.critic.parameters()
-                    finite &= step_if_finite(accelerator, self.critic_optimizer, parameters, args.max_grad_norm)
+                optimizers.append(self.critic_optimizer)
+            if accelerator.sync_gradients:
+                finite = step_if_finite(accelerator, optimizers, args.max_grad_norm)
         return parts, finite
 
     def generator_loss(self, images: torch.Tensor, step: int, gan_on: bool):
@@ -175,10 +177,11 @@ class Trainer:
 
 def validate(args, accelerator, autoencoder, dataset, lpips_metric) -> dict[str, float]:
     """Mean metrics over the held-out images, shared among the processes."""
+    unreadable = UnreadableLog()
     rows = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     size = autoencoder.config.sample_size
     loader = evaluation_loader(dataset, size, args.train_batch_size, args.dataloader_num_workers, rows=rows)
-    metrics = reconstruction_metrics(autoencoder, loader, lpips_metric, progress=accelerator.is_main_process)
+    metrics = reconstruction_metrics(autoencoder, loader, lpips_metric, unreadable, accelerator.is_main_process)
     shares = gather_object([{name: value.tolist() for name, value in metrics.items()}])
     names = {name for share in shares for name in share if name != "index"}
     values = {name: [value for share in shares for value in share.get(name, [])] for name in sorted(names)}
@@ -188,9 +191,14 @@ def validate(args, accelerator, autoencoder, dataset, lpips_metric) -> dict[str,
 @torch.no_grad()
 def show(accelerator, autoencoder, dataset, output_dir: Path, step: int, count: int = 16) -> None:
     """Writes held-out images above their reconstructions, and a histogram of their key codes."""
-    size = autoencoder.config.sample_size
-    batch = next(iter(evaluation_loader(dataset, size, count, rows=range(min(count, len(dataset))))))
-    images = batch["pixel_values"].to(accelerator.device)
+    images = []
+    for batch in evaluation_loader(dataset, autoencoder.config.sample_size, count):
+        images.extend(batch["pixel_values"])
+        if len(images) >= count:
+            break
+    if not images:
+        return
+    images = torch.stack(images[:count]).to(accelerator.device)
     output = autoencoder(images)
     grid = side_by_side(images, output.sample)
     grid.save(output_dir / "reconstructions.png")
@@ -221,6 +229,7 @@ def save_autoencoder(autoencoder: BricsAutoencoder, path: Path) -> None:
 
 
 def main(argv=None):
+    """Trains, validates, saves."""
     args = parse_args(argv)
     accelerator = start_run(args)
     terminated = TerminationSignal(accelerator)
@@ -260,6 +269,7 @@ def main(argv=None):
         unreadable.add(batch["unreadable"])
         images = batch["pixel_values"].to(accelerator.device, non_blocking=True)
         parts, finite = trainer.step(images, state.global_step)
+        log.add(parts)
         if not accelerator.sync_gradients:
             continue
 
@@ -270,7 +280,7 @@ def main(argv=None):
         values = {"learning_rate": trainer.lr_scheduler.get_last_lr()[0]}
         if state.global_step % args.logging_steps == 0:
             values["grid_usage"] = usage.update(trainer.optimizer)
-        log.step(parts, values)
+        log.step(values)
         step, stop = state.global_step, terminated.received(state.global_step)
         last = step == args.max_train_steps
         if validation_set is not None and (step % args.validation_steps == 0 or last):
@@ -284,11 +294,13 @@ def main(argv=None):
             accelerator.end_training()
             return
 
+    for names in gather_object([unreadable.names]):
+        unreadable.add(names)
     if accelerator.is_main_process:
-        with averaged_weights(bare, ema):
-            save_autoencoder(bare, output_dir / "autoencoder")
         if unreadable.count:
             logger.warning("%s", unreadable.summary())
+        with averaged_weights(bare, ema):
+            save_autoencoder(bare, output_dir / "autoencoder")
         logger.info("The autoencoder is in %s", output_dir / "autoencoder")
     accelerator.end_training()
 

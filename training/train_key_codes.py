@@ -1,7 +1,7 @@
 """Stage two: trains a diffusion model on the key codes of a collection and saves a whole pipeline (Sec. 4, App. A.5).
 
     accelerate launch training/train_key_codes.py --config training/configs/photos-demo.yaml --dataset_name FOLDER \
-        --autoencoder_name_or_path runs/photos-demo
+        --autoencoder_name_or_path runs/autoencoder
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torchvision.transforms.functional import to_tensor
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
 from brics_diffusers.checkpoints import RunState, TerminationSignal, resume, save_checkpoint
-from brics_diffusers.data import load_collection, training_loader
+from brics_diffusers.data import collection_fingerprint, load_collection, training_loader
 from brics_diffusers.key_code_store import KeyCodeDataset, finish_key_codes, open_key_codes, write_key_codes
 from brics_diffusers.losses import denoising_loss
 from brics_diffusers.pipelines.pipeline_brics_key_code import key_codes_to_latents
@@ -43,6 +43,7 @@ logger = logging.getLogger("train_key_codes")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
+    """Flags of this script, and the models of its config."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
     add = parser.add_argument
@@ -58,7 +59,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--ema_max_decay", type=float, default=0.9999, help="Decay of the averaged weights after its warm-up.")
     add("--num_validation_images", type=int, default=16, help="Images sampled at each validation, of all processes.")
     add("--num_inference_steps", type=int, default=20, help="DPM-Solver++ steps of these samples.")
-    parser.set_defaults(lr_scheduler="cosine")
+    parser.set_defaults(lr_scheduler="cosine", output_dir="runs/pipeline")
     args = parse_arguments(parser, "train_key_codes", ("unet", "scheduler"), argv)
     if args.autoencoder_name_or_path is None:
         parser.error("no autoencoder: give --autoencoder_name_or_path, for instance stage one's --output_dir")
@@ -71,7 +72,7 @@ def fingerprint(autoencoder: BricsAutoencoder, dataset, args) -> str:
     for name, tensor in sorted(autoencoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
-    digest.update(repr((dataset._fingerprint, len(dataset), args.random_flip, args.shard_size)).encode())
+    digest.update(repr((collection_fingerprint(dataset), args.random_flip, args.shard_size)).encode())
     return digest.hexdigest()
 
 
@@ -83,7 +84,7 @@ def encode_collection(args, accelerator, autoencoder, dataset) -> KeyCodeDataset
         complete = open_key_codes(folder, mark)
     accelerator.wait_for_everyone()
     if not complete:
-        unreadable = write_key_codes(
+        write_key_codes(
             autoencoder,
             dataset,
             folder,
@@ -94,11 +95,11 @@ def encode_collection(args, accelerator, autoencoder, dataset) -> KeyCodeDataset
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
-        if unreadable.count:
-            logger.warning(unreadable.summary())
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            finish_key_codes(folder)
+            unreadable = finish_key_codes(folder)
+            if unreadable.count:
+                logger.warning("%s", unreadable.summary())
         accelerator.wait_for_everyone()
     return KeyCodeDataset(folder)
 
@@ -164,9 +165,9 @@ def validate(args, accelerator, pipeline, ema, step: int) -> None:
 
 
 def main(argv=None):
+    """Encodes the collection, trains, validates, saves."""
     args = parse_args(argv)
     accelerator = start_run(args)
-    terminated = TerminationSignal(accelerator)
     output_dir = Path(args.output_dir)
     autoencoder = load_autoencoder(args.autoencoder_name_or_path).requires_grad_(False).eval().to(accelerator.device)
     with accelerator.main_process_first():
@@ -174,6 +175,7 @@ def main(argv=None):
             args.dataset_name, args.dataset_split, args.image_column, args.cache_dir, args.max_train_samples
         )
     key_codes = encode_collection(args, accelerator, autoencoder, dataset)
+    terminated = TerminationSignal(accelerator)  # until here, what is encoded stays and needs no saving
 
     unet = build_unet(args, autoencoder)
     if args.gradient_checkpointing:
@@ -218,8 +220,9 @@ def main(argv=None):
         with accelerator.accumulate(unet):
             loss = training_loss(unet, scheduler, latents, noise, timesteps, args.snr_gamma)
             accelerator.backward(loss)
+            log.add({"loss": loss.detach()})
             if accelerator.sync_gradients:
-                finite = step_if_finite(accelerator, optimizer, bare.parameters(), args.max_grad_norm)
+                finite = step_if_finite(accelerator, [optimizer], args.max_grad_norm)
         if not accelerator.sync_gradients:
             continue
 
@@ -227,7 +230,7 @@ def main(argv=None):
         ema.step(bare.parameters())
         state.global_step += 1
         count_skipped(state, finite, args.max_nonfinite_steps, output_dir)
-        log.step({"loss": loss.detach()}, {"learning_rate": lr_scheduler.get_last_lr()[0]})
+        log.step({"learning_rate": lr_scheduler.get_last_lr()[0]})
         step, stop = state.global_step, terminated.received(state.global_step)
         last = step == args.max_train_steps
         if args.num_validation_images and (step % args.validation_steps == 0 or last):

@@ -1,4 +1,4 @@
-from .collection import load_collection
+from .collection import collection_fingerprint, load_collection
 from .images import (
     ImageCollection,
     InfiniteBatchSampler,

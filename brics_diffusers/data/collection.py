@@ -1,6 +1,7 @@
 """Image collections from the Hub, folders, parquet files or zip archives, loaded without decoding."""
 
 import glob
+import hashlib
 import logging
 import os
 import re
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
+import pyarrow.compute as pc
 
 
 logger = logging.getLogger(__name__)
@@ -88,6 +90,26 @@ def load_collection(
     if len(dataset) == 0:
         raise ValueError(f"split '{split}' of '{source}' has no rows; give a split with at least one image.")
     return dataset if max_images is None else dataset.select(range(min(max_images, len(dataset))))
+
+
+def collection_fingerprint(dataset: datasets.Dataset) -> str:
+    r"""
+    A digest that changes when a collection does, be it the contents of its files.
+
+    Args:
+        dataset (`datasets.Dataset`): The result of [`load_collection`].
+
+    Returns:
+        `str`: hexadecimal digits.
+    """
+    digest = hashlib.sha256(f"{dataset._fingerprint} {len(dataset)}".encode())
+    column = dataset.data.column("image")
+    in_files = pc.is_null(pc.struct_field(column, "bytes"))
+    for path in pc.struct_field(column, "path").filter(in_files).to_pylist():
+        if os.path.exists(path):
+            status = os.stat(path)
+            digest.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()
 
 
 def _looks_like_path(source: str) -> bool:

@@ -217,10 +217,17 @@ class UnreadableLog:
         self._names: dict[str, None] = {}  # in the order met
 
     @property
+    def names(self) -> list[str]:
+        """The unreadable images in the order met."""
+        return list(self._names)
+
+    @property
     def count(self) -> int:
+        """Number of different unreadable images."""
         return len(self._names)
 
     def add(self, names: Iterable[str]) -> None:
+        """Notes names, and warns of those that are new."""
         for name in names:
             if name not in self._names:
                 self._names[name] = None

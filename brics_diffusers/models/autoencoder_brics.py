@@ -58,7 +58,7 @@ class BricsAutoencoderOutput(BaseOutput):
     """
 
     sample: torch.Tensor
-    key_codes: torch.Tensor
+    key_codes: torch.Tensor = None  # the defaults let accelerate rebuild the output from a dictionary
     kl_loss: torch.Tensor | None = None
 
 

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 
 from ..models import BricsAutoencoder
 
@@ -110,6 +111,16 @@ class BricsKeyCodePipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs holds {unknown}; it may hold {self._callback_tensor_inputs} only."
             )
 
+    def check_images(self, images: PipelineImageInput):
+        """Raises a `ValueError` for images of different sizes, or arrays and tensors that leave [0, 1]."""
+        images = images if isinstance(images, list) else [images]
+        sizes = {image.size for image in images if isinstance(image, Image.Image)}
+        if len(sizes) > 1:
+            raise ValueError(f"images have sizes {sorted(sizes)}; give images of one size, or one at a time.")
+        for image in images:
+            if not isinstance(image, Image.Image) and not (image.min() >= 0 and image.max() <= 1):
+                raise ValueError(f"images span [{image.min()}, {image.max()}]; scale arrays and tensors to [0, 1].")
+
     def prepare_extra_step_kwargs(self, generator, eta: float) -> dict:
         """`generator` and `eta`, as far as the scheduler's `step` takes them."""
         parameters = inspect.signature(self.scheduler.step).parameters
@@ -161,7 +172,7 @@ class BricsKeyCodePipeline(DiffusionPipeline):
         >>> import torch
         >>> from brics_diffusers import BricsKeyCodePipeline
 
-        >>> pipe = BricsKeyCodePipeline.from_pretrained("runs/key-codes/pipeline")
+        >>> pipe = BricsKeyCodePipeline.from_pretrained("runs/pipeline")
         >>> images = pipe(batch_size=4, num_inference_steps=250, generator=torch.Generator().manual_seed(0)).images
         ```
         """
@@ -226,6 +237,7 @@ class BricsKeyCodePipeline(DiffusionPipeline):
             raise ValueError(
                 "output_type is 'latent'; for key codes call pipe.autoencoder.encode(...).key_codes instead."
             )
+        self.check_images(images)
         sample = self.image_processor.preprocess(images).to(self._execution_device, self.autoencoder.dtype)
         key_codes = self.autoencoder.encode(sample).key_codes
         images = self.image_processor.postprocess(self.autoencoder.decode(key_codes).sample, output_type)

@@ -7,7 +7,7 @@ import pytest
 from image_files import COLORS, encoded, save
 from PIL import Image
 
-from brics_diffusers.data import ImageCollection, evaluation_loader, read_image
+from brics_diffusers.data import ImageCollection, collection_fingerprint, evaluation_loader, read_image
 
 
 EMOJI = Path(__file__).parents[3] / "shared/data/noto-emoji-64"
@@ -231,3 +231,12 @@ def test_emoji_collection(load):
     batch = next(iter(evaluation_loader(validation, 64, 16)))
     assert batch["pixel_values"].shape == (16, 3, 64, 64) and batch["unreadable"] == []
     assert batch["pixel_values"].max() == 1.0
+
+
+def test_fingerprint_follows_the_files(tmp_path, load):
+    for index in range(2):
+        save(tmp_path / f"{index}.png")
+    before = collection_fingerprint(load(tmp_path))
+    assert before == collection_fingerprint(load(tmp_path))
+    save(tmp_path / "1.png", color=(1, 2, 3), size=(9, 9))
+    assert collection_fingerprint(load(tmp_path)) != before

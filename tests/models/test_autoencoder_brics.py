@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -587,3 +588,10 @@ class TestErrors:
     def test_config(self, config, message):
         with pytest.raises(ValueError, match=message):
             BricsAutoencoder(**{**SMALL, **config})
+
+
+def test_output_survives_accelerate(autoencoder):
+    """accelerate widens outputs to float32 by rebuilding them from dictionaries."""
+    image = torch.zeros(1, 3, 32, 32)
+    output = convert_to_fp32(autoencoder.to(torch.bfloat16)(image.to(torch.bfloat16)))
+    assert output.sample.dtype == output.key_codes.dtype == torch.float32 and output.kl_loss is None

@@ -24,7 +24,7 @@ def start(script, *flags, processes=1, launcher=True):
 
 
 def send(run, number):
-    """Sends a signal to every process of a run, as a cluster's scheduler does; its workers have groups of their own."""
+    """Sends a signal to every process of a run, as a cluster's scheduler does."""
     for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
         process.send_signal(number)
 
@@ -105,8 +105,10 @@ def test_without_a_checkpoint_latest_starts_afresh_and_none_is_overwritten(flags
     flags = flags_of("one", tmp_path, "--max_train_steps", 2)
     done = launch(SCRIPTS["one"], *flags, "--resume_from_checkpoint", "latest")
     assert f"No checkpoint in {tmp_path}: starting afresh" in done.stderr
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     done = launch(SCRIPTS["one"], *flags, check=False)
     assert done.returncode != 0 and "has checkpoints of an earlier run; go on with --resume_from" in done.stderr
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 
 def test_sigterm_saves_and_exits_cleanly(flags_of, tmp_path):

@@ -13,6 +13,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
 from brics_diffusers.data import ImageCollection, load_collection
 from brics_diffusers.evaluation import image_metrics
+from demo import write_crops
 
 
 EMOJI = ROOT.parent / "shared/data/noto-emoji-64"
@@ -39,6 +40,9 @@ class TestOneProcess:
         names = {"psnr": "validation", "ssim": "validation", "mse": "train", "images_per_second": "train"}
         assert {f"{kind}/{name}" for name, kind in names.items()} <= set(events.Tags()["scalars"])
         assert [event.step for event in events.Scalars("train/adversarial")] == [3, 4]  # from --gan_start_step on
+        assert 0 < events.Scalars("train/grid_usage")[-1].value <= 1
+        assert "key_codes" in events.Tags()["histograms"]
+        assert (output_dir / "autoencoder-best" / "config.json").exists()
         assert "validation" in events.Tags()["images"]
 
     def test_unreadable_file_is_named(self, stage_one):
@@ -75,6 +79,7 @@ class TestFlags:
                 ["--dataset_name", "x"],
                 "argument --mixed_precision: invalid choice",
             ),
+            ({"autoencodr": {"sample_size": 32}}, ["--dataset_name", "x"], "unknown sections autoencodr"),
             ({}, [], "no collection: give --dataset_name"),
             ({}, ["--config", "none.yaml"], "--config none.yaml can't be read as YAML"),
         ],
@@ -126,21 +131,30 @@ class TestTwoProcesses:
         assert steps[0]["model_1.safetensors"]["discriminator.linear_out.bias"].abs().min() > 1e-3
 
 
-@pytest.mark.skipif(not EMOJI.is_dir(), reason="the noto-emoji-64 collection is not beside the repository")
-def test_loss_falls_and_beats_a_blurred_copy(tmp_path, write_config):
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    """The emoji if they are beside the repository, else crops of photographs."""
+    if EMOJI.is_dir():
+        return EMOJI
+    folder = tmp_path_factory.mktemp("photos")
+    write_crops(folder, seed=0)
+    return folder
+
+
+def test_loss_falls_and_beats_a_blurred_copy(tmp_path, collection):
     config = yaml.safe_load((ROOT / "training/configs/noto-emoji-64.yaml").read_text())
     narrow = {"encoder_block_out_channels": [8, 16, 32], "norm_num_groups": 8, "feature_channels": 32}
     config["autoencoder"] |= narrow | {"style_dim": 32, "decoder_block_out_channels": [32, 16]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    flags = ["--config", tmp_path / "config.yaml", "--dataset_name", EMOJI, "--output_dir", tmp_path]
-    flags += ["--max_train_samples", 64, "--num_validation_images", 0, "--max_train_steps", 300, "--no-random_flip"]
-    launch("train_autoencoder.py", *flags)
-    losses = [event.value for event in read_log(tmp_path).Scalars("train/mse")]
-    assert sum(losses[-3:]) < sum(losses[:3]) / 5
-    collection = ImageCollection(load_collection(EMOJI, max_images=64), 64)
-    images = torch.stack([collection[index]["pixel_values"] for index in range(64)])
+    flags = ["--config", tmp_path / "config.yaml", "--dataset_name", collection, "--output_dir", tmp_path / "run"]
+    flags += ["--max_train_samples", 64, "--num_validation_images", 0, "--max_train_steps", 250, "--no-random_flip"]
+    launch("train_autoencoder.py", *flags, threads=2)
+    losses = [event.value for event in read_log(tmp_path / "run").Scalars("train/mse")]
+    assert sum(losses[-3:]) < sum(losses[:3]) / 3
+    images = ImageCollection(load_collection(collection, max_images=64), 64)
+    images = torch.stack([images[index]["pixel_values"] for index in range(64)])
     blurred = torch.stack([blur(image) for image in images])
-    autoencoder = BricsAutoencoder.from_pretrained(tmp_path / "autoencoder").eval()
+    autoencoder = BricsAutoencoder.from_pretrained(tmp_path / "run" / "autoencoder").eval()
     with torch.no_grad():
         reconstructed = autoencoder(images).sample
     psnr = [image_metrics(sample, images)["psnr"].mean().item() for sample in (reconstructed, blurred)]

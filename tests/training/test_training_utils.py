@@ -1,0 +1,116 @@
+import argparse
+import logging
+
+import pytest
+import torch
+import train_autoencoder
+from accelerate import Accelerator
+from launching import CONFIG
+
+from brics_diffusers.checkpoints import RunState
+from brics_diffusers.training_utils import StepLog, build_lr_scheduler, count_skipped, load_autoencoder, step_if_finite
+from brics_diffusers.visualization import image_grid, side_by_side
+
+
+class TestTwoOptimizersWithOneLossScale:
+    """The trainer with the loss scale of fp16, which accelerate itself gives on a GPU only."""
+
+    def weights(self, scaler, accumulation, tmp_path):
+        flags = ["--dataset_name", "x", "--lpips_weight", "0", "--learning_rate", "0.1", "--adam_epsilon", "1.0"]
+        args = train_autoencoder.parse_args([*flags, "--discriminator_adam_epsilon", "1.0"])
+        args.autoencoder = CONFIG["autoencoder"] | {"regularization": "none"}
+        args.discriminator = CONFIG["discriminator"]
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+        accelerator.scaler = scaler
+        torch.manual_seed(0)
+        trainer = train_autoencoder.Trainer(args, accelerator)
+        images = torch.rand(3, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        for step in range(3):
+            for part in images[step].chunk(accumulation):
+                assert trainer.step(part, step)[1]
+        assert accelerator.sync_gradients
+        return [parameter.detach().clone() for model in trainer.networks for parameter in model.parameters()]
+
+    @pytest.mark.parametrize("accumulation", [1, 2])
+    def test_the_scale_does_not_matter(self, accumulation, tmp_path):
+        plain = self.weights(None, 1, tmp_path)
+        # It grows at every step, so that gradients of one scale would show if divided by another.
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1)
+        for a, b in zip(plain, self.weights(scaler, accumulation, tmp_path), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # rounding over three steps of rate 0.1
+        assert scaler.get_scale() == 256 * 2**3
+
+
+def test_step_if_finite():
+    accelerator = Accelerator(cpu=True)
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizers = [accelerator.prepare(torch.optim.SGD([weight], 1.0)) for weight in weights]
+    weights[0].grad, weights[1].grad = torch.tensor([3.0, 4.0, 0.0]), torch.tensor([0.0, float("nan"), 0.0])
+    assert not step_if_finite(accelerator, optimizers, max_grad_norm=1.0)
+    torch.testing.assert_close(weights[0].detach(), torch.tensor([0.4, 0.2, 1.0]))  # clipped from norm 5 to 1
+    assert torch.equal(weights[1].detach(), torch.ones(3)) and weights[1].grad is None
+
+
+def test_count_skipped_names_the_last_good_checkpoint(tmp_path):
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    state = RunState()
+    for finite, step in ((True, 4), (False, 5), (True, 6), (False, 7), (False, 8)):
+        state.global_step = step
+        count_skipped(state, finite, 3, tmp_path)
+    assert (state.skipped_steps, state.skipped_in_a_row) == (3, 2)
+    state.global_step = 9
+    # Step 7, the first after checkpoint 6, went wrong: that checkpoint may be to blame.
+    with pytest.raises(FloatingPointError, match="3 steps in a row, up to step 9.*resume from .*checkpoint-4"):
+        count_skipped(state, False, 3, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine"])
+def test_warmup(name):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 1.0)
+    args = argparse.Namespace(lr_scheduler=name, lr_warmup_steps=4, max_train_steps=10)
+    scheduler = build_lr_scheduler(args, optimizer)
+    rates = []
+    for _ in range(4):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates == [0, 0.25, 0.5, 0.75] and scheduler.get_last_lr()[0] == 1
+
+
+def test_step_log_averages_and_keeps_rare_losses():
+    accelerator, state, logged = Accelerator(cpu=True), RunState(), {}
+    accelerator.log = lambda values, step: logged.setdefault(step, values)
+    log = StepLog(accelerator, state, total=4, images_per_step=8, interval=2)
+    for step in range(1, 5):
+        state.global_step = step
+        log.add({"mse": torch.tensor(float(step))} | ({"r1": torch.tensor(7.0)} if step == 1 else {}))
+        log.step({"learning_rate": 0.5})
+    assert logged[2]["train/mse"] == 1.5 and logged[4]["train/mse"] == 3.5
+    assert logged[2]["train/r1"] == 7 and "train/r1" not in logged[4]
+    assert logged[4]["train/images_per_second"] > 0 and logged[4]["train/peak_memory_mib"] > 0
+
+
+def test_missing_autoencoder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; name a saved autoencoder"):
+        load_autoencoder(str(tmp_path / "nowhere"))
+
+
+def test_pictures():
+    targets, samples = torch.full((3, 3, 4, 4), -1.0), torch.full((3, 3, 4, 4), 2.0)
+    picture = side_by_side(targets, samples)
+    assert picture.size == (3 * 6 + 2, 2 * 6 + 2)
+    assert picture.getpixel((3, 3)) == (0, 0, 0) and picture.getpixel((3, 9)) == (255, 255, 255)
+    assert image_grid(targets, columns=2).size == (2 * 6 + 2, 2 * 6 + 2)
+
+
+def test_no_file_of_the_validation_set_is_readable(tmp_path, image_folder, write_config, caplog):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "validation").mkdir()
+    for file in list(image_folder.glob("0*.png")):
+        (tmp_path / "data" / "train" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "data" / "validation" / "bad.png").write_text("no image")
+    logging.getLogger().setLevel(logging.INFO)
+    flags = ["--config", str(write_config()), "--dataset_name", str(tmp_path / "data"), "--output_dir"]
+    train_autoencoder.main([*flags, str(tmp_path / "run"), "--max_train_steps", "1"])
+    assert (tmp_path / "run" / "autoencoder" / "config.json").exists()
