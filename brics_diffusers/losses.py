@@ -16,6 +16,11 @@ LPIPS_WEIGHTS = {
 }
 
 
+def lpips_is_cached(network: str = "vgg") -> bool:
+    """Whether torch's cache folder holds the weights of an LPIPS backbone, so that [`load_lpips`] needs no network."""
+    return os.path.exists(os.path.join(torch.hub.get_dir(), "checkpoints", LPIPS_WEIGHTS[network]))
+
+
 def load_lpips(network: str = "vgg", pretrained: bool = True) -> nn.Module:
     r"""
     The LPIPS metric of Zhang et al. 2018, frozen, in eval mode.

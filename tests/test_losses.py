@@ -15,6 +15,7 @@ from brics_diffusers.losses import (
     discriminator_loss,
     gradient_penalty,
     load_lpips,
+    lpips_is_cached,
     reconstruction_loss,
 )
 
@@ -43,6 +44,10 @@ class TestReconstructionLoss:
 
         monkeypatch.setattr(lpips, "LPIPS", fail)
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        assert not lpips_is_cached("vgg")
+        (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+        (tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth").touch()
+        assert lpips_is_cached("alex") and not lpips_is_cached("vgg")
         with pytest.raises(FileNotFoundError, match="vgg16-397923af.pth.*checkpoints.*--lpips_weight 0"):
             load_lpips("vgg")
 

@@ -22,6 +22,7 @@ from brics_diffusers.losses import (
     adversarial_loss,
     adversarial_ramp,
     load_lpips,
+    lpips_is_cached,
     reconstruction_loss,
 )
 from brics_diffusers.training_utils import (
@@ -115,8 +116,9 @@ class Trainer:
     def __init__(self, args, accelerator):
         self.args, self.accelerator = args, accelerator
         self.bare = build_autoencoder(args)
+        # For validation it is of use even where it has no weight in the loss, if it need not be downloaded.
         self.lpips_metric = None
-        if args.lpips_weight > 0:
+        if args.lpips_weight > 0 or lpips_is_cached(args.lpips_network):
             self.lpips_metric = load_lpips(args.lpips_network).to(accelerator.device)
         optimizer = build_optimizer(self.bare, args.learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon)
         # Not prepared: accelerate would advance it once a process.

@@ -37,11 +37,11 @@ def wait_for(path, process):
 
 @pytest.fixture
 def flags_of(stage_one, image_folder, write_config):
-    """The flags of a run of either stage that saves every second step of many."""
+    """The flags of a run of either stage that saves every fourth step."""
 
     def flags(stage, output_dir, *more):
         result = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", output_dir]
-        result += ["--checkpointing_steps", 2, "--max_train_steps", 40, "--num_validation_images", 0]
+        result += ["--checkpointing_steps", 4, "--max_train_steps", 24, "--num_validation_images", 0]
         result += ["--lr_scheduler", "cosine", "--dataloader_num_workers", 1]
         if stage == "one":
             result += ["--gan_start_step", 1, "--random_flip"]
@@ -87,18 +87,18 @@ def assert_same(a, b, name=""):
 def test_killed_and_resumed_run_ends_the_same(flags_of, tmp_path, stage, processes):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     launch(SCRIPTS[stage], *flags_of(stage, whole, "--checkpoints_total_limit", 1), processes=processes)
-    assert [path.name for path in list_checkpoints(whole)] == ["checkpoint-40"]
+    assert [path.name for path in list_checkpoints(whole)] == ["checkpoint-24"]
 
     run = start(SCRIPTS[stage], *flags_of(stage, broken), processes=processes)
     wait_for(broken / "checkpoint-4", run)
     send(run, signal.SIGKILL)
     run.communicate()
-    assert 4 <= int(list_checkpoints(broken)[-1].name.removeprefix("checkpoint-")) < 40
+    assert 4 <= checkpoint_step(list_checkpoints(broken)[-1]) < 24
 
     flags = flags_of(stage, broken, "--resume_from_checkpoint", "latest")
     done = launch(SCRIPTS[stage], *flags, processes=processes)
     assert "Resumed from" in done.stderr
-    assert_same(content(whole / "checkpoint-40"), content(broken / "checkpoint-40"))
+    assert_same(content(whole / "checkpoint-24"), content(broken / "checkpoint-24"))
 
 
 def test_without_a_checkpoint_latest_starts_afresh_and_none_is_overwritten(flags_of, tmp_path):
@@ -137,15 +137,15 @@ def test_sigterm_to_two_processes(flags_of, tmp_path):
 
 @pytest.mark.slow
 def test_damaged_checkpoint_is_named_with_the_others(flags_of, tmp_path):
-    launch(SCRIPTS["one"], *flags_of("one", tmp_path, "--max_train_steps", 4))
-    weights = tmp_path / "checkpoint-4" / "model.safetensors"
+    launch(SCRIPTS["one"], *flags_of("one", tmp_path, "--max_train_steps", 8))
+    weights = tmp_path / "checkpoint-8" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    flags = flags_of("one", tmp_path, "--max_train_steps", 6)
+    flags = flags_of("one", tmp_path, "--max_train_steps", 12)
     done = launch(SCRIPTS["one"], *flags, "--resume_from_checkpoint", "latest", check=False)
-    assert done.returncode != 0 and "checkpoint-4 can't be read" in done.stderr
-    assert "resume from another checkpoint, of checkpoint-2" in done.stderr
-    launch(SCRIPTS["one"], *flags, "--resume_from_checkpoint", tmp_path / "checkpoint-2")
-    assert (tmp_path / "checkpoint-6").is_dir()
+    assert done.returncode != 0 and "checkpoint-8 can't be read" in done.stderr
+    assert "resume from another checkpoint, of checkpoint-4" in done.stderr
+    launch(SCRIPTS["one"], *flags, "--resume_from_checkpoint", tmp_path / "checkpoint-4")
+    assert (tmp_path / "checkpoint-12").is_dir()
 
 
 @pytest.fixture

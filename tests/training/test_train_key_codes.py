@@ -42,12 +42,12 @@ def test_key_codes_are_those_of_the_autoencoder(stage_two, image_folder):
 def test_same_key_codes_are_not_made_again(stage_one, stage_two, image_folder, write_config, tmp_path):
     folder = stage_two[0] / "key_codes"
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    flags = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", tmp_path]
-    flags += ["--autoencoder_name_or_path", stage_one[0], "--key_codes_dir", folder, "--max_train_steps", 1]
-    launch("train_key_codes.py", *flags, "--random_flip", "--num_validation_images", 0)
+    flags = ["--config", write_config(), "--dataset_name", image_folder, "--autoencoder_name_or_path", stage_one[0]]
+    flags += ["--key_codes_dir", folder, "--max_train_steps", 1, "--num_validation_images", 0]
+    launch("train_key_codes.py", *flags, "--random_flip", "--output_dir", tmp_path / "same")
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     # Without mirror images these would be other codes.
-    done = launch("train_key_codes.py", *flags, check=False)
+    done = launch("train_key_codes.py", *flags, "--output_dir", tmp_path / "other", check=False)
     assert done.returncode != 0 and "holds key codes of another autoencoder, collection or resolution" in done.stderr
 
 
