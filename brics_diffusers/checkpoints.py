@@ -49,17 +49,19 @@ def appearing_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     partial, old = (path.with_name(f".{kind}-{path.name}") for kind in ("partial", "old"))
+    if old.exists() and not path.exists():  # killed between the two renames below
+        os.replace(old, path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as opened:  # to the disk before the rename says that it is complete
+                    os.fsync(opened.fileno())
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for file in partial.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as opened:  # to the disk before the rename says that it is complete
-                os.fsync(opened.fileno())
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.replace(path, old)
@@ -110,7 +112,9 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, ste
     if accelerator.is_main_process:
         others = [old for old in list_checkpoints(output_dir) if old != path]
         for old in others[: max(len(others) + 1 - limit, 0) if limit is not None else 0]:
-            shutil.rmtree(old)
+            removed = old.with_name(f".old-{old.name}")
+            os.replace(old, removed)  # so that none is ever half there
+            shutil.rmtree(removed, ignore_errors=True)
         logger.info("Saved %s", path)
     accelerator.wait_for_everyone()
 
@@ -123,7 +127,8 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
         accelerator (`Accelerator`): The run's accelerator.
         output_dir (`str`): Folder of the run, searched for `latest`.
         checkpoint (`str`, *optional*):
-            Path of a checkpoint; `"latest"`, which starts afresh if there is none; or `None`.
+            Path of a checkpoint; `"latest"`, which starts afresh if there is none; or `None`. Later checkpoints of the
+            run are renamed to `superseded-...`, so that `latest` stays on the branch that was chosen.
 
     Raises:
         `FileNotFoundError`: If a path is given that is not a checkpoint.
@@ -139,14 +144,23 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
         checkpoint = found[-1]
     if not Path(checkpoint).is_dir():
         raise FileNotFoundError(f"{checkpoint} is not a checkpoint folder; give the path of one, or latest.")
+    checkpoint = Path(checkpoint)
     try:
+        # accelerate goes on without random states that it can't read.
+        torch.load(checkpoint / f"random_states_{accelerator.process_index}.pkl", weights_only=False)
         accelerator.load_state(str(checkpoint))
     except Exception as error:
         raise OSError(
             f"{checkpoint} can't be read ({type(error).__name__}: {error}); resume from another checkpoint, of "
-            f"{', '.join(path.name for path in found if path != Path(checkpoint)) or 'which there is none'}."
+            f"{', '.join(path.name for path in found if path != checkpoint) or 'which there is none'}."
         ) from error
     logger.info("Resumed from %s", checkpoint)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and checkpoint in found:
+        for later in found[found.index(checkpoint) + 1 :]:  # of a branch that this run leaves
+            os.replace(later, later.with_name(f"superseded-{later.name}"))
+            logger.info("%s is kept as superseded-%s", later, later.name)
+    accelerator.wait_for_everyone()
 
 
 class TerminationSignal:

@@ -8,12 +8,13 @@ import re
 import resource
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
@@ -139,6 +140,8 @@ def start_run(args: argparse.Namespace) -> Accelerator:
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with="tensorboard",
+        # One process may have to download or prepare a collection while the others wait.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )
     level = logging.INFO if accelerator.is_main_process else logging.WARNING
@@ -276,12 +279,13 @@ def step_if_finite(accelerator: Accelerator, optimizers: list, max_grad_norm: fl
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if scaler is not None:
             scaler.unscale_(optimizer.optimizer)
-        limit = float("inf") if max_grad_norm is None else max_grad_norm
-        finite = bool(torch.isfinite(torch.nn.utils.clip_grad_norm_(parameters, limit)))
-        if scaler is not None:
-            scaler.step(optimizer.optimizer)  # skips the step itself where gradients overflow
-        elif finite:
-            optimizer.step()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = bool(torch.isfinite(norm))
+        if finite and max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+        if finite:
+            optimizer.step() if scaler is None else scaler.step(optimizer.optimizer)
         optimizer.zero_grad()
         all_finite &= finite
     if scaler is not None:

@@ -62,7 +62,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--key_noise_scale", type=float, help="Standard deviation of the noise on key codes; default: the config's.")
     add("--validation_split", help="Held-out split; default: `validation`, or images held out from training.")
     add("--num_validation_images", type=int, default=256, help="Held-out images to use at most; 0 for no validation.")
-    add("--learning_rate", type=float, default=2e-3, help="Adam's learning rate, both networks.")
+    add(
+        "--learning_rate",
+        type=float,
+        default=2e-3,
+        help="Adam's learning rate, both networks; schedules are for the first only.",
+    )
     add("--adam_beta1", type=float, default=0.9, help="Adam's momentum before the adversarial loss starts.")
     add("--adam_beta1_gan", type=float, default=0.0, help="Adam's momentum from then on, and the discriminator's.")
     add("--adam_beta2", type=float, default=0.99, help="Adam's second decay rate.")
@@ -214,7 +219,8 @@ def validate_and_keep_best(args, accelerator, trainer: Trainer, ema, dataset, st
         metrics = validate(args, accelerator, autoencoder, dataset, trainer.lpips_metric)
         accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=state.global_step)
         better = metrics.get("psnr", float("-inf")) > state.best_psnr
-        state.best_psnr = max(metrics.get("psnr", float("-inf")), state.best_psnr)
+        if better:
+            state.best_psnr = metrics["psnr"]
         if accelerator.is_main_process:
             rounded = {name: round(value, 4) for name, value in metrics.items()}
             logger.info("step %d: %s", state.global_step, rounded)
@@ -242,12 +248,12 @@ def main(argv=None):
     bare = trainer.bare
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     ema = EMAModel(bare.parameters(), decay=ema_half_life_decay(global_batch, args.ema_half_life_images), foreach=True)
-    ema.to(accelerator.device)
     usage = GridUsage(bare.grids)
     state = RunState(best_psnr=float("-inf"))
     accelerator.register_for_checkpointing(ema, trainer.lr_scheduler, usage, state)
     set_seed(args.seed, device_specific=True)  # noise differs between processes
     resume(accelerator, output_dir, args.resume_from_checkpoint)
+    ema.to(accelerator.device)  # checkpoints come back on the CPU
 
     loader = training_loader(
         ImageCollection(train_set, bare.config.sample_size, args.random_flip, replace_unreadable=True),
@@ -285,7 +291,7 @@ def main(argv=None):
         log.step(values)
         step, stop = state.global_step, terminated.received(state.global_step)
         last = step == args.max_train_steps
-        if validation_set is not None and (step % args.validation_steps == 0 or last):
+        if validation_set is not None and (last or (step % args.validation_steps == 0 and not stop)):
             validate_and_keep_best(args, accelerator, trainer, ema, validation_set, state)
             log.restart_clock()
         if (step % args.checkpointing_steps == 0 and finite) or last or stop:

@@ -7,6 +7,9 @@
 import argparse
 import hashlib
 import logging
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ from diffusers.training_utils import EMAModel
 from torchvision.transforms.functional import to_tensor
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
-from brics_diffusers.checkpoints import RunState, TerminationSignal, resume, save_checkpoint
+from brics_diffusers.checkpoints import RunState, TerminationSignal, appearing_folder, resume, save_checkpoint
 from brics_diffusers.data import collection_fingerprint, load_collection, training_loader
 from brics_diffusers.key_code_store import KeyCodeDataset, finish_key_codes, open_key_codes, write_key_codes
 from brics_diffusers.losses import denoising_loss
@@ -164,6 +167,16 @@ def validate(args, accelerator, pipeline, ema, step: int) -> None:
         tensorboard(accelerator).add_image("samples", to_tensor(grid), step)
 
 
+def save_pipeline(pipeline: BricsKeyCodePipeline, output_dir: Path) -> None:
+    """Writes the pipeline into the run's folder, each component complete or not at all, and the index last."""
+    with tempfile.TemporaryDirectory(dir=output_dir) as folder:
+        pipeline.save_pretrained(folder)
+        for name in pipeline.components:
+            with appearing_folder(output_dir / name) as component:
+                shutil.copytree(Path(folder) / name, component, dirs_exist_ok=True)
+        os.replace(Path(folder) / "model_index.json", output_dir / "model_index.json")
+
+
 def main(argv=None):
     """Encodes the collection, trains, validates, saves."""
     args = parse_args(argv)
@@ -184,11 +197,11 @@ def main(argv=None):
     optimizer = build_optimizer(unet, args.learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon)
     lr_scheduler = build_lr_scheduler(args, optimizer)
     ema = EMAModel(unet.parameters(), decay=args.ema_max_decay, foreach=True)
-    ema.to(accelerator.device)
     state = RunState()
     unet, optimizer = accelerator.prepare(unet, optimizer)  # the schedule would advance once a process
     accelerator.register_for_checkpointing(ema, lr_scheduler, state)
     resume(accelerator, output_dir, args.resume_from_checkpoint)
+    ema.to(accelerator.device)  # checkpoints come back on the CPU
 
     bare = accelerator.unwrap_model(unet)
     solver = DPMSolverMultistepScheduler.from_config(scheduler.config, use_karras_sigmas=True)
@@ -233,7 +246,7 @@ def main(argv=None):
         log.step({"learning_rate": lr_scheduler.get_last_lr()[0]})
         step, stop = state.global_step, terminated.received(state.global_step)
         last = step == args.max_train_steps
-        if args.num_validation_images and (step % args.validation_steps == 0 or last):
+        if args.num_validation_images and (last or (step % args.validation_steps == 0 and not stop)):
             validate(args, accelerator, sampler, ema, step)
             log.restart_clock()
         if (step % args.checkpointing_steps == 0 and finite) or last or stop:
@@ -246,7 +259,7 @@ def main(argv=None):
 
     if accelerator.is_main_process:
         with averaged_weights(bare, ema):
-            BricsKeyCodePipeline(autoencoder, bare, scheduler).save_pretrained(output_dir)
+            save_pipeline(BricsKeyCodePipeline(autoencoder, bare, scheduler), output_dir)
         logger.info("The pipeline is in %s", output_dir)
     accelerator.end_training()
 

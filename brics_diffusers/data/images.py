@@ -3,6 +3,8 @@
 import io
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 
 import datasets
@@ -286,6 +288,19 @@ class InfiniteBatchSampler(torch.utils.data.Sampler):
             position += self.num_processes * self.batch_size
 
 
+def _only_the_parent_terminates(_):
+    # Clusters send SIGTERM to every process of a job, and workers have to live until the loop has saved.
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def watch():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def training_loader(
     dataset: torch.utils.data.Dataset,
     batch_size: int,
@@ -313,6 +328,7 @@ def training_loader(
         num_workers=num_workers,
         collate_fn=collate_fn,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_only_the_parent_terminates,
         # A generator of its own: starting the loader must not draw from the one that training noise comes from.
         generator=torch.Generator().manual_seed(seed),
     )
@@ -349,5 +365,6 @@ def evaluation_loader(
         num_workers=num_workers,
         collate_fn=collate_images,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_only_the_parent_terminates,
         generator=torch.Generator().manual_seed(0),
     )

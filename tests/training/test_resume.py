@@ -115,7 +115,7 @@ def test_sigterm_saves_and_exits_cleanly(flags_of, tmp_path):
     flags = flags_of("one", tmp_path, "--checkpointing_steps", 7, "--max_train_steps", 100_000)
     run = start(SCRIPTS["one"], *flags, launcher=False)
     wait_for(tmp_path / "checkpoint-7", run)
-    run.send_signal(signal.SIGTERM)
+    send(run, signal.SIGTERM)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 0 and "Stopped by SIGTERM" in errors
     last = list_checkpoints(tmp_path)[-1]
@@ -136,16 +136,18 @@ def test_sigterm_to_two_processes(flags_of, tmp_path):
 
 
 @pytest.mark.slow
-def test_damaged_checkpoint_is_named_with_the_others(flags_of, tmp_path):
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer_1.bin", "random_states_0.pkl"])
+def test_damaged_checkpoint_is_named_with_the_others(flags_of, tmp_path, name):
     launch(SCRIPTS["one"], *flags_of("one", tmp_path, "--max_train_steps", 8))
-    weights = tmp_path / "checkpoint-8" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+    weights = tmp_path / "checkpoint-8" / name
+    weights.write_bytes(weights.read_bytes()[:100])
     flags = flags_of("one", tmp_path, "--max_train_steps", 12)
     done = launch(SCRIPTS["one"], *flags, "--resume_from_checkpoint", "latest", check=False)
     assert done.returncode != 0 and "checkpoint-8 can't be read" in done.stderr
     assert "resume from another checkpoint, of checkpoint-4" in done.stderr
     launch(SCRIPTS["one"], *flags, "--resume_from_checkpoint", tmp_path / "checkpoint-4")
-    assert (tmp_path / "checkpoint-12").is_dir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
+    assert (tmp_path / "superseded-checkpoint-8").is_dir()
 
 
 @pytest.fixture

@@ -51,6 +51,16 @@ def test_step_if_finite():
     assert torch.equal(weights[1].detach(), torch.ones(3)) and weights[1].grad is None
 
 
+def test_a_norm_that_overflows_is_not_finite():
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = accelerator.prepare(torch.optim.SGD([weight], 1.0))
+    accelerator.scaler.scale((weight * 3e38).sum()).backward()
+    assert not step_if_finite(accelerator, [optimizer], max_grad_norm=None)
+    assert torch.equal(weight.detach(), torch.ones(3))
+
+
 def test_count_skipped_names_the_last_good_checkpoint(tmp_path):
     for step in (2, 4, 6):
         (tmp_path / f"checkpoint-{step}").mkdir()
