@@ -89,7 +89,7 @@ def main():
     summary = {name: round(metrics[name].mean().item(), 4) for name in ("psnr", "ssim")}
     summary |= {"images": len(metrics["index"]), "seconds": round(time.monotonic() - started)}
     (output_dir / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
-    images = torch.cat([batch["pixel_values"] for batch in loader])[:: len(metrics["index"]) // 16][:16]
+    images = torch.cat([batch["pixel_values"] for batch in loader])[:: max(len(metrics["index"]) // 16, 1)][:16]
     with torch.no_grad():
         side_by_side(images, pipe.autoencoder(images).sample).save(output_dir / "reconstructions.png")
     print(f"\nHeld-out crops: PSNR {summary['psnr']:.2f} dB, SSIM {summary['ssim']:.3f} ({summary['images']} images)")
