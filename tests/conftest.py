@@ -17,9 +17,6 @@ from small_models import AUTOENCODER, ROOT, UNET
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
 
 
-torch.set_num_threads(1)  # threads cost these small tensors more than they save
-
-
 @pytest.fixture
 def autoencoder():
     torch.manual_seed(0)
