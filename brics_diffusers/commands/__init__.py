@@ -1,0 +1,41 @@
+"""The command `brics-diffusers`: one module a subcommand, each with `add_arguments(parser)` and `run(args)`."""
+
+import argparse
+import importlib
+import logging
+import sys
+
+
+# Subcommands are the modules of this folder; the first line of a module's docstring is its help text.
+COMMANDS = ()
+
+
+def main(argv: list[str] | None = None) -> None:
+    r"""
+    Entry point of `brics-diffusers`.
+
+    Args:
+        argv (`list[str]`, *optional*): Command line; by default the process's own.
+
+    Raises:
+        `SystemExit`: With status 2 for a wrong command line, with a sentence for input that a command can't use.
+    """
+    parser = argparse.ArgumentParser(prog="brics-diffusers", description="Measures and analyses BRICS models.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name in COMMANDS:
+        module = importlib.import_module(f".{name}", __name__)
+        text = module.__doc__.strip()
+        subparser = subparsers.add_parser(
+            name.replace("_", "-"),
+            help=text.splitlines()[0],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        args.run(args)
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"brics-diffusers {args.command}: {error}")

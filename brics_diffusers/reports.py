@@ -1,0 +1,93 @@
+"""Results on disk: JSON for programs, Markdown tables and plots for people, with the machine they come from."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+import diffusers
+import torch
+
+
+def machine(device: str | torch.device = "cpu") -> dict[str, str]:
+    r"""
+    What a measurement ran on, to be written beside it.
+
+    Args:
+        device (`str` or `torch.device`, defaults to `"cpu"`): The device that did the work.
+
+    Returns:
+        `dict`: `"device"` (its name, and the number of cores and threads of a CPU), `"python"`, `"torch"`,
+        `"diffusers"` (versions) and `"command"`, the process's command line.
+    """
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return {
+        "device": name,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def markdown_table(rows: list[dict]) -> str:
+    r"""
+    A Markdown table.
+
+    Args:
+        rows (`list[dict]`): One dictionary a row, all with the keys of the first, which become the header. Floats are
+            written with four significant digits.
+
+    Returns:
+        `str`: The table, ending with a newline.
+    """
+    names = list(rows[0])
+    lines = [names, ["---"] * len(names), *([_cell(row[name]) for name in names] for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _cell(value) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)
+
+
+def write_report(output_dir: str | os.PathLike, name: str, result: dict, text: str, figures: dict | None = None):
+    r"""
+    Writes `<name>.json`, `<name>.md` and `<name>-<figure>.png`.
+
+    Args:
+        output_dir (`str`): Folder, made if it does not exist.
+        name (`str`): Name of the report.
+        result (`dict`): What goes into the JSON file: all figures, and how they were made.
+        text (`str`): The Markdown file: tables, and the sentences that say what is in them.
+        figures (`dict[str, matplotlib.figure.Figure or PIL.Image.Image]`, *optional*):
+            Plots and pictures by name.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    for key, figure in (figures or {}).items():
+        path = folder / f"{name}-{key}.png"
+        if hasattr(figure, "savefig"):
+            figure.savefig(path, dpi=120, bbox_inches="tight")
+        else:
+            figure.save(path)
+        text += f"\n![{key}]({path.name})\n"
+    (folder / f"{name}.md").write_text(text)

@@ -1,0 +1,20 @@
+import json
+
+from PIL import Image
+
+from brics_diffusers.reports import machine, markdown_table, write_report
+
+
+def test_report(tmp_path):
+    rows = [{"model": "a", "PSNR": 25.123456, "steps": 20000}, {"model": "b", "PSNR": None, "steps": 12345.6}]
+    table = markdown_table(rows)
+    assert table == "| model | PSNR | steps |\n| --- | --- | --- |\n| a | 25.12 | 20000 |\n| b |  | 12346 |\n"
+    write_report(tmp_path / "new", "name", {"rows": rows}, table, {"picture": Image.new("RGB", (2, 2))})
+    assert json.loads((tmp_path / "new/name.json").read_text())["rows"] == rows
+    assert (tmp_path / "new/name.md").read_text().endswith("\n![picture](name-picture.png)\n")
+    assert Image.open(tmp_path / "new/name-picture.png").size == (2, 2)
+
+
+def test_machine_names_the_device():
+    facts = machine()
+    assert "cores" in facts["device"] and facts["torch"] and facts["command"]
