@@ -5,21 +5,34 @@ import logging
 import os
 import shutil
 import signal
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 
 
 logger = logging.getLogger(__name__)
 
+LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # `accelerate launch` sets it for the processes that it starts
+
 
 class RunState:
-    """Counters and tensors of a run that belong in its checkpoints: whatever is set as an attribute."""
+    r"""
+    Counters of a run that belong in its checkpoints: whatever is set as an attribute.
 
-    def __init__(self, **values):
+    Args:
+        settings (`dict`): What a resumed run must share with the one before to end as an uninterrupted one would.
+        values: Further attributes.
+    """
+
+    def __init__(self, settings: dict, **values):
+        self.settings = settings
         self.global_step = 0
+        self.images_seen = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         vars(self).update(values)
@@ -49,24 +62,87 @@ def appearing_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     partial, old = (path.with_name(f".{kind}-{path.name}") for kind in ("partial", "old"))
-    if old.exists() and not path.exists():  # killed between the two renames below
-        os.replace(old, path)
+    _restore(old)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as opened:  # to the disk before the rename says that it is complete
-                    os.fsync(opened.fileno())
+        for file in (*partial.rglob("*"), partial):
+            _sync(file)  # to the disk before the rename says that it is complete
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.replace(path, old)
     os.replace(partial, path)
+    _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _restore(old: Path) -> None:
+    """Ends a replacement that was killed between its two renames, or after them."""
+    path = old.with_name(old.name.removeprefix(".old-"))
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def clean_up(output_dir: str | os.PathLike) -> None:
+    r"""
+    Removes what a killed run has left half written or half removed, and brings back what it was replacing.
+
+    Args:
+        output_dir (`str`): Folder of the run; no other process may be writing into it.
+    """
+    for kind in ("partial", "removed"):
+        for path in Path(output_dir).glob(f".{kind}-*"):
+            shutil.rmtree(path, ignore_errors=True)
+    for old in Path(output_dir).glob(".old-*"):
+        _restore(old)
+
+
+def check_shared_folder(accelerator: Accelerator, output_dir: str | os.PathLike, patience: float = 30.0) -> None:
+    r"""
+    Makes sure that all processes see the same folder. Call on every process; the folder must exist on the first.
+
+    Args:
+        accelerator (`Accelerator`): The run's accelerator.
+        output_dir (`str`): Folder of the run.
+        patience (`float`, defaults to 30.0): Seconds in which a network file system has to show a new file.
+
+    Raises:
+        `OSError`: If a process does not see what the main process has written.
+    """
+    if accelerator.num_processes == 1:
+        return
+    name = broadcast_object_list([f".shared-{uuid.uuid4().hex}"])[0]
+    path = Path(output_dir) / name
+    if accelerator.is_main_process:
+        path.touch()
+    accelerator.wait_for_everyone()
+    started = time.monotonic()
+    while name not in (os.listdir(output_dir) if os.path.isdir(output_dir) else ()):
+        if time.monotonic() - started > patience:
+            break
+        time.sleep(0.1)
+    seen = gather_object([path.exists()])
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        path.unlink()
+    if not all(seen):
+        blind = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+        raise OSError(
+            f"{output_dir} of process {blind} is not that of process 0; name an --output_dir that all machines share."
+        )
 
 
 def checkpoint_step(path: Path) -> int:
@@ -112,16 +188,17 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, ste
     if accelerator.is_main_process:
         others = [old for old in list_checkpoints(output_dir) if old != path]
         for old in others[: max(len(others) + 1 - limit, 0) if limit is not None else 0]:
-            removed = old.with_name(f".old-{old.name}")
+            removed = old.with_name(f".removed-{old.name}")
             os.replace(old, removed)  # so that none is ever half there
             shutil.rmtree(removed, ignore_errors=True)
         logger.info("Saved %s", path)
     accelerator.wait_for_everyone()
 
 
-def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: str | None) -> None:
+def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: str | None, state: RunState) -> None:
     r"""
-    Restores a run. Call on every process, after everything is prepared and registered.
+    Restores a run, and warns if its settings were others. Call on every process, after everything is prepared and
+    registered.
 
     Args:
         accelerator (`Accelerator`): The run's accelerator.
@@ -129,14 +206,15 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
         checkpoint (`str`, *optional*):
             Path of a checkpoint; `"latest"`, which starts afresh if there is none; or `None`. Later checkpoints of the
             run are renamed to `superseded-...`, so that `latest` stays on the branch that was chosen.
+        state (`RunState`): The run's counters and settings; registered for checkpointing.
 
     Raises:
         `FileNotFoundError`: If a path is given that is not a checkpoint.
         `OSError`: If a checkpoint can't be read; names the others.
     """
-    found = list_checkpoints(output_dir)
     if checkpoint is None:
         return
+    found = broadcast_object_list([list_checkpoints(output_dir)])[0]  # one process's view is all processes' choice
     if checkpoint == "latest":
         if not found:
             logger.info("No checkpoint in %s: starting afresh.", output_dir)
@@ -144,10 +222,12 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
         checkpoint = found[-1]
     if not Path(checkpoint).is_dir():
         raise FileNotFoundError(f"{checkpoint} is not a checkpoint folder; give the path of one, or latest.")
-    checkpoint = Path(checkpoint)
+    checkpoint, settings = Path(checkpoint), state.settings
+    random_states = checkpoint / f"random_states_{accelerator.process_index}.pkl"
     try:
-        # accelerate goes on without random states that it can't read.
-        torch.load(checkpoint / f"random_states_{accelerator.process_index}.pkl", weights_only=False)
+        # accelerate goes on without random states that it can't read. There are none for a process that is new.
+        if random_states.exists():
+            torch.load(random_states, weights_only=False)
         accelerator.load_state(str(checkpoint))
     except Exception as error:
         raise OSError(
@@ -155,6 +235,11 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
             f"{', '.join(path.name for path in found if path != checkpoint) or 'which there is none'}."
         ) from error
     logger.info("Resumed from %s", checkpoint)
+    pairs = {name: (state.settings.get(name, value), value) for name, value in settings.items()}
+    changes = [f"{name} was {before} and is {now}" for name, (before, now) in pairs.items() if before != now]
+    if changes and accelerator.is_main_process:
+        logger.warning("The run can't end as it would have without the break: %s.", ", ".join(changes))
+    state.settings = settings
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and checkpoint in found:
         for later in found[found.index(checkpoint) + 1 :]:  # of a branch that this run leaves
@@ -165,28 +250,26 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
 
 class TerminationSignal:
     r"""
-    Notices SIGTERM, so that a loop can save and leave.
+    Notices SIGTERM, so that a loop can save and leave. `accelerate launch` does not pass the signal on to a single
+    process, so its end counts as the signal.
 
     Args:
         accelerator (`Accelerator`): The run's accelerator.
-        interval (`int`, defaults to 10):
-            Steps between the moments at which several processes compare notes: all have to leave at the same step.
     """
 
-    def __init__(self, accelerator: Accelerator, interval: int = 10):
+    def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.interval = interval
+        self._launcher = os.getppid() if LAUNCHED in os.environ else None
         self._received = False
         signal.signal(signal.SIGTERM, self._receive)
 
     def _receive(self, *_):
         self._received = True
 
-    def received(self, step: int) -> bool:
-        """Whether any process has received the signal; call once a step on every process."""
+    def received(self) -> bool:
+        """Whether any process has received the signal; call once a step on every process: all leave at the same."""
+        received = self._received or (self._launcher is not None and os.getppid() != self._launcher)
         if self.accelerator.num_processes == 1:
-            return self._received
-        if step % self.interval:
-            return False
-        flag = torch.tensor(float(self._received), device=self.accelerator.device)
+            return received
+        flag = torch.tensor(float(received), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)

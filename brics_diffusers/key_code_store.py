@@ -24,7 +24,7 @@ def write_key_codes(
     dataset,
     folder: str | os.PathLike,
     batch_size: int = 16,
-    shard_size: int = 4096,
+    shard_size: int = 1024,
     random_flip: bool = False,
     num_workers: int = 0,
     process_index: int = 0,
@@ -42,7 +42,7 @@ def write_key_codes(
         dataset (`datasets.Dataset`): Result of `load_collection`.
         folder (`str`): Folder for the shards.
         batch_size (`int`, defaults to 16): Images encoded at once.
-        shard_size (`int`, defaults to 4096): Images of one shard.
+        shard_size (`int`, defaults to 1024): Images of one shard.
         random_flip (`bool`, defaults to `False`): Encode the mirror images too.
         num_workers (`int`, defaults to 0): Processes that read images.
         process_index (`int`, defaults to 0): Rank of this process; ranks take shards in turn.

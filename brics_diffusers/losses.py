@@ -1,6 +1,7 @@
 """Losses of both training stages, as functions of tensors (App. A.3 and A.5)."""
 
 import os
+import pickle
 import urllib.error
 import warnings
 
@@ -34,7 +35,7 @@ def load_lpips(network: str = "vgg", pretrained: bool = True) -> nn.Module:
         to the images.
 
     Raises:
-        `FileNotFoundError`: If the backbone's weights are neither in torch's cache nor to be downloaded.
+        `FileNotFoundError`: If the backbone's weights are neither in torch's cache, whole, nor to be downloaded.
     """
     import lpips
 
@@ -42,11 +43,12 @@ def load_lpips(network: str = "vgg", pretrained: bool = True) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchvision deprecates the argument names that lpips uses
             metric = lpips.LPIPS(net=network, pnet_rand=not pretrained, verbose=False)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+    except (urllib.error.URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        fault = "is damaged" if lpips_is_cached(network) else "could not be downloaded"
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         raise FileNotFoundError(
-            f"LPIPS needs {LPIPS_WEIGHTS[network]}, which could not be downloaded ({error}); put that file into "
-            f"{folder}, or train with --lpips_weight 0."
+            f"LPIPS needs {LPIPS_WEIGHTS[network]}, which {fault} ({error}); put that file into {folder}, or train "
+            "with --lpips_weight 0."
         ) from error
     return metric.requires_grad_(False).eval()
 

@@ -19,7 +19,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from .checkpoints import RunState, checkpoint_step, list_checkpoints
+from .checkpoints import RunState, check_shared_folder, checkpoint_step, clean_up, list_checkpoints, resume
 from .data import load_collection
 from .models import BricsAutoencoder
 
@@ -27,6 +27,13 @@ from .models import BricsAutoencoder
 logger = logging.getLogger(__name__)
 
 CONFIG_SECTIONS = ("autoencoder", "discriminator", "train_autoencoder", "unet", "scheduler", "train_key_codes")
+
+
+def positive(text: str) -> int:
+    """Type of a flag that counts something: an `int` of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,10 +53,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--random_flip", action=argparse.BooleanOptionalAction, default=False, help="Add mirror images.")
     add("--output_dir", help="Folder for checkpoints, logs and the result.")
     add("--seed", type=int, default=0, help="Seed of weights, data order and noise.")
-    add("--train_batch_size", type=int, default=16, help="Images of one process in one step.")
-    add("--gradient_accumulation_steps", type=int, default=1, help="Batches to sum gradients over before a step.")
+    add("--train_batch_size", type=positive, default=16, help="Images of one process in one step.")
+    add("--gradient_accumulation_steps", type=positive, default=1, help="Batches to sum gradients over before a step.")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False, help="Less memory, slower.")
-    add("--max_train_steps", type=int, default=100_000, help="Optimizer steps.")
+    add("--max_train_steps", type=positive, default=100_000, help="Optimizer steps.")
     add(
         "--lr_scheduler", default="constant", help="Schedule of the learning rate, a name of diffusers' get_scheduler."
     )
@@ -57,12 +64,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_grad_norm", type=float, default=None, help="Clip gradients to this norm; not clipped by default.")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Default: what `accelerate config` has chosen.")
     add("--dataloader_num_workers", type=int, default=0, help="Processes that read data, for each training process.")
-    add("--checkpointing_steps", type=int, default=5000, help="Steps between checkpoints.")
-    add("--checkpoints_total_limit", type=int, help="Checkpoints to keep; all by default.")
+    add("--checkpointing_steps", type=positive, default=5000, help="Steps between checkpoints.")
+    add("--checkpoints_total_limit", type=positive, help="Checkpoints to keep; all by default.")
     add("--resume_from_checkpoint", help="Path of a checkpoint, or `latest`, which starts afresh if there is none.")
-    add("--validation_steps", type=int, default=2000, help="Steps between validations.")
-    add("--logging_steps", type=int, default=10, help="Steps between entries in the logs.")
-    add("--max_nonfinite_steps", type=int, default=25, help="Skipped steps in a row after which a run stops.")
+    add("--validation_steps", type=positive, default=2000, help="Steps between validations.")
+    add("--logging_steps", type=positive, default=10, help="Steps between entries in the logs.")
+    add("--max_nonfinite_steps", type=positive, default=25, help="Skipped steps in a row after which a run stops.")
 
 
 def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple[str, ...], argv=None):
@@ -127,6 +134,7 @@ def start_run(args: argparse.Namespace) -> Accelerator:
 
     Raises:
         `FileExistsError`: If a run is to start afresh in a folder that has checkpoints.
+        `OSError`: If the processes don't share the output folder.
     """
     # With an epsilon of 1e-15, Adam's second moments become denormal numbers, on which CPUs are slow.
     torch.set_flush_denormal(True)
@@ -151,7 +159,12 @@ def start_run(args: argparse.Namespace) -> Accelerator:
     set_seed(args.seed)  # the same weights on every process; the loops reseed for their noise
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "training_config.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+        clean_up(output_dir)
+        partial = output_dir / ".partial-training_config.json"
+        partial.write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+        partial.replace(output_dir / "training_config.json")
+    accelerator.wait_for_everyone()
+    check_shared_folder(accelerator, output_dir)
     flags = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
     accelerator.init_trackers("tensorboard", config=flags)
     return accelerator
@@ -252,21 +265,50 @@ def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimize
     )
 
 
-def set_beta1(optimizer, beta1: float) -> None:
-    """Changes Adam's momentum from the next step on."""
-    for group in optimizer.param_groups:
-        group["betas"] = (beta1, group["betas"][1])
-
-
-def step_if_finite(accelerator: Accelerator, optimizers: list, max_grad_norm: float | None) -> bool:
+def resume_run(args: argparse.Namespace, accelerator: Accelerator, state: RunState, ema: EMAModel, lr_scheduler):
     r"""
-    Takes a step of each optimizer whose gradients are all finite, and drops the gradients. They are summed over the
-    processes by then, so all come to the same decision.
+    Does what `--resume_from_checkpoint` says. Call on every process, after everything is prepared and registered.
+
+    Args:
+        args (`argparse.Namespace`): Flags of the run.
+        accelerator (`Accelerator`): The run's accelerator.
+        state (`RunState`): Its counters.
+        ema (`EMAModel`): Its averaged weights.
+        lr_scheduler (`LambdaLR`):
+            Its schedule. From the second step on it follows `--learning_rate`, even if that was another before.
+    """
+    resume(accelerator, args.output_dir, args.resume_from_checkpoint, state)
+    ema.to(accelerator.device)  # checkpoints come back on the CPU
+    lr_scheduler.base_lrs = [args.learning_rate]
+
+
+def run_settings(args: argparse.Namespace, accelerator: Accelerator, num_images: int) -> dict:
+    """What a resumed run must share with the one before to end as an uninterrupted one would."""
+    names = ("seed", "train_batch_size", "gradient_accumulation_steps", "random_flip")
+    settings = {name: getattr(args, name) for name in names}
+    processes = {"number of processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+    return settings | processes | {"number of training images": num_images}
+
+
+def set_adam(optimizer, learning_rate: float | None = None, beta1: float | None = None) -> None:
+    """Changes Adam's learning rate or momentum from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] if learning_rate is None else learning_rate
+        group["betas"] = group["betas"] if beta1 is None else (beta1, group["betas"][1])
+
+
+def step_if_finite(
+    accelerator: Accelerator, optimizers: list, max_grad_norm: float | None, loss: torch.Tensor
+) -> bool:
+    r"""
+    Takes a step of each optimizer whose gradients are all finite, if the loss is, and drops the gradients. They are
+    summed over the processes by then, and so is the loss, so all come to the same decision.
 
     Args:
         accelerator (`Accelerator`): The run's accelerator.
         optimizers (`list`): All that share the accelerator's loss scale; prepared by it.
         max_grad_norm (`float`, *optional*): Clip each optimizer's gradients to this norm.
+        loss (`torch.Tensor`): Scalar, the sum of this process's losses since the last step; detached.
 
     Returns:
         `bool`: Whether all steps were taken.
@@ -274,6 +316,7 @@ def step_if_finite(accelerator: Accelerator, optimizers: list, max_grad_norm: fl
     # accelerate's own clipping unscales the gradients of all optimizers at every call, and its optimizers change the
     # loss scale at every step: with two of them, gradients would be divided twice, or by another scale than theirs.
     scaler = accelerator.scaler
+    finite_loss = bool(accelerator.reduce(loss, reduction="sum").isfinite())
     all_finite = True
     for optimizer in optimizers:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -281,7 +324,7 @@ def step_if_finite(accelerator: Accelerator, optimizers: list, max_grad_norm: fl
             scaler.unscale_(optimizer.optimizer)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        finite = bool(torch.isfinite(norm))
+        finite = finite_loss and bool(torch.isfinite(norm))
         if finite and max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         if finite:
@@ -309,13 +352,34 @@ def count_skipped(state: RunState, finite: bool, limit: int, output_dir: str | P
     state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
     state.skipped_steps += not finite
     if state.skipped_in_a_row >= limit:
+        fault = f"the loss or its gradient was not finite in {limit} steps in a row, up to step {state.global_step}"
         # Weights are known to be good if the step after them was: leave out a checkpoint right before the first fault.
-        good = [path for path in list_checkpoints(output_dir) if checkpoint_step(path) < state.global_step - limit]
-        raise FloatingPointError(
-            f"the loss or its gradient was not finite in {limit} steps in a row, up to step {state.global_step}; "
-            f"lower --learning_rate or use --mixed_precision no or bf16, and resume from "
-            f"{good[-1] if good else 'the start, as no checkpoint is known to be good'}."
-        )
+        raise _not_finite(fault, output_dir, state.global_step - limit)
+
+
+def check_weights(networks: list[torch.nn.Module], state: RunState, output_dir: str | Path) -> None:
+    r"""
+    Keeps weights that are not finite out of checkpoints and validation.
+
+    Args:
+        networks (`list[nn.Module]`): What is trained.
+        state (`RunState`): Knows the step.
+        output_dir (`str`): Folder of the run.
+
+    Raises:
+        `FloatingPointError`: If a weight is not finite; names the last checkpoint.
+    """
+    weights = [parameter.detach() for network in networks for parameter in network.parameters()]
+    if not torch.nn.utils.get_total_norm(weights, norm_type=float("inf")).isfinite():
+        raise _not_finite(f"a weight is not finite at step {state.global_step}", output_dir, state.global_step)
+
+
+def _not_finite(fault: str, output_dir: str | Path, before: int) -> FloatingPointError:
+    good = [path for path in list_checkpoints(output_dir) if checkpoint_step(path) < before]
+    return FloatingPointError(
+        f"{fault}; lower --learning_rate or use --mixed_precision no or bf16, and resume from "
+        f"{good[-1] if good else 'the start, as no checkpoint is known to be good'}."
+    )
 
 
 def peak_memory(device: torch.device) -> float:

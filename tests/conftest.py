@@ -17,6 +17,9 @@ from small_models import AUTOENCODER, ROOT, UNET
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
 
 
+torch.set_num_threads(1)  # models this small lose more by sharing work among threads than they gain
+
+
 @pytest.fixture
 def autoencoder():
     torch.manual_seed(0)

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import torch
+from safetensors.torch import load_file
 from small_models import AUTOENCODER, ROOT, UNET
 
 
@@ -41,3 +43,23 @@ def launch(script: str, *flags, processes: int = 1, threads: int = 1, check: boo
     if check:
         assert done.returncode == 0, done.stderr[-4000:]
     return done
+
+
+def movement(output_dir, first: int, last: int, names: tuple[str, ...] = ("model",)) -> dict[str, torch.Tensor]:
+    """How far every weight has moved between two checkpoints of a run."""
+    before, after = (
+        {(name, key): value for name in names for key, value in load_file(path / f"{name}.safetensors").items()}
+        for path in (output_dir / f"checkpoint-{step}" for step in (first, last))
+    )
+    return {key: after[key] - before[key] for key in before}
+
+
+def assert_same_movement(one: dict, other: dict, rtol: float = 1e-3) -> None:
+    """Each tensor's movements agree to `rtol` of their size, and at least nine tenths of the tensors have moved."""
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        # The rest is rounding: of weights near 1 to float32, and of gradients that are 0, as that of attention's keys.
+        limit = rtol * value.norm() + 1e-7 * value.numel() ** 0.5 + 1e-6
+        assert (value - other[key]).norm() <= limit, (key, value.norm(), (value - other[key]).norm())
+    moved = [value.abs().max() > 1e-6 for value in one.values()]
+    assert sum(moved) >= 0.9 * len(moved)

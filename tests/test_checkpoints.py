@@ -7,7 +7,7 @@ import time
 import pytest
 from small_models import ROOT
 
-from brics_diffusers.checkpoints import appearing_folder, list_checkpoints
+from brics_diffusers.checkpoints import appearing_folder, clean_up, list_checkpoints
 
 
 class TestAppearingFolder:
@@ -50,6 +50,29 @@ class TestAppearingFolder:
         for number, path in enumerate(checkpoints):
             for name in "abcd":
                 assert (path / name).read_bytes() == bytes([number % 256]) * 100_000
+
+
+class TestCleanUp:
+    @pytest.mark.parametrize("kind", ["partial", "removed"])
+    def test_what_is_not_whole_goes(self, tmp_path, kind):
+        (tmp_path / "checkpoint-4").mkdir()
+        (tmp_path / f".{kind}-checkpoint-8").mkdir()
+        clean_up(tmp_path)
+        assert os.listdir(tmp_path) == ["checkpoint-4"]
+
+    def test_what_was_being_replaced_comes_back(self, tmp_path):
+        (tmp_path / ".old-folder").mkdir()
+        (tmp_path / ".old-folder" / "file").write_text("first")
+        (tmp_path / ".partial-folder").mkdir()
+        clean_up(tmp_path)
+        assert (tmp_path / "folder" / "file").read_text() == "first" and os.listdir(tmp_path) == ["folder"]
+
+    def test_what_has_been_replaced_goes(self, tmp_path):
+        for name, text in ((".old-folder", "first"), ("folder", "second")):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "file").write_text(text)
+        clean_up(tmp_path)
+        assert (tmp_path / "folder" / "file").read_text() == "second" and os.listdir(tmp_path) == ["folder"]
 
 
 def test_list_checkpoints(tmp_path):

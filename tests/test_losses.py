@@ -1,9 +1,11 @@
+import argparse
 import urllib.error
 
 import lpips
 import pytest
 import torch
 import torch.nn.functional as F
+import train_autoencoder
 from torch import nn
 
 from brics_diffusers import BricsDiscriminator
@@ -105,3 +107,13 @@ def test_adversarial_ramp():
 
 def test_real_lpips_modules_take_images():
     assert isinstance(load_lpips("squeeze", pretrained=False), nn.Module)
+
+
+def test_damaged_lpips_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    (tmp_path / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth").write_bytes(b"\x80\x02")
+    with pytest.raises(FileNotFoundError, match="squeezenet1_1-b8a52dc0.pth, which is damaged .*put that file into"):
+        load_lpips("squeeze")
+    args = argparse.Namespace(lpips_weight=0, lpips_network="squeeze")
+    assert train_autoencoder.build_lpips(args) is None  # in validation alone it is no reason to stop

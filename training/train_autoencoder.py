@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 from torchvision.transforms.functional import to_tensor
 
 from brics_diffusers import BricsAutoencoder, BricsDiscriminator
-from brics_diffusers.checkpoints import RunState, TerminationSignal, appearing_folder, resume, save_checkpoint
+from brics_diffusers.checkpoints import RunState, TerminationSignal, appearing_folder, save_checkpoint
 from brics_diffusers.data import ImageCollection, UnreadableLog, collate_images, evaluation_loader, training_loader
 from brics_diffusers.evaluation import reconstruction_metrics
 from brics_diffusers.grid_usage import GridUsage
@@ -31,12 +31,15 @@ from brics_diffusers.training_utils import (
     averaged_weights,
     build_lr_scheduler,
     build_optimizer,
+    check_weights,
     count_skipped,
     ema_half_life_decay,
     load_autoencoder,
     load_splits,
     parse_arguments,
-    set_beta1,
+    resume_run,
+    run_settings,
+    set_adam,
     start_run,
     step_if_finite,
     tensorboard,
@@ -57,17 +60,12 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--train_decoder_only",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="Freeze the encoder and train grids, MLPs and decoder on its clean key codes with --key_noise_scale.",
+        help="Freeze the encoder and train grids, MLPs and decoder on key codes with noise of --key_noise_scale.",
     )
     add("--key_noise_scale", type=float, help="Standard deviation of the noise on key codes; default: the config's.")
     add("--validation_split", help="Held-out split; default: `validation`, or images held out from training.")
     add("--num_validation_images", type=int, default=256, help="Held-out images to use at most; 0 for no validation.")
-    add(
-        "--learning_rate",
-        type=float,
-        default=2e-3,
-        help="Adam's learning rate, both networks; schedules are for the first only.",
-    )
+    add("--learning_rate", type=float, default=2e-3, help="Adam's learning rate, both networks.")
     add("--adam_beta1", type=float, default=0.9, help="Adam's momentum before the adversarial loss starts.")
     add("--adam_beta1_gan", type=float, default=0.0, help="Adam's momentum from then on, and the discriminator's.")
     add("--adam_beta2", type=float, default=0.99, help="Adam's second decay rate.")
@@ -97,6 +95,11 @@ def build_autoencoder(args) -> BricsAutoencoder:
     else:
         autoencoder = load_autoencoder(args.pretrained_autoencoder_name_or_path, **changes)
     if args.train_decoder_only:
+        if args.key_noise_scale is None:
+            raise ValueError(
+                "--train_decoder_only is for noisier key codes than those before; give --key_noise_scale, above "
+                f"{autoencoder.key_noise_scale:.4g}."
+            )
         if autoencoder.config.regularization == "kl":
             raise ValueError("--train_decoder_only adds noise to key codes; it can't with regularization 'kl'.")
         autoencoder.register_to_config(regularization="noise")
@@ -115,19 +118,30 @@ def build_discriminator(args, autoencoder: BricsAutoencoder) -> DiscriminatorLos
     return DiscriminatorLoss(discriminator, args.gradient_penalty_weight, args.gradient_penalty_interval)
 
 
+def build_lpips(args):
+    """LPIPS for the loss, or for validation alone where its weights are at hand, or none."""
+    if args.lpips_weight > 0:
+        return load_lpips(args.lpips_network)
+    try:
+        return load_lpips(args.lpips_network) if lpips_is_cached(args.lpips_network) else None
+    except FileNotFoundError as error:
+        logger.warning("No LPIPS in validation: %s", error)
+        return None
+
+
 class Trainer:
     """The two networks with their optimizers, and one step of both."""
 
     def __init__(self, args, accelerator):
         self.args, self.accelerator = args, accelerator
         self.bare = build_autoencoder(args)
-        # For validation it is of use even where it has no weight in the loss, if it need not be downloaded.
-        self.lpips_metric = None
-        if args.lpips_weight > 0 or lpips_is_cached(args.lpips_network):
-            self.lpips_metric = load_lpips(args.lpips_network).to(accelerator.device)
+        self.lpips_metric = build_lpips(args)
+        if self.lpips_metric is not None:
+            self.lpips_metric.to(accelerator.device)
         optimizer = build_optimizer(self.bare, args.learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon)
         # Not prepared: accelerate would advance it once a process.
         self.lr_scheduler = build_lr_scheduler(args, optimizer)
+        self.loss = torch.zeros((), device=accelerator.device)  # summed since the last step
         self.autoencoder, self.optimizer = accelerator.prepare(self.bare, optimizer)
         self.critic, self.networks = build_discriminator(args, self.bare), [self.autoencoder]
         if self.critic is not None:
@@ -142,24 +156,32 @@ class Trainer:
             self.networks.append(self.critic)
 
     def step(self, images: torch.Tensor, step: int) -> tuple[dict[str, torch.Tensor], bool]:
-        """One batch through both networks: loss parts, and whether the gradients were finite."""
+        """One batch through both networks: loss parts, and whether losses and gradients were finite."""
         args, accelerator, finite = self.args, self.accelerator, True
         gan_on = self.critic is not None and step >= args.gan_start_step
-        set_beta1(self.optimizer, args.adam_beta1_gan if gan_on else args.adam_beta1)
+        set_adam(self.optimizer, beta1=args.adam_beta1_gan if gan_on else args.adam_beta1)
         with accelerator.accumulate(*self.networks):
             loss, parts, sample = self.generator_loss(images, step, gan_on)
-            accelerator.backward(loss)
+            self.backward(loss)
             optimizers = [self.optimizer]
             if gan_on:
+                set_adam(self.critic_optimizer, learning_rate=self.lr_scheduler.get_last_lr()[0])
                 self.critic.requires_grad_(True)
                 penalize = step % args.gradient_penalty_interval == 0
                 loss, critic_parts = self.critic(images, sample.detach(), penalize)
-                accelerator.backward(loss)
+                self.backward(loss)
                 parts |= critic_parts
                 optimizers.append(self.critic_optimizer)
             if accelerator.sync_gradients:
-                finite = step_if_finite(accelerator, optimizers, args.max_grad_norm)
+                finite = step_if_finite(accelerator, optimizers, args.max_grad_norm, self.loss)
+                self.loss.zero_()
+                self.lr_scheduler.step()
         return parts, finite
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds to the gradients, and to the sum of losses that decides whether they are used."""
+        self.loss += loss.detach()
+        self.accelerator.backward(loss)
 
     def generator_loss(self, images: torch.Tensor, step: int, gan_on: bool):
         """Forward pass of the generating side: loss, its parts, reconstructions."""
@@ -249,17 +271,16 @@ def main(argv=None):
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     ema = EMAModel(bare.parameters(), decay=ema_half_life_decay(global_batch, args.ema_half_life_images), foreach=True)
     usage = GridUsage(bare.grids)
-    state = RunState(best_psnr=float("-inf"))
+    state = RunState(run_settings(args, accelerator, len(train_set)), best_psnr=float("-inf"))
     accelerator.register_for_checkpointing(ema, trainer.lr_scheduler, usage, state)
     set_seed(args.seed, device_specific=True)  # noise differs between processes
-    resume(accelerator, output_dir, args.resume_from_checkpoint)
-    ema.to(accelerator.device)  # checkpoints come back on the CPU
+    resume_run(args, accelerator, state, ema, trainer.lr_scheduler)
 
     loader = training_loader(
         ImageCollection(train_set, bare.config.sample_size, args.random_flip, replace_unreadable=True),
         args.train_batch_size,
         args.seed,
-        start=state.global_step * args.gradient_accumulation_steps,
+        start=state.images_seen // (args.train_batch_size * accelerator.num_processes),
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         num_workers=args.dataloader_num_workers,
@@ -281,20 +302,24 @@ def main(argv=None):
         if not accelerator.sync_gradients:
             continue
 
-        trainer.lr_scheduler.step()
         ema.step(bare.parameters())
         state.global_step += 1
+        state.images_seen += global_batch
         count_skipped(state, finite, args.max_nonfinite_steps, output_dir)
         values = {"learning_rate": trainer.lr_scheduler.get_last_lr()[0]}
         if state.global_step % args.logging_steps == 0:
             values["grid_usage"] = usage.update(trainer.optimizer)
         log.step(values)
-        step, stop = state.global_step, terminated.received(state.global_step)
+        step, stop = state.global_step, terminated.received()
         last = step == args.max_train_steps
-        if validation_set is not None and (last or (step % args.validation_steps == 0 and not stop)):
+        saves = (step % args.checkpointing_steps == 0 and finite) or last or stop
+        validates = validation_set is not None and (last or (step % args.validation_steps == 0 and not stop))
+        if saves or validates:
+            check_weights(trainer.networks, state, output_dir)
+        if validates:
             validate_and_keep_best(args, accelerator, trainer, ema, validation_set, state)
             log.restart_clock()
-        if (step % args.checkpointing_steps == 0 and finite) or last or stop:
+        if saves:
             save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
             log.restart_clock()
         if stop and not last:

@@ -20,7 +20,7 @@ from diffusers.training_utils import EMAModel
 from torchvision.transforms.functional import to_tensor
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
-from brics_diffusers.checkpoints import RunState, TerminationSignal, appearing_folder, resume, save_checkpoint
+from brics_diffusers.checkpoints import RunState, TerminationSignal, appearing_folder, save_checkpoint
 from brics_diffusers.data import collection_fingerprint, load_collection, training_loader
 from brics_diffusers.key_code_store import KeyCodeDataset, finish_key_codes, open_key_codes, write_key_codes
 from brics_diffusers.losses import denoising_loss
@@ -32,9 +32,13 @@ from brics_diffusers.training_utils import (
     averaged_weights,
     build_lr_scheduler,
     build_optimizer,
+    check_weights,
     count_skipped,
     load_autoencoder,
     parse_arguments,
+    positive,
+    resume_run,
+    run_settings,
     start_run,
     step_if_finite,
     tensorboard,
@@ -52,8 +56,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--autoencoder_name_or_path", help="Stage one's --output_dir, a saved autoencoder, or its name on the Hub.")
     add("--key_codes_dir", help="Folder for the collection's key codes; default: key_codes in --output_dir.")
-    add("--encode_batch_size", type=int, default=16, help="Images encoded at once.")
-    add("--shard_size", type=int, default=4096, help="Key codes in one file.")
+    add("--encode_batch_size", type=positive, default=16, help="Images encoded at once.")
+    add("--shard_size", type=positive, default=1024, help="Key codes in one file; processes take turns.")
     add("--learning_rate", type=float, default=8e-5, help="Adam's learning rate.")
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.999)
@@ -61,7 +65,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--snr_gamma", type=float, help="Min-SNR weighting with this limit, 5 in the paper; none by default.")
     add("--ema_max_decay", type=float, default=0.9999, help="Decay of the averaged weights after its warm-up.")
     add("--num_validation_images", type=int, default=16, help="Images sampled at each validation, of all processes.")
-    add("--num_inference_steps", type=int, default=20, help="DPM-Solver++ steps of these samples.")
+    add("--num_inference_steps", type=positive, default=20, help="DPM-Solver++ steps of these samples.")
     parser.set_defaults(lr_scheduler="cosine", output_dir="runs/pipeline")
     args = parse_arguments(parser, "train_key_codes", ("unet", "scheduler"), argv)
     if args.autoencoder_name_or_path is None:
@@ -197,21 +201,21 @@ def main(argv=None):
     optimizer = build_optimizer(unet, args.learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon)
     lr_scheduler = build_lr_scheduler(args, optimizer)
     ema = EMAModel(unet.parameters(), decay=args.ema_max_decay, foreach=True)
-    state = RunState()
+    state = RunState(run_settings(args, accelerator, len(key_codes)))
     unet, optimizer = accelerator.prepare(unet, optimizer)  # the schedule would advance once a process
     accelerator.register_for_checkpointing(ema, lr_scheduler, state)
-    resume(accelerator, output_dir, args.resume_from_checkpoint)
-    ema.to(accelerator.device)  # checkpoints come back on the CPU
+    resume_run(args, accelerator, state, ema, lr_scheduler)
 
     bare = accelerator.unwrap_model(unet)
     solver = DPMSolverMultistepScheduler.from_config(scheduler.config, use_karras_sigmas=True)
     sampler = BricsKeyCodePipeline(autoencoder, bare, solver)
     sampler.set_progress_bar_config(disable=True)
+    start = state.images_seen // (args.train_batch_size * accelerator.num_processes)
     loader = training_loader(
         key_codes,
         args.train_batch_size,
         args.seed,
-        start=state.global_step * args.gradient_accumulation_steps,
+        start=start,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         num_workers=args.dataloader_num_workers,
@@ -221,8 +225,8 @@ def main(argv=None):
     logger.info("%d key codes; %d a step; %.1f M parameters", len(key_codes), global_batch, millions)
 
     log = StepLog(accelerator, state, args.max_train_steps, global_batch, args.logging_steps)
-    finite = True
-    batches = enumerate(loader, start=state.global_step * args.gradient_accumulation_steps)
+    finite, step_loss = True, torch.zeros((), device=accelerator.device)
+    batches = enumerate(loader, start=start)
     unet.train()
     while state.global_step < args.max_train_steps:
         number, key_code_batch = next(batches)
@@ -234,22 +238,29 @@ def main(argv=None):
             loss = training_loss(unet, scheduler, latents, noise, timesteps, args.snr_gamma)
             accelerator.backward(loss)
             log.add({"loss": loss.detach()})
+            step_loss += loss.detach()
             if accelerator.sync_gradients:
-                finite = step_if_finite(accelerator, [optimizer], args.max_grad_norm)
+                finite = step_if_finite(accelerator, [optimizer], args.max_grad_norm, step_loss)
+                step_loss.zero_()
         if not accelerator.sync_gradients:
             continue
 
         lr_scheduler.step()
         ema.step(bare.parameters())
         state.global_step += 1
+        state.images_seen += global_batch
         count_skipped(state, finite, args.max_nonfinite_steps, output_dir)
         log.step({"learning_rate": lr_scheduler.get_last_lr()[0]})
-        step, stop = state.global_step, terminated.received(state.global_step)
+        step, stop = state.global_step, terminated.received()
         last = step == args.max_train_steps
-        if args.num_validation_images and (last or (step % args.validation_steps == 0 and not stop)):
+        saves = (step % args.checkpointing_steps == 0 and finite) or last or stop
+        validates = args.num_validation_images and (last or (step % args.validation_steps == 0 and not stop))
+        if saves or validates:
+            check_weights([bare], state, output_dir)
+        if validates:
             validate(args, accelerator, sampler, ema, step)
             log.restart_clock()
-        if (step % args.checkpointing_steps == 0 and finite) or last or stop:
+        if saves:
             save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
             log.restart_clock()
         if stop and not last:

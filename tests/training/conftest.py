@@ -1,9 +1,13 @@
-"""Finished runs of both stages."""
+"""Runs of both stages."""
 
+import logging
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from accelerate.state import AcceleratorState, GradientState
 from launching import CONFIG, launch
 
 
@@ -18,6 +22,28 @@ def write_config(tmp_path_factory):
         return path
 
     return write
+
+
+@pytest.fixture
+def run_here(capsys, monkeypatch):
+    """Calls a training script's `main` with flags in this process, and returns what it printed to standard error."""
+    handler, root = signal.getsignal(signal.SIGTERM), logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def run(main, *flags) -> str:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        capsys.readouterr()
+        main(list(map(str, flags)))
+        return capsys.readouterr().err
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    signal.signal(signal.SIGTERM, handler)
+    root.handlers[:], root.level = handlers, level
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,16 @@
 import pytest
 import torch
-from launching import launch
+import train_autoencoder
+from accelerate import Accelerator
+from accelerate.utils import convert_outputs_to_fp32
+from launching import CONFIG
 from safetensors.torch import load_file
-from small_models import AUTOENCODER
 from test_train_autoencoder import read_log
 
-from brics_diffusers import BricsAutoencoder, BricsDiscriminator
-from brics_diffusers.losses import DiscriminatorLoss, adversarial_loss, reconstruction_loss
 
-
-def test_bfloat16_run(tmp_path, image_folder, write_config):
+def test_bfloat16_run(tmp_path, image_folder, write_config, run_here):
     flags = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", tmp_path]
-    launch("train_autoencoder.py", *flags, "--mixed_precision", "bf16", "--max_train_steps", 20)
+    run_here(train_autoencoder.main, *flags, "--mixed_precision", "bf16", "--max_train_steps", 20)
     events = read_log(tmp_path)
     assert events.Scalars("train/skipped_steps")[-1].value == 0
     losses = [event.value for event in events.Scalars("train/mse")]
@@ -21,35 +20,23 @@ def test_bfloat16_run(tmp_path, image_folder, write_config):
 
 
 @pytest.mark.slow
-def test_float16_stays_finite_for_hundreds_of_steps():
-    """What accelerate does for fp16 on a GPU, on the CPU: autocast, and one loss scale for both networks."""
+def test_float16_stays_finite_for_hundreds_of_steps(monkeypatch):
+    """What accelerate does for fp16 on a GPU, on the CPU: autocast forward passes and one loss scale."""
+    flags = ["--dataset_name", "x", "--lpips_weight", "0", "--gradient_penalty_interval", "4"]
+    args = train_autoencoder.parse_args(flags)
+    args.autoencoder, args.discriminator = CONFIG["autoencoder"], CONFIG["discriminator"]
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    monkeypatch.setattr(accelerator, "autocast", lambda: torch.autocast("cpu", dtype=torch.float16))
     torch.manual_seed(0)
-    autoencoder = BricsAutoencoder(**AUTOENCODER)
-    critic = DiscriminatorLoss(BricsDiscriminator(sample_size=32, base_channels=256, max_channels=16))
-    optimizers = [torch.optim.Adam(model.parameters(), 2e-3, (0.0, 0.99)) for model in (autoencoder, critic)]
-    scaler = torch.amp.GradScaler("cpu")
+    trainer = train_autoencoder.Trainer(args, accelerator)
+    for network in trainer.networks:
+        network.forward = convert_outputs_to_fp32(accelerator.autocast()(network.forward))
     images = torch.nn.functional.interpolate(torch.rand(8, 3, 4, 4) * 2 - 1, size=32, mode="bilinear")
-    errors, skipped = [], 0
-    for step in range(300):
-        critic.requires_grad_(False)
-        with torch.autocast("cpu", dtype=torch.float16):
-            sample = autoencoder(images).sample
-            logits = critic.discriminator(sample)
-        loss, parts = reconstruction_loss(sample.float(), images, lpips_weight=0)
-        scaler.scale(loss + adversarial_loss(logits.float())).backward()
-        critic.requires_grad_(True)
-        with torch.autocast("cpu", dtype=torch.float16):
-            critic_loss, _ = critic(images, sample.detach().float(), penalize=step % 16 == 0)
-        scaler.scale(critic_loss).backward()
-        scale = scaler.get_scale()
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-        scaler.update()
-        skipped += scaler.get_scale() < scale
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        errors.append(parts["mse"].item())
-    assert all(torch.tensor(errors).isfinite()) and errors[-1] < errors[0] / 2
-    assert skipped < 20  # the scale starts at 2**16 and halves at an overflow
-    for model in (autoencoder, critic):
-        assert all(parameter.isfinite().all() for parameter in model.parameters())
+    steps = [trainer.step(images, step) for step in range(300)]
+    errors = torch.stack([parts["mse"] for parts, _ in steps])
+    assert errors.isfinite().all() and errors[-1] < errors[0] / 2
+    assert all(parts["r1"].dtype == torch.float32 for parts, _ in steps[::4])
+    assert sum(not finite for _, finite in steps) < 20  # the scale starts at 2**16 and halves at an overflow
+    for network in trainer.networks:
+        assert all(parameter.isfinite().all() for parameter in network.parameters())

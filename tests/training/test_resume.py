@@ -1,13 +1,17 @@
 """Runs that are killed, stopped or short of disk space."""
 
+import shutil
 import signal
+import socket
 import subprocess
 import time
 
 import psutil
 import pytest
 import torch
-from launching import command, environment, launch
+import train_autoencoder
+import train_key_codes
+from launching import assert_same_movement, command, environment, launch, movement
 from safetensors.torch import load_file
 
 from brics_diffusers import BricsAutoencoder
@@ -15,6 +19,7 @@ from brics_diffusers.checkpoints import checkpoint_step, list_checkpoints
 
 
 SCRIPTS = {"one": "train_autoencoder.py", "two": "train_key_codes.py"}
+MAINS = {"one": train_autoencoder.main, "two": train_key_codes.main}
 
 
 def start(script, *flags, processes=1, launcher=True):
@@ -32,7 +37,7 @@ def send(run, number):
 def wait_for(path, process):
     while not path.exists():
         assert process.poll() is None, process.stderr.read()[-4000:]
-        time.sleep(0.005)
+        time.sleep(0.001)
 
 
 @pytest.fixture
@@ -41,8 +46,9 @@ def flags_of(stage_one, image_folder, write_config):
 
     def flags(stage, output_dir, *more):
         result = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", output_dir]
-        result += ["--checkpointing_steps", 4, "--max_train_steps", 24, "--num_validation_images", 0]
-        result += ["--lr_scheduler", "cosine", "--dataloader_num_workers", 1]
+        result += ["--checkpointing_steps", 4, "--max_train_steps", 24, "--num_validation_images", 2]
+        result += ["--validation_steps", 5, "--lr_scheduler", "cosine", "--dataloader_num_workers", 1]
+        result += ["--train_batch_size", 2, "--gradient_accumulation_steps", 2]
         if stage == "one":
             result += ["--gan_start_step", 1, "--random_flip"]
         else:
@@ -84,30 +90,31 @@ def assert_same(a, b, name=""):
         pytest.param("two", 2, marks=pytest.mark.slow),
     ],
 )
-def test_killed_and_resumed_run_ends_the_same(flags_of, tmp_path, stage, processes):
+def test_run_killed_while_saving_and_resumed_ends_the_same(flags_of, tmp_path, stage, processes):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     launch(SCRIPTS[stage], *flags_of(stage, whole, "--checkpoints_total_limit", 1), processes=processes)
     assert [path.name for path in list_checkpoints(whole)] == ["checkpoint-24"]
 
     run = start(SCRIPTS[stage], *flags_of(stage, broken), processes=processes)
-    wait_for(broken / "checkpoint-4", run)
+    wait_for(broken / ".partial-checkpoint-8", run)
     send(run, signal.SIGKILL)
     run.communicate()
     assert 4 <= checkpoint_step(list_checkpoints(broken)[-1]) < 24
 
     flags = flags_of(stage, broken, "--resume_from_checkpoint", "latest")
     done = launch(SCRIPTS[stage], *flags, processes=processes)
-    assert "Resumed from" in done.stderr
+    assert "Resumed from" in done.stderr and "The run can't end" not in done.stderr
+    assert not list(broken.glob(".*"))  # nothing half written is left
     assert_same(content(whole / "checkpoint-24"), content(broken / "checkpoint-24"))
 
 
-def test_without_a_checkpoint_latest_starts_afresh_and_none_is_overwritten(flags_of, tmp_path):
+def test_without_a_checkpoint_latest_starts_afresh_and_none_is_overwritten(flags_of, tmp_path, run_here):
     flags = flags_of("one", tmp_path, "--max_train_steps", 2)
-    done = launch(SCRIPTS["one"], *flags, "--resume_from_checkpoint", "latest")
-    assert f"No checkpoint in {tmp_path}: starting afresh" in done.stderr
+    printed = run_here(train_autoencoder.main, *flags, "--resume_from_checkpoint", "latest")
+    assert f"No checkpoint in {tmp_path}: starting afresh" in printed
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    done = launch(SCRIPTS["one"], *flags, check=False)
-    assert done.returncode != 0 and "has checkpoints of an earlier run; go on with --resume_from" in done.stderr
+    with pytest.raises(FileExistsError, match="has checkpoints of an earlier run; go on with --resume_from"):
+        run_here(train_autoencoder.main, *flags)
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 
@@ -124,15 +131,54 @@ def test_sigterm_saves_and_exits_cleanly(flags_of, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_to_two_processes(flags_of, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_to_the_launcher_alone(flags_of, tmp_path, processes):
     flags = flags_of("one", tmp_path, "--checkpointing_steps", 7, "--max_train_steps", 100_000)
-    run = start(SCRIPTS["one"], *flags, processes=2)
+    run = start(SCRIPTS["one"], *flags, processes=processes)
     wait_for(tmp_path / "checkpoint-7", run)
-    send(run, signal.SIGTERM)
-    run.communicate(timeout=90)
+    run.send_signal(signal.SIGTERM)
+    _, errors = run.communicate(timeout=90)  # until the training processes have closed their end too
+    assert "Stopped by SIGTERM" in errors
     last = list_checkpoints(tmp_path)[-1]
-    assert checkpoint_step(last) % 10 == 0  # where the processes compare notes
-    assert len(list(last.glob("random_states_*.pkl"))) == 2
+    assert f"Saved {last}" in errors and len(list(last.glob("random_states_*.pkl"))) == processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_machines(flags_of, tmp_path, shared):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    runs = []
+    for rank, name in enumerate(("a", "a" if shared else "b")):
+        words = command(SCRIPTS["one"], *flags_of("one", tmp_path / name, "--max_train_steps", 2), processes=2)
+        for flag, value in (("--num_machines", "2"), ("--main_process_port", str(port))):
+            words[words.index(flag) + 1] = value
+        where = ["--machine_rank", str(rank), "--main_process_ip", "127.0.0.1"]
+        words[words.index("--num_machines") : words.index("--num_machines")] = where
+        runs.append(subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True))
+    errors = [run.communicate(timeout=200)[1] for run in runs]
+    if shared:
+        assert [run.returncode for run in runs] == [0, 0], errors
+        assert len(list((tmp_path / "a/checkpoint-2").glob("random_states_*.pkl"))) == 2
+    else:
+        assert all(run.returncode != 0 for run in runs)
+        assert "b of process 1 is not that of process 0; name an --output_dir that all machines share" in errors[1]
+
+
+def test_other_settings_are_named(stage_one, flags_of, tmp_path, run_here):
+    output_dir = tmp_path / "run"
+    shutil.copytree(stage_one[0], output_dir)
+    flags = flags_of("one", output_dir, "--max_train_steps", 6, "--learning_rate", 1e-4, "--checkpointing_steps", 1)
+    flags += ["--resume_from_checkpoint", "latest", "--lr_scheduler", "constant"]
+    printed = run_here(train_autoencoder.main, *flags)
+    message = printed[printed.index("The run can't end as it would have without the break: ") :].splitlines()[0]
+    assert "train_batch_size was 4 and is 2" in message and "random_flip was False and is True" in message
+    assert "gradient_accumulation_steps was 1 and is 2" in message and "seed" not in message
+    optimizer = content(output_dir / "checkpoint-6")["optimizer.bin"]
+    assert [group["lr"] for group in optimizer["param_groups"]] == [1e-4]
+    # 16 images in four steps of four, then two steps of two times two.
+    assert content(output_dir / "checkpoint-6")["custom_checkpoint_3.pkl"]["images_seen"] == 24
 
 
 @pytest.mark.slow
@@ -151,12 +197,12 @@ def test_damaged_checkpoint_is_named_with_the_others(flags_of, tmp_path, name):
 
 
 @pytest.fixture
-def small_disk(tmp_path, stage_one):
-    """A file system with room for one checkpoint, but not for two."""
+def small_disk(request, tmp_path, stage):
+    """A file system with room for one checkpoint of a stage, but not for two."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    files = [file.stat().st_size for file in (stage_one[0] / "checkpoint-4").iterdir()]
-    options = f"size={sum(files) * 8 // 5}"
+    run = request.getfixturevalue(f"stage_{stage}")[0]
+    options = f"size={sum(file.stat().st_size for file in (run / 'checkpoint-4').iterdir()) * 8 // 5}"
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
     if mount.returncode != 0:
         pytest.skip("needs the right to mount a file system")
@@ -164,30 +210,42 @@ def small_disk(tmp_path, stage_one):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_full_disk_loses_nothing(flags_of, small_disk):
-    flags = flags_of("one", small_disk / "run", "--max_train_steps", 20)
-    done = launch(SCRIPTS["one"], *flags, check=False)
-    assert done.returncode != 0 and "could not be written" in done.stderr and "make room and resume" in done.stderr
+@pytest.mark.parametrize("stage", ["one", pytest.param("two", marks=pytest.mark.slow)])
+def test_full_disk_loses_nothing(flags_of, small_disk, stage, tmp_path, run_here):
+    flags = flags_of(stage, small_disk / "run", "--max_train_steps", 20, "--num_validation_images", 0)
+    flags += ["--key_codes_dir", tmp_path / "key_codes"] if stage == "two" else []
+    with pytest.raises(OSError, match="could not be written .*; make room and resume") as error:
+        run_here(MAINS[stage], *flags)
     checkpoints = list_checkpoints(small_disk / "run")
-    assert checkpoints and f"resume from {checkpoints[-1]}" in done.stderr
+    assert checkpoints and f"resume from {checkpoints[-1]}" in str(error.value)
     before = content(checkpoints[-1])
     assert before["model.safetensors"] and not list((small_disk / "run").glob(".partial*"))
 
 
-def test_stops_when_nothing_is_finite(flags_of, tmp_path):
+def test_stops_when_nothing_is_finite(flags_of, tmp_path, run_here):
     flags = flags_of("one", tmp_path, "--learning_rate", 1e38, "--max_nonfinite_steps", 3)
-    done = launch(SCRIPTS["one"], *flags, check=False)
-    assert done.returncode != 0 and "not finite in 3 steps in a row, up to step 4" in done.stderr
-    assert "resume from the start, as no checkpoint is known to be good" in done.stderr
+    message = "not finite in 3 steps in a row, up to step 4; .* the start, as no checkpoint is known to be good"
+    with pytest.raises(FloatingPointError, match=message):
+        run_here(train_autoencoder.main, *flags)
+
+
+def test_weights_that_are_not_finite_are_not_saved(flags_of, tmp_path, run_here):
+    flags = flags_of("one", tmp_path, "--learning_rate", 1e38, "--checkpointing_steps", 1)
+    with pytest.raises(
+        FloatingPointError, match="a weight is not finite at step .* no checkpoint is known to be good"
+    ):
+        run_here(train_autoencoder.main, *flags)
+    assert not list_checkpoints(tmp_path)
 
 
 class TestDecoderOnly:
-    @pytest.fixture(scope="class")
-    def tuned(self, tmp_path_factory, image_folder, write_config, stage_one):
+    @pytest.fixture(scope="class", params=[1, pytest.param(2, marks=pytest.mark.slow)])
+    def tuned(self, request, tmp_path_factory, image_folder, write_config, stage_one):
         output_dir = tmp_path_factory.mktemp("tuned")
         flags = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", output_dir]
         flags += ["--pretrained_autoencoder_name_or_path", stage_one[0], "--train_decoder_only"]
-        launch(SCRIPTS["one"], *flags, "--key_noise_scale", 0.1, "--max_train_steps", 3)
+        flags += ["--key_noise_scale", 0.1, "--max_train_steps", 3]
+        launch(SCRIPTS["one"], *flags, processes=request.param)
         return [BricsAutoencoder.from_pretrained(path / "autoencoder").eval() for path in (stage_one[0], output_dir)]
 
     def test_encoder_stays(self, tuned):
@@ -208,17 +266,14 @@ class TestDecoderOnly:
 @pytest.mark.slow
 def test_accumulation_on_two_processes_equals_one_large_batch(image_folder, write_config, tmp_path):
     config = write_config({"autoencoder": {"regularization": "none"}})
-    weights = []
-    for processes, batch_size, accumulation in ((1, 8, 1), (2, 2, 2)):
+    moves = []
+    for processes, batch_size, accumulation, *more in ((1, 8, 1), (2, 2, 2, "--gradient_checkpointing")):
         output_dir = tmp_path / str(processes)
         # A large epsilon makes Adam's step proportional to the gradient, see test_train_autoencoder.py.
         flags = ["--adam_epsilon", 1.0, "--discriminator_adam_epsilon", 1.0, "--learning_rate", 0.1]
         flags += ["--train_batch_size", batch_size, "--gradient_accumulation_steps", accumulation]
-        flags += ["--lr_scheduler", "cosine", "--max_train_steps", 3, "--num_validation_images", 0]
+        flags += ["--lr_scheduler", "cosine", "--max_train_steps", 4, "--checkpointing_steps", 1]
         flags += ["--config", config, "--dataset_name", image_folder, "--output_dir", output_dir]
-        launch(SCRIPTS["one"], *flags, processes=processes)
-        checkpoint = content(output_dir / "checkpoint-3")
-        weights.append({name: checkpoint[name] for name in ("model.safetensors", "model_1.safetensors")})
-    for name in weights[0]:
-        for key, value in weights[0][name].items():
-            torch.testing.assert_close(value, weights[1][name][key], rtol=1e-3, atol=1e-5, msg=lambda m, k=key: k + m)
+        launch(SCRIPTS["one"], *flags, "--num_validation_images", 0, *more, processes=processes)
+        moves.append(movement(output_dir, 1, 3, ("model", "model_1")))
+    assert_same_movement(*moves)
