@@ -96,6 +96,13 @@ def stage_two(config: dict, batch_size: int, checkpointing: bool) -> None:
     two_steps(step, [optimizer])
 
 
+def peak_memory(stage, config: dict, batch_size: int, checkpointing: bool) -> int:
+    """Bytes at the peak of two training steps; `stage` is `stage_one` or `stage_two`."""
+    with FakeTensorMode(), PeakMemory() as memory:
+        stage(config, batch_size, checkpointing)
+    return memory.peak
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="*", default=PRESETS)
@@ -110,12 +117,8 @@ def main():
     for preset in args.presets:
         config = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text())
         cells = []
-        for _, measure, size in columns:
-            values = []
-            for checkpointing in (False, True):
-                with FakeTensorMode(), PeakMemory() as memory:
-                    measure(config, size, checkpointing)
-                values.append(memory.peak / 2**30)
+        for _, stage, size in columns:
+            values = [peak_memory(stage, config, size, checkpointing) / 2**30 for checkpointing in (False, True)]
             cells.append("{:.1f} ({:.1f})".format(*values))
         print(f"| {preset} | " + " | ".join(cells) + " |", flush=True)
 
