@@ -41,3 +41,14 @@ def launch(script: str, *flags, processes: int = 1, threads: int = 1, check: boo
     if check:
         assert done.returncode == 0, done.stderr[-4000:]
     return done
+
+
+def launch_command(*flags, processes: int = 1):
+    """A finished `brics-diffusers` on so many processes, one that succeeded."""
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    words += ["--num_processes", str(processes), "--dynamo_backend", "no", "--main_process_port", "0"]
+    words += ["--multi_gpu"] if processes > 1 else []
+    words += ["-m", "brics_diffusers.commands", *map(str, flags)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
