@@ -36,7 +36,10 @@ def add_generated_arguments(parser: argparse.ArgumentParser, num_samples: int) -
         help="Pipeline (its folder, or its name on the Hub) to take samples of, or a folder of generated images.",
     )
     add("--num_samples", type=int, default=num_samples, help="Images to take samples of, or to use of a folder.")
-    add("--samples_dir", help="Folder for samples of a pipeline; `samples` in --output_dir by default.")
+    add(
+        "--samples_dir",
+        help="Folder for a pipeline's samples, one for all machines; `samples` in --output_dir by default.",
+    )
     add("--num_inference_steps", type=int, default=250, help="Denoising steps.")
     add("--scheduler", help="Class of diffusers in place of the pipeline's scheduler.")
     add(
