@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
 
 from brics_diffusers import BricsKeyCodePipeline
@@ -43,6 +43,17 @@ def test_one_image_is_that_of_its_generator(pipe, tmp_path):
     sample_images_to_folder(pipe, tmp_path, 3, batch_size=1, seed=5, progress=False, **STEPS)
     image = pipe(1, generator=[sample_generator(5, 2)], **STEPS).images[0]
     assert (np.array(image) == pixels(tmp_path, 3)[2]).all()
+
+
+def test_pipelines_of_diffusers(unet, tmp_path):
+    unet.register_to_config(sample_size=16, in_channels=3, out_channels=3)
+    unet.conv_in, unet.conv_out = torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.Conv2d(16, 3, 3, padding=1)
+    pipe = DDPMPipeline(unet, DDPMScheduler())
+    for name, size in (("a", 1), ("b", 3)):
+        sample_images_to_folder(pipe, tmp_path / name, 3, size, progress=False, **STEPS)
+    a, b = pixels(tmp_path / "a", 3), pixels(tmp_path / "b", 3)
+    assert a.shape == (3, 16, 16, 3) and np.abs(a - b).max() <= 1
+    assert read_sample_settings(tmp_path / "a")["pipeline"] == "DDPMPipeline"
 
 
 def test_seeds_have_no_noise_in_common():
