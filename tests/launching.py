@@ -27,12 +27,14 @@ def environment(threads: int = 1, cpu: bool = True) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": str(cpu).lower()}
 
 
+def launcher_words(processes: int) -> list[str]:
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    words += ["--num_processes", str(processes), "--dynamo_backend", "no", "--main_process_port", "0"]
+    return words + (["--multi_gpu"] if processes > 1 else [])  # with ACCELERATE_USE_CPU: gloo processes
+
+
 def command(script: str, *flags, processes: int = 1, launcher: bool = True) -> list[str]:
-    words = [sys.executable]
-    if launcher:
-        words += ["-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", str(processes)]
-        words += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-        words += ["--multi_gpu"] if processes > 1 else []  # with ACCELERATE_USE_CPU: gloo processes
+    words = launcher_words(processes) if launcher else [sys.executable]
     return words + [str(ROOT / "training" / script), *map(str, flags)]
 
 
@@ -63,3 +65,11 @@ def assert_same_movement(one: dict, other: dict, rtol: float = 1e-3) -> None:
         assert (value - other[key]).norm() <= limit, (key, value.norm(), (value - other[key]).norm())
     moved = [value.abs().max() > 1e-6 for value in one.values()]
     assert sum(moved) >= 0.9 * len(moved)
+
+
+def launch_command(*flags, processes: int = 1):
+    """A finished `brics-diffusers` on so many processes, one that succeeded."""
+    words = [*launcher_words(processes), "-m", "brics_diffusers.commands", *map(str, flags)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done

@@ -7,6 +7,8 @@ from .images import (
     center_crop_resize,
     collate_images,
     evaluation_loader,
+    image_name,
+    image_size,
     read_image,
     training_loader,
 )

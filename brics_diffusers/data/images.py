@@ -47,6 +47,41 @@ def read_image(data: dict | str | os.PathLike) -> Image.Image:
         raise UnreadableImageError(f"not readable as an image: {error}") from error
 
 
+def image_size(data: dict | str | os.PathLike) -> tuple[int, int]:
+    r"""
+    Width and height as the file's header has them, without decoding the image.
+
+    Args:
+        data (`dict`, `str` or `os.PathLike`): As in [`read_image`].
+
+    Returns:
+        `tuple[int, int]`: pixels.
+
+    Raises:
+        UnreadableImageError: missing, or not an image. A truncated image shows only when it is read.
+    """
+    try:
+        with Image.open(_image_file(data)) as image:
+            return image.size
+    except Exception as error:
+        raise UnreadableImageError(f"not readable as an image: {error}") from error
+
+
+def image_name(data: dict | None, row: int) -> str:
+    r"""
+    What to call an image: its path, or `"row 17"`; with the row too for files within an archive, which may share
+    names.
+
+    Args:
+        data (`dict`): A `{"bytes", "path"}` dictionary.
+        row (`int`): Its row in the collection.
+    """
+    path = (data or {}).get("path")
+    if path is None:
+        return f"row {row}"
+    return path if data.get("bytes") is None else f"{path} (row {row})"
+
+
 def _image_file(data: dict | str | os.PathLike) -> str | os.PathLike | io.BytesIO:
     if not isinstance(data, dict):
         data = {"path": data}
@@ -149,7 +184,7 @@ class ImageCollection(torch.utils.data.Dataset):
             try:
                 image = read_image(data)
             except UnreadableImageError:
-                unreadable.append(_image_name(data, row))
+                unreadable.append(image_name(data, row))
                 continue
             return self._item(self._to_tensor(image, bool(mirror)), row, unreadable)
         if self.replace_unreadable:
@@ -171,14 +206,6 @@ class ImageCollection(torch.utils.data.Dataset):
             image = ImageOps.mirror(image)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (R, R, 3) -> (3, R, R)
         return pixels.contiguous().float() / 127.5 - 1.0
-
-
-def _image_name(data: dict | None, row: int) -> str:
-    path = (data or {}).get("path")
-    if path is None:
-        return f"row {row}"
-    # Files within an archive may share their names, so these carry their row too.
-    return path if data.get("bytes") is None else f"{path} (row {row})"
 
 
 def _none_readable(names: list[str]) -> ValueError:

@@ -22,6 +22,8 @@ from brics_diffusers.data import (
     center_crop_resize,
     collate_images,
     evaluation_loader,
+    image_name,
+    image_size,
     read_image,
     training_loader,
 )
@@ -156,6 +158,20 @@ def test_first_frame():
     frames = [Image.new("RGB", (4, 4), color) for color in COLORS[:3]]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert pixels(data)[0, 0].tolist() == list(COLORS[0])
+
+
+def test_size_and_name_without_decoding(tmp_path):
+    save(tmp_path / "a.png", size=(9, 7))
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[:50])  # its header is whole
+    assert image_size(tmp_path / "a.png") == image_size(tmp_path / "cut.png") == image_size({"bytes": data}) == (9, 7)
+    (tmp_path / "text.png").write_text("no image")
+    for wrong in (tmp_path / "text.png", tmp_path / "missing.png", {"bytes": b""}, {"path": None}):
+        with pytest.raises(UnreadableImageError, match="not readable as an image"):
+            image_size(wrong)
+    assert image_name({"bytes": None, "path": "a.png"}, 3) == "a.png"
+    assert image_name({"bytes": data, "path": "a.png"}, 3) == "a.png (row 3)"
+    assert image_name({"bytes": data, "path": None}, 3) == image_name(None, 3) == "row 3"
 
 
 def test_read_image_from_paths(tmp_path):

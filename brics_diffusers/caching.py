@@ -1,0 +1,40 @@
+"""What results on disk are recognised by, and how they get there complete or not at all."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/brics_diffusers`, by default in `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "brics_diffusers"
+
+
+def weights_digest(modules: dict[str, torch.nn.Module]) -> str:
+    """SHA-256 of the classes, names, shapes and bytes of all parameters and buffers of some modules."""
+    digest = hashlib.sha256()
+    for name, module in sorted(modules.items()):
+        digest.update(f"{name} {type(module).__qualname__}".encode())
+        for key, value in module.state_dict().items():
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_atomically(path: str | os.PathLike, write: Callable) -> None:
+    """Calls `write` with a binary file that takes the name `path` only when it is complete."""
+    path = Path(path)
+    # Hidden, so that what a killed process leaves behind is not taken for an image.
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise

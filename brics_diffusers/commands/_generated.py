@@ -1,0 +1,111 @@
+"""Flags and set-up that commands on generated images share."""
+
+import argparse
+import json
+from datetime import timedelta
+from pathlib import Path
+
+import datasets
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from ..data import load_collection
+from ..sampling import load_pipeline, read_sample_settings, sample_images_to_folder
+
+
+def add_collection_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds the flags that name a collection of real images, called `what` in their help."""
+    add = parser.add_argument
+    add(
+        "--dataset_name",
+        required=True,
+        help=f"{what}: folder of images, folder of parquet files, zip of images, or name of a data set on the Hub.",
+    )
+    add("--dataset_split", default="train", help="Split of the collection.")
+    add("--image_column", help="Column that holds the images; found by itself if there is one.")
+    add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")
+    add("--max_images", type=int, help="Use the first images of the collection only.")
+
+
+def add_generated_arguments(parser: argparse.ArgumentParser, num_samples: int) -> None:
+    """Adds the flags that say where generated images come from; `num_samples` is the default number."""
+    add = parser.add_argument
+    add(
+        "--generated",
+        required=True,
+        help="Pipeline (its folder, or its name on the Hub) to take samples of, or a folder of generated images.",
+    )
+    add("--num_samples", type=int, default=num_samples, help="Images to take samples of, or to use of a folder.")
+    add(
+        "--samples_dir",
+        help="Folder for a pipeline's samples, one for all machines; `samples` in --output_dir by default.",
+    )
+    add("--num_inference_steps", type=int, default=250, help="Denoising steps.")
+    add("--scheduler", help="Class of diffusers in place of the pipeline's scheduler.")
+    add(
+        "--scheduler_options",
+        type=json.loads,
+        help="Arguments of the scheduler as JSON, such as '{\"use_karras_sigmas\": true}'.",
+    )
+    add("--seed", type=int, default=0, help="Seed of the samples.")
+    add("--batch_size", type=int, default=16, help="Images that a process works on at once.")
+    add("--dataloader_num_workers", type=int, default=0, help="Processes that read images.")
+    add("--output_dir", required=True, help="Folder for the report.")
+
+
+def start_processes() -> PartialState:
+    """The processes of `accelerate launch`, or the only one."""
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=cpu, timeout=timedelta(hours=2))  # the slowest process may be as late as that
+
+
+def is_image_folder(args: argparse.Namespace) -> bool:
+    """Whether `--generated` is a folder of images rather than a pipeline."""
+    folder = Path(args.generated).expanduser()
+    return folder.is_dir() and not (folder / "model_index.json").is_file()
+
+
+def make_samples(args: argparse.Namespace, state: PartialState) -> Path:
+    r"""
+    Makes what samples are missing, on all processes, or finds that images are given.
+
+    Args:
+        args (`argparse.Namespace`): Flags of [`add_generated_arguments`].
+        state (`PartialState`): Result of [`start_processes`].
+
+    Returns:
+        `Path`: The folder of the images.
+    """
+    if is_image_folder(args):
+        return Path(args.generated).expanduser()
+    folder = Path(args.samples_dir or Path(args.output_dir) / "samples")
+    pipe = load_pipeline(args.generated, args.scheduler, args.scheduler_options, state.device)
+    sample_images_to_folder(
+        pipe,
+        folder,
+        args.num_samples,
+        args.batch_size,
+        args.num_inference_steps,
+        args.seed,
+        state.process_index,
+        state.num_processes,
+        progress=state.is_main_process,
+    )
+    state.wait_for_everyone()
+    return folder
+
+
+def load_generated(args: argparse.Namespace, folder: Path) -> tuple[datasets.Dataset, dict]:
+    r"""
+    The generated images, and where they come from.
+
+    Args:
+        args (`argparse.Namespace`): Flags of [`add_generated_arguments`].
+        folder (`Path`): Result of [`make_samples`].
+
+    Returns:
+        `tuple[datasets.Dataset, dict]`: the collection, and `"source"`, `"folder"` and, where they are known,
+        `"sampling"`, the settings of the samples.
+    """
+    dataset = load_collection(folder, max_images=args.num_samples)
+    return dataset, {"source": args.generated, "folder": str(folder), "sampling": read_sample_settings(folder)}

@@ -1,0 +1,132 @@
+"""FID, inception score, precision, recall, F1 and CLIP-FID of generated images.
+
+Samples are made on all processes of `accelerate launch -m brics_diffusers.commands generation-metrics ...`, kept as
+PNG files and gone on with after an interruption. The metrics are those of torch-fidelity, with the generated images as
+`input1` and the real ones as `input2`; CLIP-FID has clean-fid's preprocessing.
+"""
+
+import argparse
+from importlib import metadata
+
+from ..data import evaluation_loader, load_collection
+from ..generation_metrics import (
+    INCEPTION,
+    METRICS,
+    NEIGHBOURS,
+    SPLITS,
+    check_image_counts,
+    generation_metrics,
+    load_extractors,
+)
+from ..reports import machine, markdown_table, write_report
+from ..visualization import image_grid
+from ._generated import (
+    add_collection_arguments,
+    add_generated_arguments,
+    is_image_folder,
+    load_generated,
+    make_samples,
+    start_processes,
+)
+
+
+SHOWN = 32  # images of each kind in the pictures
+TITLES = {
+    "fid": "FID",
+    "inception_score": "IS",
+    "inception_score_std": "IS, standard deviation of splits",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "clip_fid": "CLIP-FID",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of this command."""
+    add = parser.add_argument
+    add_generated_arguments(parser, num_samples=50_000)
+    add_collection_arguments(parser, "Real images")
+    add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="What to compute; all by default.")
+    add(
+        "--feature_extractor",
+        default=INCEPTION,
+        metavar="NAME",
+        help="For FID and IS: a name of torch-fidelity's registry, or random-conv, a small network of random weights "
+        f"whose numbers compare only with each other. Default: {INCEPTION}.",
+    )
+    add(
+        "--precision_recall_extractor",
+        metavar="NAME",
+        help=f"For precision and recall. Default: vgg16 beside {INCEPTION}, else that of --feature_extractor.",
+    )
+    add("--features_cache_dir", help="Folder for features of real images; ~/.cache/brics_diffusers by default.")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Makes the samples, computes the metrics on the main process and writes the report."""
+    state = start_processes()
+    if state.is_main_process:  # what can fail does so before the samples are made
+        real = _load_real(args)
+        if not is_image_folder(args):
+            check_image_counts(args.metrics, args.num_samples, len(real))
+        extractors = load_extractors(
+            args.metrics, args.feature_extractor, args.precision_recall_extractor, device=state.device
+        )
+    folder = make_samples(args, state)
+    if not state.is_main_process:
+        return
+    generated, origin = load_generated(args, folder)
+    result = generation_metrics(
+        generated,
+        real,
+        extractors,
+        args.batch_size,
+        args.dataloader_num_workers,
+        state.device,
+        args.features_cache_dir,
+    )
+    result["input1"] |= origin
+    result["input2"] |= {"source": args.dataset_name, "split": args.dataset_split}
+    result["settings"] = {"neighbours": NEIGHBOURS, "splits": SPLITS}
+    result["machine"] = machine(state.device) | {"torch-fidelity": metadata.version("torch-fidelity")}
+    resolution = result["input1"]["resolution"]
+    figures = {name: _picture(images, resolution) for name, images in (("generated", generated), ("real", real))}
+    write_report(args.output_dir, "generation-metrics", result, _describe(result), figures)
+
+
+def _load_real(args: argparse.Namespace):
+    return load_collection(args.dataset_name, args.dataset_split, args.image_column, args.cache_dir, args.max_images)
+
+
+def _picture(dataset, resolution: int):
+    rows = range(min(SHOWN, len(dataset)))
+    (batch,) = evaluation_loader(dataset, resolution, batch_size=SHOWN, rows=rows)
+    return image_grid(batch["pixel_values"])
+
+
+def _describe(result: dict) -> str:
+    values = [{"metric": TITLES[name], "value": value} for name, value in result["metrics"].items()]
+    columns = ("what", "source", "num_images", "num_unreadable", "resolution", "resizing")
+    inputs = [{"input": name} | {column: result[name][column] for column in columns} for name in ("input1", "input2")]
+    extractors = [{"metric": metric} | facts for metric, facts in _extractor_rows(result).items()]
+    parts = ["# Generation metrics", markdown_table(values), markdown_table(inputs), markdown_table(extractors)]
+    parts += [f"Not computed: {metric} ({reason})." for metric, reason in result["not_computed"].items()]
+    parts += result["remarks"]
+    sampling = result["input1"]["sampling"]
+    if sampling is not None:
+        parts.append(
+            f"Samples: {sampling['pipeline']} with {sampling['scheduler']}, {sampling['num_inference_steps']} steps, "
+            f"seed {sampling['seed']}, {sampling['dtype']}."
+        )
+    parts.append(
+        "Precision: share of input1 within input2's neighbourhoods; recall: share of input2 within input1's; "
+        f"{NEIGHBOURS} neighbours. The pictures show the first images of each."
+    )
+    parts.append(f"{result['machine']['device']}, torch-fidelity {result['machine']['torch-fidelity']}.")
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _extractor_rows(result: dict) -> dict:
+    columns = ("name", "weights", "resizing")
+    return {metric: {column: facts[column] for column in columns} for metric, facts in result["extractors"].items()}

@@ -1,0 +1,109 @@
+"""The training images nearest to generated ones, as a picture.
+
+Distances are LPIPS, mean squared errors or squared distances between the features of an extractor. Training images
+pass by in batches: memory does not grow with their number.
+"""
+
+import argparse
+
+import torch
+
+from ..data import evaluation_loader, image_name, load_collection
+from ..image_features import common_image_size, to_uint8
+from ..nearest_neighbours import load_embedding, nearest_in_collection, neighbour_grid
+from ..reports import machine, markdown_table, write_report
+from ._generated import (
+    add_collection_arguments,
+    add_generated_arguments,
+    load_generated,
+    make_samples,
+    start_processes,
+)
+
+
+SHOWN = 32  # generated images in the picture
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of this command."""
+    add = parser.add_argument
+    add_generated_arguments(parser, num_samples=8)
+    add_collection_arguments(parser, "Training images")
+    add(
+        "--distance",
+        default="lpips-vgg",
+        metavar="NAME",
+        help="lpips-vgg, lpips-alex, lpips-squeeze, pixels, random-conv or a name of torch-fidelity's registry. "
+        "Default: lpips-vgg.",
+    )
+    add("--num_neighbours", type=int, default=5, help="Training images to show for each generated one.")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Makes the samples, finds their neighbours on the main process and writes the report."""
+    state = start_processes()
+    if state.is_main_process:  # what can fail does so before the samples are made
+        options = (args.dataset_split, args.image_column, args.cache_dir, args.max_images)
+        training = load_collection(args.dataset_name, *options)
+        embedding = load_embedding(args.distance, state.device)
+    folder = make_samples(args, state)
+    if not state.is_main_process:
+        return
+    generated, origin = load_generated(args, folder)
+    resolution = common_image_size(generated)
+    queries, rows = _read(generated, resolution)
+    distances, indices, unreadable = nearest_in_collection(
+        queries,
+        training,
+        embedding,
+        args.num_neighbours,
+        args.batch_size,
+        args.dataloader_num_workers,
+        state.device,
+    )
+    names = [image_name(generated[row]["image"], row) for row in rows]
+    result = {
+        "distance": embedding.description,
+        "queries": [
+            {"image": name, "neighbours": _neighbours(training, *found)}
+            for name, *found in zip(names, indices.tolist(), distances.tolist(), strict=True)
+        ],
+        "generated": origin | {"num_images": len(queries), "num_unreadable": len(generated) - len(queries)},
+        "training": {
+            "source": args.dataset_name,
+            "split": args.dataset_split,
+            "num_images": len(training) - unreadable.count,
+            "num_unreadable": unreadable.count,
+            "resizing": f"central square, then Pillow's Lanczos, to {resolution} x {resolution}",
+        },
+        "machine": machine(state.device),
+    }
+    neighbours = torch.stack([_read(training.select(row), resolution)[0] for row in indices[:SHOWN].tolist()])
+    figures = {"grid": neighbour_grid(queries[:SHOWN], neighbours, distances)}
+    write_report(args.output_dir, "nearest-neighbours", result, _describe(result), figures)
+
+
+def _read(dataset, resolution: int) -> tuple[torch.Tensor, list[int]]:
+    """All readable images of a small collection, uint8 (N, 3, R, R), and their rows."""
+    (batch,) = evaluation_loader(dataset, resolution, batch_size=len(dataset))
+    return to_uint8(batch["pixel_values"]), batch["index"].tolist()
+
+
+def _neighbours(dataset, indices: list[int], distances: list[float]) -> list[dict]:
+    return [
+        {"index": index, "image": image_name(dataset[index]["image"], index), "distance": distance}
+        for index, distance in zip(indices, distances, strict=True)
+    ]
+
+
+def _describe(result: dict) -> str:
+    rows = []
+    for number, query in enumerate(result["queries"]):
+        cells = [f"{found['index']} ({found['distance']:.4g})" for found in query["neighbours"]]
+        rows.append({"generated": number} | {f"neighbour {rank}": cell for rank, cell in enumerate(cells, start=1)})
+    training = result["training"]
+    return (
+        f"# Nearest training images\n\n{markdown_table(rows)}\n"
+        f"Index in the collection (distance): {result['distance']['definition']}. {training['num_images']} images of "
+        f"{training['source']}, {training['num_unreadable']} unreadable ones left out; {training['resizing']}.\n"
+    )

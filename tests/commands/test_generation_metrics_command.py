@@ -1,0 +1,92 @@
+import ast
+import json
+import sys
+
+import numpy as np
+import pytest
+from launching import launch_command
+from PIL import Image
+from small_models import ROOT
+
+from brics_diffusers import feature_extractors
+from brics_diffusers.commands import main
+from brics_diffusers.sampling import sample_path
+
+
+@pytest.fixture
+def flags(saved_pipe, image_folder, tmp_path):
+    """A run on a small pipeline, without the output folder."""
+    words = ["generation-metrics", "--generated", saved_pipe, "--dataset_name", image_folder, "--num_samples", 6]
+    words += ["--num_inference_steps", 2, "--feature_extractor", "random-conv", "--metrics", "fid", "precision-recall"]
+    return [str(word) for word in [*words, "--features_cache_dir", tmp_path / "cache", "--batch_size", 4]]
+
+
+def pixels(folder):
+    return np.stack([np.array(Image.open(sample_path(folder, index))) for index in range(6)]).astype(int)
+
+
+def test_two_processes_give_the_report_of_one(flags, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    main([*flags, "--output_dir", str(one)])
+    launch_command(*flags, "--output_dir", two, "--batch_size", 2, processes=2)
+    assert np.abs(pixels(one / "samples") - pixels(two / "samples")).max() <= 1  # rounding to 8 bits
+    first, second = (json.loads((folder / "generation-metrics.json").read_text()) for folder in (one, two))
+    assert first["metrics"]["fid"] == pytest.approx(second["metrics"]["fid"], rel=1e-2)
+    assert not first["extractors"]["fid"]["real_features_cached"]
+    assert second["extractors"]["fid"]["real_features_cached"]
+
+    assert set(first["metrics"]) == {"fid", "precision", "recall", "f1"} and first["metrics"]["fid"] > 0
+    assert first["input1"]["num_images"] == 6 and first["input1"]["sampling"]["num_inference_steps"] == 2
+    assert first["input1"]["sampling"]["scheduler"] == "CosineVariantScheduler"
+    assert first["input2"]["num_images"] == 24 and first["input2"]["num_unreadable"] == 1
+    assert first["machine"]["torch-fidelity"].startswith("0.4")
+    text = (one / "generation-metrics.md").read_text()
+    assert "| FID |" in text and "| input1 | generated |" in text and "2 steps, seed 0, float32" in text
+    assert Image.open(one / "generation-metrics-generated.png").width == 6 * 34 + 2
+    assert Image.open(one / "generation-metrics-real.png").height == 3 * 34 + 2
+
+
+def test_folder_of_images(flags, image_folder, tmp_path):
+    generated = tmp_path / "generated"
+    generated.mkdir()
+    for path in sorted(image_folder.glob("[0-9]*.png"))[:5]:
+        Image.open(path).crop((4, 0, 36, 32)).save(generated / path.name)
+    (generated / "broken.png").write_text("no image")
+    main([*flags, "--generated", str(generated), "--output_dir", str(tmp_path / "out")])
+    result = json.loads((tmp_path / "out/generation-metrics.json").read_text())
+    assert result["metrics"]["precision"] == 1  # they are real ones
+    assert result["input1"]["num_images"] == 5 and result["input1"]["num_unreadable"] == 1
+    assert result["input1"]["sampling"] is None and not (tmp_path / "out/samples").exists()
+
+
+def test_errors_come_before_the_samples(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(feature_extractors, "is_offline_mode", lambda: True)
+    (tmp_path / "empty").mkdir()
+    flags += ["--output_dir", str(tmp_path / "out")]
+    for changes, message in (
+        (["--feature_extractor", "inception-v3-compat"], "could not load weights-inception-2015-12-05-6726825d.pth"),
+        (["--metrics", "clip-fid"], "could not load clip-vit-b-32"),
+        (["--feature_extractor", "resnet"], "'resnet' is no feature extractor"),
+        (["--num_samples", "3"], "precision-recall needs at least 4 images of each kind, got 3 generated and 25 real"),
+        (["--dataset_name", str(tmp_path / "empty")], "is empty; expected images"),
+        (["--generated", str(tmp_path / "missing")], "holds no model_index.json"),
+        (["--generated", str(tmp_path / "empty")], "is empty; expected images"),
+        (["--scheduler", "NoScheduler"], "NoScheduler is no scheduler of diffusers"),
+    ):
+        with pytest.raises(SystemExit, match=f"brics-diffusers generation-metrics: .*{message}"):
+            main(flags + changes)
+    assert not list(tmp_path.glob("out/samples/*.png"))
+
+
+def test_without_the_packages_for_metrics(flags, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(
+        SystemExit, match=r"torch-fidelity is not installed; run: pip install 'brics-diffusers\[metrics\]'"
+    ):
+        main([*flags, "--feature_extractor", "vgg16", "--output_dir", str(tmp_path / "out")])
+    for path in (ROOT / "brics_diffusers").rglob("*.py"):  # --help must work without them
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"torch_fidelity", "matplotlib"}, path
