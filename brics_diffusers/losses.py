@@ -46,7 +46,7 @@ def load_lpips(network: str = "vgg", pretrained: bool = True) -> nn.Module:
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         raise FileNotFoundError(
             f"LPIPS needs {LPIPS_WEIGHTS[network]}, which could not be downloaded ({error}); put that file into "
-            f"{folder}, or train with --lpips_weight 0."
+            f"{folder}, or do without LPIPS: --lpips_weight 0 in training, --no_lpips in reconstruct-metrics."
         ) from error
     return metric.requires_grad_(False).eval()
 

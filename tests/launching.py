@@ -1,4 +1,4 @@
-"""Runs the training scripts as a user does, on small models."""
+"""Runs the training scripts and subcommands on several processes as a user does, on small models."""
 
 import os
 import subprocess
@@ -25,12 +25,14 @@ def environment(threads: int = 1) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "true"}
 
 
+def accelerate_launch(processes: int) -> list[str]:
+    words = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", str(processes)]
+    words += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    return words + (["--multi_gpu"] if processes > 1 else [])  # with ACCELERATE_USE_CPU: gloo processes
+
+
 def command(script: str, *flags, processes: int = 1, launcher: bool = True) -> list[str]:
-    words = [sys.executable]
-    if launcher:
-        words += ["-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", str(processes)]
-        words += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-        words += ["--multi_gpu"] if processes > 1 else []  # with ACCELERATE_USE_CPU: gloo processes
+    words = [sys.executable, *(accelerate_launch(processes) if launcher else [])]
     return words + [str(ROOT / "training" / script), *map(str, flags)]
 
 
@@ -40,4 +42,12 @@ def launch(script: str, *flags, processes: int = 1, threads: int = 1, check: boo
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment(threads))
     if check:
         assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def launch_subcommand(name: str, *flags, processes: int):
+    """`accelerate launch -m brics_diffusers.commands NAME ...`, which has to succeed."""
+    words = [sys.executable, *accelerate_launch(processes), "-m", "brics_diffusers.commands", name, *map(str, flags)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.returncode == 0, done.stderr[-4000:]
     return done

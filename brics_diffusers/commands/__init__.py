@@ -7,7 +7,7 @@ import sys
 
 
 # Subcommands are the modules of this folder; the first line of a module's docstring is its help text.
-COMMANDS = ()
+COMMANDS = ("reconstruct_metrics",)
 
 
 def main(argv: list[str] | None = None) -> None:

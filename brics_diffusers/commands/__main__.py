@@ -1,0 +1,6 @@
+"""For `accelerate launch -m brics_diffusers.commands` and `python -m brics_diffusers.commands`."""
+
+from . import main
+
+
+main()
