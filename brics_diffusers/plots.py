@@ -1,0 +1,71 @@
+"""Plots of the analyses. matplotlib is needed for these alone."""
+
+import torch
+
+from .models.feature_grids import FeatureGrids
+
+
+COLORS = ("#2a78b5", "#d9822b", "#4a9e5c", "#b5467c")
+
+
+def new_figure(columns: int = 1, rows: int = 1, width: float = 5.0, height: float = 3.6):
+    r"""
+    An empty matplotlib figure without global state.
+
+    Args:
+        columns (`int`, defaults to 1): Plots side by side.
+        rows (`int`, defaults to 1): Plots above one another.
+        width (`float`, defaults to 5.0): Width of one plot in inches.
+        height (`float`, defaults to 3.6): Height of one plot in inches.
+
+    Returns:
+        `tuple`: `matplotlib.figure.Figure`, and its axes as an array (rows, columns).
+
+    Raises:
+        `ImportError`: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib; install it with `pip install brics-diffusers[metrics]`.") from error
+    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def usage_plot(grids: FeatureGrids, hits: torch.Tensor, usage: dict, codebook_hits: torch.Tensor | None = None):
+    r"""
+    Share of used entries by group and level, and histograms of hits.
+
+    Args:
+        grids ([`FeatureGrids`]): The grids.
+        hits (`torch.Tensor` of shape (g, entries of all levels)): Hits of their entries.
+        usage (`dict`): Result of `usage_by_group_and_level`.
+        codebook_hits (`torch.Tensor` of shape (entries,), *optional*): Hits of a VQ codebook.
+
+    Returns:
+        `matplotlib.figure.Figure`.
+    """
+    figure, ((left, right),) = new_figure(2)
+    shares = torch.tensor([row["used"] for row in usage["groups_and_levels"]]).view(grids.num_groups, -1)
+    image = left.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+    left.set(title="share of entries used", xlabel="cells per axis of the level", ylabel="group")
+    left.set_xticks(range(len(grids.resolutions)), grids.resolutions, fontsize=7)
+    left.set_yticks(range(grids.num_groups))
+    figure.colorbar(image, ax=left)
+
+    finest = hits.split(grids.level_entries, dim=1)[-1]
+    kinds = {"all levels": hits, "finest level": finest, "VQ codebook": codebook_hits}
+    for color, (name, values) in zip(COLORS, kinds.items(), strict=False):
+        if values is not None:
+            _relative_histogram(right, values.flatten().double(), name, color)
+    right.set(title="histogram of hits", xlabel="log10(hits / mean hits) of used entries", ylabel="share of entries")
+    right.legend(fontsize=8)
+    return figure
+
+
+def _relative_histogram(axes, hits: torch.Tensor, name: str, color: str) -> None:
+    used = hits[hits > 0]
+    values = (used / hits.mean()).log10()
+    weights = torch.full_like(values, 1 / hits.numel())
+    label = f"{name}: {used.numel() / hits.numel():.0%} used"
+    axes.hist(values, bins=60, range=(-4, 3), weights=weights, histtype="step", color=color, label=label)
