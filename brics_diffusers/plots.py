@@ -1,7 +1,10 @@
 """Plots of the analyses. matplotlib is needed for these alone."""
 
+import math
+
 import torch
 
+from .code_statistics import PRECISION_DECADES
 from .models.feature_grids import FeatureGrids
 
 
@@ -69,3 +72,39 @@ def _relative_histogram(axes, hits: torch.Tensor, name: str, color: str) -> None
     weights = torch.full_like(values, 1 / hits.numel())
     label = f"{name}: {used.numel() / hits.numel():.0%} used"
     axes.hist(values, bins=60, range=(-4, 3), weights=weights, histtype="step", color=color, label=label)
+
+
+def code_plot(statistics: dict):
+    r"""
+    Histograms of key codes, and of the precision of KL-regularised ones.
+
+    Args:
+        statistics (`dict`): Result of `key_code_statistics`.
+
+    Returns:
+        `matplotlib.figure.Figure`.
+    """
+    precision = statistics.get("precision")
+    figure, axes = new_figure(1 if precision is None else 2)
+    _channel_histograms(axes[0, 0], statistics["histogram"], 0, 1)
+    axes[0, 0].set(title="key codes", xlabel="value", ylabel="density")
+    if precision is not None:
+        _channel_histograms(axes[0, 1], precision["histogram"], *PRECISION_DECADES)
+        relaxed = statistics["relaxed_precision"]
+        axes[0, 1].axvline(math.log10(relaxed), color="black", linestyle="--", label=f"relaxed: {relaxed:.4g}")
+        axes[0, 1].set(title="precision of the codes", xlabel="log10(sigma)", ylabel="density")
+        axes[0, 1].legend(fontsize=8)
+    return figure
+
+
+def _channel_histograms(axes, counts: list[list[int]], low: float, high: float) -> None:
+    density = torch.tensor(counts, dtype=torch.float64)
+    num_bins = density.shape[1]
+    density *= num_bins / (high - low) / density.sum(dim=1, keepdim=True)
+    edges = torch.linspace(low, high, num_bins + 1)
+    for channel, values in enumerate(density):
+        label = f"channel {channel}" if len(counts) <= len(COLORS) else None  # more would hide the plot
+        color = COLORS[channel % len(COLORS)]
+        axes.stairs(values, edges, color=color, alpha=0.8, label=label)
+    if len(counts) <= len(COLORS):
+        axes.legend(fontsize=8)
