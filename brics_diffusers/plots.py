@@ -6,6 +6,7 @@ import torch
 
 from .code_statistics import PRECISION_DECADES
 from .models.feature_grids import FeatureGrids
+from .visualization import image_grid
 
 
 COLORS = ("#2a78b5", "#d9822b", "#4a9e5c", "#b5467c")
@@ -108,3 +109,52 @@ def _channel_histograms(axes, counts: list[list[int]], low: float, high: float) 
         axes.stairs(values, edges, color=color, alpha=0.8, label=label)
     if len(counts) <= len(COLORS):
         axes.legend(fontsize=8)
+
+
+def schedule_plot(curves: dict, prediction_type: str, snr_gamma: float):
+    r"""
+    logSNR and loss weights over time (Fig. 13); dashed with min-SNR.
+
+    Args:
+        curves (`dict`): Result of `schedule_curves`.
+        prediction_type (`str`): What the weights belong to.
+        snr_gamma (`float`): The cap of min-SNR.
+
+    Returns:
+        `matplotlib.figure.Figure`.
+    """
+    figure, ((left, right),) = new_figure(2)
+    for color, (name, curve) in zip(COLORS, curves.items(), strict=False):
+        left.plot(curve["t"], curve["log_snr"], color=color, label=name)
+        left.plot(curve["t"], curve["log_snr_capped"], color=color, linestyle="--")
+        right.plot(curve["t"], curve["min_snr_weight"], color=color, linestyle="--", label=f"{name}, min-SNR")
+    right.axhline(1, color="black", linewidth=1, label="without min-SNR")
+    left.set(title=f"logSNR; dashed: capped at log {snr_gamma:g}", xlabel="t", ylabel="log(SNR)")
+    right.set(title=f"weight of the loss ({prediction_type})", xlabel="t", ylabel="weight")
+    left.legend(fontsize=8)
+    right.legend(fontsize=8)
+    return figure
+
+
+def noised_plot(decoded: dict[str, torch.Tensor], times: list[float]):
+    r"""
+    What noised codes decode to, times from left to right (Fig. 12).
+
+    Args:
+        decoded (`dict[str, torch.Tensor]`): Images (B, times, 3, H, W) by schedule.
+        times (`list[float]`): The times.
+
+    Returns:
+        `matplotlib.figure.Figure`.
+    """
+    num_images = next(iter(decoded.values())).shape[0]
+    rows = torch.stack(list(decoded.values()), dim=1).flatten(0, 1)  # (B * schedules, times, 3, H, W)
+    picture = image_grid(rows.flatten(0, 1), columns=len(times))
+    step_x, step_y = picture.width / len(times), picture.height / len(rows)
+    figure, ((axes,),) = new_figure(width=0.9 * len(times) + 1, height=0.9 * len(rows) + 0.5)
+    axes.imshow(picture)
+    axes.set_xticks([(index + 0.5) * step_x for index in range(len(times))], [f"t = {time:g}" for time in times])
+    axes.set_yticks([(index + 0.5) * step_y for index in range(len(rows))], list(decoded) * num_images)
+    axes.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    return figure

@@ -7,7 +7,7 @@ import sys
 
 
 # Subcommands are the modules of this folder; the first line of a module's docstring is its help text.
-COMMANDS = ("reconstruct_metrics", "grid_usage", "code_statistics")
+COMMANDS = ("reconstruct_metrics", "grid_usage", "code_statistics", "schedules")
 
 
 def main(argv: list[str] | None = None) -> None:
