@@ -158,3 +158,29 @@ def noised_plot(decoded: dict[str, torch.Tensor], times: list[float]):
     axes.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
     return figure
+
+
+def cost_plot(parameters: dict[str, float], multiply_adds: dict[str, float]):
+    r"""
+    Bars of decoders' size and work.
+
+    Args:
+        parameters (`dict[str, float]`): Parameters in millions by name.
+        multiply_adds (`dict[str, float]`): Multiply-adds of one image in 10**9, by the same names.
+
+    Returns:
+        `matplotlib.figure.Figure`.
+    """
+    figure, ((left, right),) = new_figure(2, height=0.3 * len(parameters) + 0.9)
+    for axes, values, title in (
+        (left, multiply_adds, "multiply-adds of one decode (G)"),
+        (right, parameters, "parameters (M)"),
+    ):
+        bars = axes.barh(list(values), list(values.values()), color=COLORS[0])
+        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+        axes.set_title(title, fontsize=10)
+        axes.margins(x=0.12)
+        axes.tick_params(labelsize=8)
+        axes.invert_yaxis()
+    right.set_yticks([])
+    return figure

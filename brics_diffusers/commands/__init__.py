@@ -7,7 +7,13 @@ import sys
 
 
 # Subcommands are the modules of this folder; the first line of a module's docstring is its help text.
-COMMANDS = ("reconstruct_metrics", "grid_usage", "code_statistics", "schedules")
+COMMANDS = (
+    "reconstruct_metrics",
+    "grid_usage",
+    "code_statistics",
+    "schedules",
+    "cost",
+)
 
 
 def main(argv: list[str] | None = None) -> None:

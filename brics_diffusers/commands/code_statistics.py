@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     result = {"model": args.model, "regularization": autoencoder.config.regularization}
     result |= {"key_noise_scale": autoencoder.key_noise_scale, "max_resolution": autoencoder.config.max_resolution}
     result |= collection_facts(args, dataset, resolution, unreadable) | statistics
-    publish(args, "code-statistics", result, as_text(result), {"plot": code_plot(statistics)}, device)
+    publish(args, "code-statistics", result, as_text(result), lambda: {"plot": code_plot(statistics)}, device)
 
 
 def as_text(result: dict) -> str:

@@ -6,6 +6,7 @@ The variance is that of hits divided by their mean.
 """
 
 import argparse
+from functools import partial
 
 from diffusers import VQModel
 
@@ -53,8 +54,8 @@ def run(args: argparse.Namespace) -> None:
     facts = collection_facts(args, dataset, resolution, unreadable)
     result = {"model": args.model, "vq_model": args.vq_model, "counted": "entries"} | facts
     result |= {"grid_type": autoencoder.config.grid_type, "grids": usage, "codebook": codebook}
-    figures = {"plot": usage_plot(autoencoder.grids, hits, usage, codebook_hits)}
-    publish(args, "grid-usage", result, as_text(result), figures, device)
+    plot = partial(usage_plot, autoencoder.grids, hits, usage, codebook_hits)
+    publish(args, "grid-usage", result, as_text(result), lambda: {"plot": plot()}, device)
 
 
 def as_text(result: dict) -> str:

@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> None:
         unreadable.add(names)
         facts = collection_facts(args, dataset, resolution, unreadable)
         result = describe(args, autoencoder, state.num_processes) | facts | {"metrics": summarize_metrics(metrics)}
-        figures = {"images": picture(args, autoencoder, dataset)}
-        publish(args, f"reconstruct-metrics-{args.protocol}", result, as_text(result), figures, device)
+        name = f"reconstruct-metrics-{args.protocol}"
+        publish(args, name, result, as_text(result), lambda: {"images": picture(args, autoencoder, dataset)}, device)
     if state.num_processes > 1:
         state.destroy_process_group()
 
@@ -111,8 +111,7 @@ def as_text(result: dict) -> str:
 
 @torch.no_grad()
 def picture(args: argparse.Namespace, autoencoder, dataset):
-    """The first images above their reconstructions."""
-    rows = range(min(NUM_PICTURES, len(dataset)))
-    loader = evaluation_loader(dataset, autoencoder.config.sample_size, NUM_PICTURES, rows=rows)
-    for images, index in image_batches(loader, autoencoder.device, progress=False):
-        return side_by_side(images, reconstruct(autoencoder, images, index, args.protocol == "paper", args.seed))
+    """Some of the first images above their reconstructions."""
+    loader = evaluation_loader(dataset, autoencoder.config.sample_size, NUM_PICTURES)
+    images, rows = next(image_batches(loader, autoencoder.device, progress=False))
+    return side_by_side(images, reconstruct(autoencoder, images, rows, args.protocol == "paper", args.seed))

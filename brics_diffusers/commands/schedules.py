@@ -50,30 +50,33 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("pictures need both a model and --dataset_name; give both, or neither for the curves alone.")
     curves = schedule_curves(args.num_train_timesteps, args.prediction_type, args.snr_gamma)
     result = {"prediction_type": args.prediction_type, "snr_gamma": args.snr_gamma, "schedules": curves}
-    figures = {"log-snr": schedule_plot(curves, args.prediction_type, args.snr_gamma)}
-    device = choose_device(args.device)
+    device, decoded = choose_device(args.device), None
     if args.model is not None:
-        figures["noised"], facts = noised(args, device)
+        decoded, facts = noised(args, device)
         result |= {"model": args.model, "seed": args.seed, "times": PICTURE_TIMES} | facts
-    publish(args, "schedules", result, as_text(args, curves), figures, device)
+
+    def draw():
+        pictures = {} if decoded is None else {"noised": noised_plot(decoded, PICTURE_TIMES)}
+        return {"log-snr": schedule_plot(curves, args.prediction_type, args.snr_gamma)} | pictures
+
+    publish(args, "schedules", result, as_text(args, curves), draw, device)
 
 
-def noised(args: argparse.Namespace, device):
-    """The picture of decoded noised codes, and what is on it."""
+def noised(args: argparse.Namespace, device) -> tuple[dict, dict]:
+    """Decoded noised codes by schedule, and what images they come from."""
     if args.num_images < 1:
         raise ValueError(f"--num_images is {args.num_images}; give at least 1.")
     autoencoder, unreadable = open_model(args.model, device), UnreadableLog()
-    resolution = autoencoder.config.sample_size
-    dataset, loader = open_collection(args, resolution)
+    dataset, loader = open_collection(args, autoencoder.config.sample_size)
     batches = image_batches(loader, device, unreadable, progress=False)
-    images = itertools.chain.from_iterable(images.split(1) for images, _ in batches)
+    singles = itertools.chain.from_iterable(images.split(1) for images, _ in batches)
+    images = torch.cat(list(itertools.islice(singles, args.num_images)))
     decoded = {}
-    images = list(itertools.islice(images, args.num_images))
     for name in tqdm(GAMMA_SCHEDULES, desc="Decoding", leave=False):
         scheduler = CosineVariantScheduler(args.num_train_timesteps, name)
-        decoded[name] = decode_noised(autoencoder, torch.cat(images), scheduler, PICTURE_TIMES, args.seed).cpu()
-    facts = collection_facts(args, dataset, resolution, unreadable)
-    return noised_plot(decoded, PICTURE_TIMES), facts | {"images": len(images)}
+        decoded[name] = decode_noised(autoencoder, images, scheduler, PICTURE_TIMES, args.seed).cpu()
+    facts = collection_facts(args, dataset, autoencoder.config.sample_size, unreadable)
+    return decoded, facts | {"images": len(images)}
 
 
 def as_text(args: argparse.Namespace, curves: dict) -> str:

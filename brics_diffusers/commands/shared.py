@@ -1,7 +1,9 @@
 """Flags and steps that several subcommands share."""
 
 import argparse
+import logging
 import sys
+from collections.abc import Callable
 
 import torch
 from accelerate import PartialState
@@ -12,6 +14,8 @@ from ..models import BricsAutoencoder
 from ..reports import machine, write_report
 from ..training_utils import load_autoencoder
 
+
+logger = logging.getLogger(__name__)
 
 MODEL_HELP = "Autoencoder: a saved one, a run of training, a pipeline, or a name on the Hub."
 
@@ -97,8 +101,25 @@ def collection_sentence(facts: dict) -> str:
     return f"{facts['images']} images of `{facts['dataset_name']}` ({facts['split']}).{note}\n"
 
 
-def publish(args: argparse.Namespace, name: str, result: dict, text: str, figures: dict, device="cpu") -> None:
-    """Writes a report with the machine it comes from, and prints its text."""
+def publish(
+    args: argparse.Namespace, name: str, result: dict, text: str, draw: Callable[[], dict], device="cpu"
+) -> None:
+    r"""
+    Writes a report with the machine it comes from, and prints its text.
+
+    Args:
+        args (`argparse.Namespace`): Flags of [`add_run_arguments`].
+        name (`str`): Name of the report.
+        result (`dict`): What goes into the JSON file.
+        text (`str`): The Markdown file.
+        draw (`Callable`): Returns the figures by name. If matplotlib is missing, the rest is written without them.
+        device (`torch.device`, defaults to `"cpu"`): What did the work.
+    """
+    try:
+        figures = draw()
+    except ImportError as error:
+        logger.warning("No plots: %s", error)
+        figures = {}
     write_report(args.output_dir, name, result | {"machine": machine(device)}, text, figures)
     print(text)
     print(f"Written to {args.output_dir}/{name}.*", file=sys.stderr)
