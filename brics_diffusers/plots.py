@@ -38,7 +38,7 @@ def new_figure(columns: int = 1, rows: int = 1, width: float = 5.0, height: floa
 
 def usage_plot(grids: FeatureGrids, hits: torch.Tensor, usage: dict, codebook_hits: torch.Tensor | None = None):
     r"""
-    Share of used entries by group and level, and histograms of hits.
+    Share of used entries and variance of hits by group and level, and histograms of hits.
 
     Args:
         grids ([`FeatureGrids`]): The grids.
@@ -49,13 +49,18 @@ def usage_plot(grids: FeatureGrids, hits: torch.Tensor, usage: dict, codebook_hi
     Returns:
         `matplotlib.figure.Figure`.
     """
-    figure, ((left, right),) = new_figure(2)
-    shares = torch.tensor([row["used"] for row in usage["groups_and_levels"]]).view(grids.num_groups, -1)
-    image = left.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
-    left.set(title="share of entries used", xlabel="cells per axis of the level", ylabel="group")
-    left.set_xticks(range(len(grids.resolutions)), grids.resolutions, fontsize=7)
-    left.set_yticks(range(grids.num_groups))
-    figure.colorbar(image, ax=left)
+    figure, ((left, middle, right),) = new_figure(3)
+    for axes, name, title in (
+        (left, "used", "share of entries used"),
+        (middle, "variance", "variance of hits / mean"),
+    ):
+        values = torch.tensor([row[name] for row in usage["groups_and_levels"]]).view(grids.num_groups, -1)
+        top = 1 if name == "used" else None
+        image = axes.imshow(values, vmin=0, vmax=top, cmap="viridis", aspect="auto", interpolation="nearest")
+        axes.set(title=title, xlabel="cells per axis of the level", ylabel="group")
+        axes.set_xticks(range(len(grids.resolutions)), grids.resolutions, fontsize=7)
+        axes.set_yticks(range(grids.num_groups))
+        figure.colorbar(image, ax=axes)
 
     finest = hits.split(grids.level_entries, dim=1)[-1]
     kinds = {"all levels": hits, "finest level": finest, "VQ codebook": codebook_hits}

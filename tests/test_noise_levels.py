@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from brics_diffusers import CosineVariantScheduler
 from brics_diffusers.noise_levels import decode_noised, log_snr, schedule_curves
@@ -42,8 +43,6 @@ class TestCurves:
 
 
 def test_log_snr_of_any_scheduler():
-    from diffusers import DDIMScheduler
-
     alpha_bar = DDIMScheduler().alphas_cumprod.double()
     torch.testing.assert_close(log_snr(DDIMScheduler()).exp(), alpha_bar / (1 - alpha_bar))
 
