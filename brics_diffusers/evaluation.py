@@ -22,9 +22,9 @@ PROTOCOLS = {
         "A BricsAutoencoder is in training mode: its key codes are perturbed (or drawn from the posterior, with KL "
         "regularisation) by noise that depends on the seed and the image's row alone. Reconstructions are not "
         "clipped; PSNR and SSIM compare images whose nominal range is [-1, 1]. Their data range is inferred as "
-        "torchmetrics does, but from one image at a time, so that it does not depend on the batch: for PSNR the "
-        "largest minus the smallest value of the original, for SSIM the larger of that and the same of the "
-        "reconstruction. LPIPS takes the images as they are."
+        "torchmetrics does (for PSNR, its releases that still inferred one), but from one image at a time, so that it "
+        "does not depend on the batch: for PSNR the largest minus the smallest value of the original, for SSIM the "
+        "larger of that and the same of the reconstruction. LPIPS takes the images as they are."
     ),
 }
 
