@@ -18,7 +18,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 
 cost: $(INSTALLED)
-	$(VENV)/bin/python benchmarks/decode_cost.py
+	$(VENV)/bin/brics-diffusers cost
 
 # One environment for everything, made again when the dependencies change.
 $(INSTALLED): pyproject.toml
