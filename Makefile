@@ -8,7 +8,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python demo.py
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m slow
