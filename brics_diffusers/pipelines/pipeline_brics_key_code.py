@@ -11,6 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from ..models import BricsAutoencoder
+from ..safe_loading import SafePipelineMixin
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -55,7 +56,7 @@ def generators_per_image(
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
-class BricsKeyCodePipeline(DiffusionPipeline):
+class BricsKeyCodePipeline(SafePipelineMixin, DiffusionPipeline):
     r"""
     Pipeline for unconditional image generation: a diffusion model makes key codes, an autoencoder decodes them (Sec.
     4, arXiv 2305.18601).
