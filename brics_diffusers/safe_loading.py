@@ -24,8 +24,8 @@ def refuse_pickles(folder: str | os.PathLike) -> None:
     pickles = [path.name for path in files if path.suffix in PICKLE_SUFFIXES]
     if pickles and not any(path.suffix == ".safetensors" for path in files):
         raise ValueError(
-            f"{folder} has its weights in {', '.join(pickles)}, and a pickle can run any code when it is read; only "
-            "safetensors are read, so convert it with torch.load(..., weights_only=True) and safetensors.torch.save_file."
+            f"{folder} has its weights in {', '.join(pickles)}, and a pickle can run any code when it is read, so "
+            "only safetensors are; convert it with torch.load(..., weights_only=True) and safetensors.torch.save_file."
         )
 
 
@@ -77,8 +77,8 @@ class SafeModelMixin:
         missing = sorted(info["missing_keys"])
         if missing:
             raise ValueError(
-                f"the weights of {folder} are not those of its config.json: {missing[0]}{_and_more(missing)} not there; "
-                "restore the one or the other."
+                f"the weights of {folder} are not those of its config.json: {missing[0]}{_and_more(missing)} not "
+                "there; restore the one or the other."
             )
         return (model, info) if with_info else model
 

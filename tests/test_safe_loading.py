@@ -78,7 +78,9 @@ class TestWeightsThatDoNotFit:
 
     def test_a_shape_of_the_autoencoder(self, folder):
         self.change(folder / "autoencoder", level_channels=8)
-        expected = r"autoencoder are not those of its config.json: grids.entries expected shape .*8\]\), but got .*4\]\)"
+        expected = (
+            r"autoencoder are not those of its config.json: grids.entries expected shape .*8\]\), but got .*4\]\)"
+        )
         for load in (BricsAutoencoder.from_pretrained, DiffusionPipeline.from_pretrained):
             with pytest.raises(ValueError, match=expected):
                 load(folder / "autoencoder" if load == BricsAutoencoder.from_pretrained else folder)
@@ -124,7 +126,9 @@ class TestCodeInAModelFolder:
         else:
             index[where] = ["custom", index[where][1]]
             path = folder / where / "custom.py"
-        path.write_text(f"open({str(mark)!r}, 'w')\nfrom brics_diffusers import *\nfrom diffusers import UNet2DModel\n")
+        path.write_text(
+            f"open({str(mark)!r}, 'w')\nfrom brics_diffusers import *\nfrom diffusers import UNet2DModel\n"
+        )
         (folder / "model_index.json").write_text(json.dumps(index))
         return mark
 
