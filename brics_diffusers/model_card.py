@@ -151,14 +151,9 @@ def make_card(
     facts = read_facts(folder)
     name = repo_id or facts["config"].get("hub_model_id") or Path(folder).resolve().name
     front, text = _split(existing or f"\n# {name.rpartition('/')[2]}\n")
-    parts = {
-        part: f"<!-- begin {part} -->\n{write(facts, name).strip()}\n<!-- end {part} -->" for part, write in PARTS
-    }
-    found = 0
-    for part, content in parts.items():
-        pattern = re.compile(rf"<!-- begin {part} -->.*?<!-- end {part} -->", re.DOTALL)
-        text, count = pattern.subn(lambda _, content=content: content, text)
-        found += count
+    parts = {part: f"<!-- begin {part} -->\n{write(facts, name)}\n<!-- end {part} -->" for part, write in PARTS}
+    pattern = re.compile(rf"<!-- begin ({'|'.join(parts)}) -->.*?<!-- end \1 -->", re.DOTALL)
+    text, found = pattern.subn(lambda match: parts[match[1]], text)
     if not found:
         text = "\n\n".join([text.rstrip(), *parts.values()]) + "\n"
     return f"---\n{_complete(front, metadata(facts, license_name))}---\n{text}"
@@ -207,7 +202,7 @@ def _about(facts: dict, name: str) -> str:
     )
     pictures = {"samples.png": "Samples, not selected", "reconstructions.png": "Held-out images above reconstructions"}
     shown = [f"![{pictures[picture]}]({picture})\n\n{pictures[picture]}." for picture in facts["pictures"]]
-    return "\n\n".join([text, *([markdown_table(rows)] if rows else []), *shown])
+    return "\n\n".join([text, *([markdown_table(rows).strip()] if rows else []), *shown])
 
 
 def _usage(facts: dict, name: str) -> str:
@@ -246,16 +241,14 @@ def _metrics(facts: dict, name: str) -> str:
     rows = []
     for report in facts["metrics"]:
         rows += _report_rows(report)
-    for summary, which in (
-        (facts["summary"], "run"),
-        (facts["summary"].get("autoencoder_training") or {}, "stage one"),
-    ):
+    runs = {"run": facts["summary"], "autoencoder's run": facts["summary"].get("autoencoder_training", {})}
+    for which, summary in runs.items():
         validation = dict(summary.get("validation") or {})
         measured = f"validation of the {which}, step {validation.pop('step', '?')}"
         rows += [{"metric": key.upper(), "value": value, "measured": measured} for key, value in validation.items()]
     if not rows:
         return "## Metrics\n\nNone were measured."
-    return f"## Metrics\n\n{markdown_table(rows)}"
+    return f"## Metrics\n\n{markdown_table(rows)}".strip()
 
 
 def _report_rows(report: dict) -> list[dict]:
@@ -266,10 +259,9 @@ def _report_rows(report: dict) -> list[dict]:
         values = {key.upper(): f"{value['mean']:.4f} ± {value['two_std']:.4f}" for key, value in _finite(report)}
     else:
         generated, real = report["input1"], report["input2"]
-        extractors = ", ".join(sorted({facts["name"] for facts in report["extractors"].values()}))
-        measured = (
-            f"{generated['num_images']} generated, {real['num_images']} real images ({real['split']}), {extractors}"
-        )
+        extractors = " and ".join(sorted({facts["name"] for facts in report["extractors"].values()}))
+        counts = f"{generated['num_images']} generated and {real['num_images']} real images"
+        measured = f"{counts} of {real['source']} ({real['split']}), {extractors}"
         values = {key: value for key, value in report["metrics"].items() if value is not None}
     return [{"metric": key, "value": value, "measured": measured} for key, value in values.items()]
 

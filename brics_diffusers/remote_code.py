@@ -44,7 +44,7 @@ class PackageModule:
         self.path = path
         self.source = path.read_text(encoding="utf-8")
         parts = path.relative_to(PACKAGE).with_suffix("").parts
-        self.function = "_".join(["", PACKAGE.name, *parts])
+        self.function = "__".join([f"_{PACKAGE.name}", *parts])
 
     def relative_imports(self) -> list[ast.ImportFrom]:
         """Imports of other modules of the package, wherever they stand, from the first line to the last."""
