@@ -20,7 +20,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from brics_diffusers import BricsAutoencoder
-from brics_diffusers.checkpoints import appearing_folder
+from brics_diffusers.checkpoints import appearing_folder, clean_up
 from brics_diffusers.data import (
     ImageCollection,
     collate_images,
@@ -148,7 +148,8 @@ class Run:
         decay = ema_half_life_decay(1, args.max_train_steps / 100)
         self.ema = EMAModel(self.model.parameters(), decay=decay, foreach=True)
         self.stateful = {name: getattr(self, name) for name in ("model", "optimizer", "lr_scheduler", "ema")}
-        names = ("max_train_steps", "validation_steps", "train_batch_size", "lpips_weight", "mse_weight", "seed")
+        names = ("max_train_steps", "validation_steps", "num_validation_images", "train_batch_size", "seed")
+        names += ("mse_weight", "lpips_weight")
         self.settings = {name: getattr(args, name) for name in names} | collection
         self.settings |= {"model": repr(args.preset[class_name]), "learning_rate": learning_rate}
         self.seconds, self.curve = 0.0, []
@@ -222,15 +223,14 @@ def main(argv=None):
     if validation_set is None:
         raise ValueError(f"{args.dataset_name} has fewer than 10 images, none to hold out; give a larger collection.")
     lpips_metric = load_lpips().to(args.device) if args.lpips_weight > 0 or lpips_is_cached() else None
-    collection = {"collection": collection_fingerprint(train_set)}
+    collection, folder = {"collection": collection_fingerprint(train_set)}, Path(args.output_dir) / "runs"
+    clean_up(folder)
     runs = {
-        name: Run(args, class_name, rate, Path(args.output_dir) / "runs" / name.replace(" ", "-"), collection)
+        name: Run(args, class_name, rate, folder / name.replace(" ", "-"), collection)
         for name, (class_name, rate) in planned_runs(args).items()
     }
-    for last_step in [
-        *range(args.validation_steps, args.max_train_steps, args.validation_steps),
-        args.max_train_steps,
-    ]:
+    turns = range(args.validation_steps, args.max_train_steps, args.validation_steps)
+    for last_step in [*turns, args.max_train_steps]:
         for name, run in runs.items():
             if run.step < last_step:
                 run.train(train_set, last_step, lpips_metric)
