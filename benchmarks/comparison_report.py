@@ -57,7 +57,7 @@ def plot_curves(runs: dict):
     """Validation PSNR over steps, and over training time in units of what the first run took."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4))
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     over_steps, over_time = figure.subplots(1, 2, sharey=True)
     name, reference = next(iter(runs.items()))
     over_steps.set(xlabel="step", ylabel="validation PSNR (dB)")
@@ -66,7 +66,7 @@ def plot_curves(runs: dict):
         psnr = [point["psnr"] for point in run.curve]
         over_steps.plot([point["step"] for point in run.curve], psnr, marker=".", label=name)
         over_time.plot([point["seconds"] / reference.seconds for point in run.curve], psnr, marker=".")
-    over_steps.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=4)
     for axes in (over_steps, over_time):
         axes.grid(alpha=0.3)
     return figure
@@ -107,7 +107,7 @@ weights, protocol `standard`, mean ± two standard deviations over the images.
 
 {markdown_table(table)}
 M: million parameters. G: 10⁹ multiply-adds of decoding one image; lookups in grids and codebook are not counted. Time
-of the training steps without reading images, in units of the first row's.
+of the training steps (on a CPU: of all its cores), without reading images, in units of the first row's.
 
 Validation PSNR in dB:
 
