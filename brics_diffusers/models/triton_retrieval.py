@@ -97,6 +97,7 @@ def launch(kernel, keys: torch.Tensor, num_groups: int, channels: int, grids: tu
             padded_channels=triton.next_power_of_2(channels),
             block=BLOCK,
             num_warps=NUM_WARPS,
+            enable_fp_fusion=False,  # positions are rounded before their cell is taken off, as torch does
             **constants,
         )
 
