@@ -125,5 +125,6 @@ class FeatureGrids(nn.Module):
             along the second axis.
         """
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        keys = keys + (keys.clamp(0, 1) - keys).detach()  # stays in the grids, with a gradient at 0 and 1
+        codes = keys.detach()
+        keys = keys + (codes.clamp(0, 1) - codes)  # stays in the grids, with a gradient at 0 and 1
         return retrieve(keys, self.entries, self.resolutions, self.level_entries, self.grid_type)

@@ -4,94 +4,20 @@ A pixel's x and y are the same in every group and image: the four corners around
 once a level, and a group and image add the cell of their key. Each plane of corners, below and above the key, is read
 as one bag; from the bags come the features and their slope along the key, so that the gradient to the keys needs no
 second read.
-
-The other way to use this, resampling every level to the pixels once (`(N_l + 1) * P` bilinear reads a group, then 2
-reads a point in place of 8), writes 147 MB for the paper's 64x64x4 preset. On two CPU cores that took longer than all
-reads of 8 images, forward as well as backward.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .reference_retrieval import HASH_PRIMES, is_hashed
+from . import lattice_retrieval
+from .grid_levels import Level, iterate_levels, plane_corners
 
 
 # On the CPU images are read in turns of about this many points of all groups: indices, weights and rows of a turn
 # (256 bytes a point) stay in the second-level cache and cost no fresh pages. Turns of 8 images took twice as long.
 CPU_POINTS = 2**14
-
-
-class Level(NamedTuple):
-    r"""
-    A level of the grids.
-
-    Args:
-        number (`int`): Its place among the levels.
-        resolution (`int`): Cells per axis, N_l.
-        num_entries (`int`): Entries that it stores.
-        start (`int`): Its first entry among those of all levels.
-        num_dims (`int`): Dimensions of the points d.
-        hashed (`bool`): Whether the terms of an index are combined by XOR instead of by addition.
-    """
-
-    number: int
-    resolution: int
-    num_entries: int
-    start: int
-    num_dims: int
-    hashed: bool
-
-    def neighbours(self, position: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""
-        The nodes on both sides of positions along an axis.
-
-        Args:
-            position (`torch.Tensor` of shape (...)): Coordinates in [0, 1].
-            axis (`int`): The axis; x is 0, y is 1, keys follow.
-
-        Returns:
-            `tuple`: what the two nodes add to the index of an entry, (2, ...) int64, and the place between them in
-            [0, 1], (...). A position that is not finite has some node, and a place that is not finite.
-        """
-        position = position * self.resolution
-        cell = position.nan_to_num().floor().clamp(0, self.resolution - 1)
-        factor = HASH_PRIMES[axis] if self.hashed else (self.resolution + 1) ** axis
-        node = cell.long()
-        return torch.stack([node, node + 1]) * factor, position - cell
-
-    def join(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Puts together what axes add to the index of an entry."""
-        return first ^ second if self.hashed else first + second
-
-    def entry(self, terms: torch.Tensor) -> torch.Tensor:
-        """Entry of the level that the terms of all axes mean; overwrites them."""
-        shares = (self.resolution + 1) ** self.num_dims > self.num_entries
-        return terms.remainder_(self.num_entries) if shares else terms
-
-
-def iterate_levels(resolutions: Sequence[int], level_entries: Sequence[int], num_dims: int, grid_type: str):
-    """The levels, coarse to fine: an iterator of `Level`."""
-    start = 0
-    for number, (resolution, num_entries) in enumerate(zip(resolutions, level_entries, strict=True)):
-        hashed = is_hashed(resolution, num_dims, num_entries, grid_type)
-        yield Level(number, resolution, num_entries, start, num_dims, hashed)
-        start += num_entries
-
-
-def plane_corners(level: Level, height: int, width: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Terms (4, P) and bilinear weights (4, P) of the corners around the pixel centres, in a plane of x and y."""
-    sides = []
-    for axis, length in enumerate((width, height)):
-        centers = (torch.arange(length, device=like.device, dtype=like.dtype) + 0.5) / length
-        terms, place = level.neighbours(centers, axis)
-        sides.append((terms, torch.stack([1 - place, place])))
-    (x_terms, x_weights), (y_terms, y_weights) = sides
-    terms = level.join(y_terms[:, None, :, None], x_terms[None, :, None, :])  # (2, 2, H, W)
-    weights = y_weights[:, None, :, None] * x_weights[None, :, None, :]
-    return terms.reshape(4, height * width), weights.reshape(4, height * width)
 
 
 def key_planes(level: Level, keys: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -143,9 +69,14 @@ def lookup(
     features = entries.new_empty(num_groups, num_features, batch_size, height * width)
     slopes = keys.new_empty(len(keys) if with_slopes else 0, *features.shape)
     for level in iterate_levels(resolutions, level_entries, 2 + len(keys), grid_type):
+        of_level = slice(level.number * channels, (level.number + 1) * channels)
+        if lattice_retrieval.pays(level, keys):
+            lattice_retrieval.lookup_level(
+                level, keys[0], entries, (height, width), features[:, of_level], slopes[:, :, of_level]
+            )
+            continue
         terms, weights = (corner.t().contiguous() for corner in plane_corners(level, height, width, keys))  # (P, 4)
         starts = group_starts(level, num_groups, total_entries, keys.device)
-        of_level = slice(level.number * channels, (level.number + 1) * channels)
         for images in image_turns(keys):
             plane_terms, places = key_planes(level, keys[:, :, images])
             index = level.entry(level.join(plane_terms.unsqueeze(-1), terms)).add_(starts)  # (planes, g, b, P, 4)
@@ -180,6 +111,10 @@ def scatter(
     width_of_entry = channels // 2 if paired else channels
     parts = torch.arange(width_of_entry, device=keys.device).view(-1, 1, 1)
     for level in iterate_levels(resolutions, level_entries, 2 + len(keys), grid_type):
+        of_level = grad_features[:, level.number * channels : (level.number + 1) * channels]
+        if lattice_retrieval.pays(level, keys):
+            lattice_retrieval.scatter_level(level, keys[0], of_level, (height, width), grad_entries)
+            continue
         terms, weights = plane_corners(level, height, width, keys)  # (4, P)
         starts = group_starts(level, num_groups, total_entries, keys.device).squeeze(-1)
         for images in image_turns(keys):
@@ -187,7 +122,7 @@ def scatter(
             index = level.join(plane_terms.unsqueeze(1), terms[:, None, None])
             index = level.entry(index).add_(starts).mul_(width_of_entry)  # (planes, 4, g, b, P)
             index = index.unsqueeze(3) + parts
-            rows = grad_features[:, level.number * channels : (level.number + 1) * channels, images].to(keys.dtype)
+            rows = of_level[:, :, images].to(keys.dtype)
             rows = torch.complex(rows[:, ::2], rows[:, 1::2]) if paired else rows  # (g, C, b, P)
             for place in reversed(places):
                 place = place.unsqueeze(1)
