@@ -4,6 +4,9 @@ A pixel's x and y are the same in every image. So a level can be resampled in x 
 and what is left for an image is linear interpolation along the key: one read of two neighbours in place of 8 corners.
 It is exact. Resampling costs as much as reading a number of images, which grows with the resolution, so that it pays
 from some batch on; for one image the corners themselves are read (torch_retrieval.py).
+
+Resampled levels are not kept between calls. At inference that would make the lookup 2 to 4 times faster, but it is
+2% of a decode at the paper's 64x64x4 preset, and the levels would take 153 MB for one feature size.
 """
 
 import torch

@@ -16,25 +16,45 @@ os.environ["TRITON_INTERPRET"] = "1"
 sys.path.append("tests/models")
 
 import torch
-from test_retrieval import TOLERANCES, compare, make_case
+from test_retrieval import TOLERANCES, compare, make_case, run
 
-{body}
+from brics_diffusers.models import triton_retrieval
+from brics_diffusers.models.feature_grids import FeatureGrids
+
+# Small ones of the cases for torch: dense, tiled and hashed levels that share entries, the last two with two keys as
+# well, and levels that share none in 16 bits. Interpreted casts to 16 bits cut off: an ulp more.
+cases = [(seed, torch.float32) for seed in (2, 6, 10, 15, 25)] + [(0, torch.float16), (22, torch.bfloat16)]
+for seed, dtype in cases:
+    compare("triton", *make_case(seed, torch.float32, dtype), [2 * limit for limit in TOLERANCES[dtype]])
+print("random shapes agree")
+
+torch.manual_seed(0)
+grids = FeatureGrids(2, num_levels=2, min_resolution=3, max_resolution=6, level_channels=3, max_entries=100)
+torch.nn.init.normal_(grids.entries)
+keys = torch.rand(3, 2, 7, 13, requires_grad=True)  # 273 points: two blocks and a part
+assert 2 * triton_retrieval.BLOCK < 273 < 3 * triton_retrieval.BLOCK
+compare("triton", grids, keys, TOLERANCES[torch.float32])
+print("three blocks agree")
+compare("triton", grids, torch.zeros(0, 2, 7, 13, requires_grad=True), TOLERANCES[torch.float32])
+print("empty batches agree")
+
+torch.use_deterministic_algorithms(True)
+upstream = torch.randn(2, 6, 3, 91)
+by_kernel, by_torch = (run(name, grids, keys, upstream)[2] for name in ("triton", "torch"))
+assert torch.equal(by_kernel, by_torch)
+print("deterministic gradients are torch's")
 """
 
 COMPILE = """
-import sys
-
 import triton
 from triton.backends.compiler import GPUTarget
 
 from brics_diffusers.models import triton_retrieval as kernels
 
-key_length, channels, dtype = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-constants = {"key_length": key_length, "channels": channels, "block": kernels.BLOCK}
-constants["padded_channels"] = triton.next_power_of_2(channels)
+constants = {"key_length": 1, "channels": 4, "padded_channels": 4, "block": kernels.BLOCK}
 sizes = dict.fromkeys(("num_points", "height", "width", "total_entries"), "i32")
-lookup = {"keys": "*fp32", "levels": "*i64", "entries": dtype, "features": dtype, "slopes": "*fp32"}
-scatter = {"keys": "*fp32", "levels": "*i64", "grad_features": dtype, "grad_entries": "*fp32"}
+lookup = {"keys": "*fp32", "levels": "*i64", "entries": "*fp32", "features": "*fp32", "slopes": "*fp32"}
+scatter = {"keys": "*fp32", "levels": "*i64", "grad_features": "*fp32", "grad_entries": "*fp32"}
 for kernel, tensors, extra in (
     (kernels._lookup_kernel, lookup, {"with_slopes": True}),
     (kernels._scatter_kernel, scatter, {}),
@@ -53,52 +73,17 @@ for kernel, tensors, extra in (
 """
 
 
-class TestInterpreted:
-    def test_random_shapes(self, run_python):
-        # Even seeds have one key, odd ones two; the three grid types take turns. Interpreted casts to 16 bits cut
-        # off: an ulp more.
-        body = """
-cases = [(seed, torch.float32) for seed in (0, 1, 2, 3, 4, 5, 7, 10)] + [(6, torch.float16), (9, torch.bfloat16)]
-for seed, dtype in cases:
-    compare("triton", *make_case(seed, torch.float32, dtype), [2 * limit for limit in TOLERANCES[dtype]])
-print("agree")
-"""
-        assert run_python(INTERPRET.format(body=body)).endswith("agree\n")
-
-    def test_more_points_than_a_block_and_none(self, run_python):
-        body = """
-from brics_diffusers.models import triton_retrieval
-from brics_diffusers.models.feature_grids import FeatureGrids
-
-torch.manual_seed(0)
-grids = FeatureGrids(2, num_levels=2, min_resolution=3, max_resolution=6, level_channels=3, max_entries=100)
-torch.nn.init.normal_(grids.entries)
-keys = torch.rand(3, 2, 7, 13, requires_grad=True)  # 273 points: two blocks and a part
-assert 2 * triton_retrieval.BLOCK < 273 < 3 * triton_retrieval.BLOCK
-compare("triton", grids, keys, TOLERANCES[torch.float32])
-compare("triton", grids, torch.zeros(0, 2, 7, 13, requires_grad=True), TOLERANCES[torch.float32])
-print("agree")
-"""
-        assert run_python(INTERPRET.format(body=body)).endswith("agree\n")
-
-    def test_deterministic_gradients_are_torchs(self, run_python):
-        body = """
-from test_retrieval import run
-
-grids, keys = make_case(2)
-upstream = torch.randn(grids.num_groups, grids.num_features, len(keys), keys.shape[2] * keys.shape[3])
-torch.use_deterministic_algorithms(True)
-by_kernel, by_torch = (run(name, grids, keys, upstream) for name in ("triton", "torch"))
-print(torch.equal(by_kernel[2], by_torch[2]))
-"""
-        assert run_python(INTERPRET.format(body=body)) == "True\n"
+def test_interpreted_kernels(run_python):
+    assert run_python(INTERPRET).splitlines() == [
+        "random shapes agree",
+        "three blocks agree",
+        "empty batches agree",
+        "deterministic gradients are torch's",
+    ]
 
 
-class TestCompiled:
-    @pytest.mark.parametrize("arguments", [("1", "4", "*fp32"), ("2", "3", "*bf16")])
-    def test_for_a_hopper_gpu(self, run_python, arguments):
-        lines = run_python(COMPILE, *arguments).splitlines()
-        sizes, node_reads = zip(*(map(int, line.split()) for line in lines), strict=True)
-        assert len(sizes) == 2 and min(sizes) > 0
-        if arguments[1:] == ("4", "*fp32"):
-            assert node_reads[0] >= 8  # each of the 8 corners is one read of 16 bytes
+def test_kernels_compile_for_a_hopper_gpu(run_python):
+    lines = run_python(COMPILE).splitlines()
+    (lookup_size, node_reads), (scatter_size, _) = (map(int, line.split()) for line in lines)
+    assert lookup_size > 0 and scatter_size > 0
+    assert node_reads >= 8  # each of the 8 corners is one read of 16 bytes
