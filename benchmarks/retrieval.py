@@ -113,7 +113,7 @@ def peak_bytes(grids: FeatureGrids, batch_size: int) -> int:
     return max(itertools.accumulate(size for _, size in sorted(sizes)))
 
 
-def measure(device: str = "cpu", batch_sizes: tuple[int, ...] = (1, 8), rounds: int = 5) -> dict:
+def measure(device: str = "cpu", batch_sizes: tuple[int, ...] = (1, 8), rounds: int = 3) -> dict:
     """Runs everything and returns the numbers."""
     torch.manual_seed(0)
     grids = FeatureGrids(KEY_CHANNELS).to(device)  # the defaults are the preset's
@@ -130,7 +130,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch_sizes", nargs="*", type=int, default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     print(json.dumps(measure(args.device, args.batch_sizes, args.rounds), indent=2))
 
