@@ -8,7 +8,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python demo.py
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m slow
@@ -18,7 +18,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 
 cost: $(INSTALLED)
-	$(VENV)/bin/python benchmarks/decode_cost.py
+	$(VENV)/bin/brics-diffusers cost
 
 # One environment for everything, made again when the dependencies change.
 $(INSTALLED): pyproject.toml

@@ -47,8 +47,8 @@ def load_lpips(network: str = "vgg", pretrained: bool = True) -> nn.Module:
         fault = "is damaged" if lpips_is_cached(network) else "could not be downloaded"
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         raise FileNotFoundError(
-            f"LPIPS needs {LPIPS_WEIGHTS[network]}, which {fault} ({error}); put that file into {folder}, or train "
-            "with --lpips_weight 0."
+            f"LPIPS needs {LPIPS_WEIGHTS[network]}, which {fault} ({error}); put that file into {folder}, or do "
+            "without LPIPS: --lpips_weight 0 in training, --no_lpips in reconstruct-metrics."
         ) from error
     return metric.requires_grad_(False).eval()
 

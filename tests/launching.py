@@ -1,4 +1,4 @@
-"""Runs the training scripts as a user does, on small models."""
+"""Runs the training scripts and subcommands on several processes as a user does, on small models."""
 
 import os
 import subprocess
@@ -67,9 +67,9 @@ def assert_same_movement(one: dict, other: dict, rtol: float = 1e-3) -> None:
     assert sum(moved) >= 0.9 * len(moved)
 
 
-def launch_command(*flags, processes: int = 1):
-    """A finished `brics-diffusers` on so many processes, one that succeeded."""
-    words = [*launcher_words(processes), "-m", "brics_diffusers.commands", *map(str, flags)]
+def launch_subcommand(name: str, *flags, processes: int):
+    """`accelerate launch -m brics_diffusers.commands NAME ...`, which has to succeed."""
+    words = [*launcher_words(processes), "-m", "brics_diffusers.commands", name, *map(str, flags)]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment())
     assert done.returncode == 0, done.stderr[-4000:]
     return done

@@ -7,7 +7,15 @@ import sys
 
 
 # Subcommands are the modules of this folder; the first line of a module's docstring is its help text.
-COMMANDS = ("generation_metrics", "nearest_neighbours")
+COMMANDS = (
+    "reconstruct_metrics",
+    "grid_usage",
+    "code_statistics",
+    "schedules",
+    "cost",
+    "generation_metrics",
+    "nearest_neighbours",
+)
 
 
 def main(argv: list[str] | None = None) -> None:

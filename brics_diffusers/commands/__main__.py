@@ -1,4 +1,4 @@
-"""`python -m brics_diffusers.commands`, which `accelerate launch -m` can start on several processes."""
+"""For `accelerate launch -m brics_diffusers.commands` and `python -m brics_diffusers.commands`."""
 
 from . import main
 

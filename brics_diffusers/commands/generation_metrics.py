@@ -8,7 +8,9 @@ PNG files and gone on with after an interruption. The metrics are those of torch
 import argparse
 from importlib import metadata
 
-from ..data import evaluation_loader, load_collection
+from accelerate import PartialState
+
+from ..data import evaluation_loader
 from ..generation_metrics import (
     INCEPTION,
     METRICS,
@@ -20,14 +22,13 @@ from ..generation_metrics import (
 )
 from ..reports import machine, markdown_table, write_report
 from ..visualization import image_grid
-from ._generated import (
-    add_collection_arguments,
+from .generated import (
     add_generated_arguments,
     is_image_folder,
     load_generated,
     make_samples,
-    start_processes,
 )
+from .shared import add_collection_arguments, add_run_arguments, choose_device, read_collection
 
 
 SHOWN = 32  # images of each kind in the pictures
@@ -46,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this command."""
     add = parser.add_argument
     add_generated_arguments(parser, num_samples=50_000)
-    add_collection_arguments(parser, "Real images")
+    add_collection_arguments(parser, split="train")
+    add_run_arguments(parser, seed="the samples")
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="What to compute; all by default.")
     add(
         "--feature_extractor",
@@ -65,15 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Makes the samples, computes the metrics on the main process and writes the report."""
-    state = start_processes()
+    device, state = choose_device(args.device), PartialState()
     if state.is_main_process:  # what can fail does so before the samples are made
-        real = _load_real(args)
+        real = read_collection(args)
         if not is_image_folder(args):
             check_image_counts(args.metrics, args.num_samples, len(real))
         extractors = load_extractors(
-            args.metrics, args.feature_extractor, args.precision_recall_extractor, device=state.device
+            args.metrics, args.feature_extractor, args.precision_recall_extractor, device=device
         )
-    folder = make_samples(args, state)
+    folder = make_samples(args, state, device)
     if not state.is_main_process:
         return
     generated, origin = load_generated(args, folder)
@@ -83,20 +85,16 @@ def run(args: argparse.Namespace) -> None:
         extractors,
         args.batch_size,
         args.dataloader_num_workers,
-        state.device,
+        device,
         args.features_cache_dir,
     )
     result["input1"] |= origin
     result["input2"] |= {"source": args.dataset_name, "split": args.dataset_split}
     result["settings"] = {"neighbours": NEIGHBOURS, "splits": SPLITS}
-    result["machine"] = machine(state.device) | {"torch-fidelity": metadata.version("torch-fidelity")}
+    result["machine"] = machine(device) | {"torch-fidelity": metadata.version("torch-fidelity")}
     resolution = result["input1"]["resolution"]
     figures = {name: _picture(images, resolution) for name, images in (("generated", generated), ("real", real))}
     write_report(args.output_dir, "generation-metrics", result, _describe(result), figures)
-
-
-def _load_real(args: argparse.Namespace):
-    return load_collection(args.dataset_name, args.dataset_split, args.image_column, args.cache_dir, args.max_images)
 
 
 def _picture(dataset, resolution: int):

@@ -7,18 +7,18 @@ pass by in batches: memory does not grow with their number.
 import argparse
 
 import torch
+from accelerate import PartialState
 
-from ..data import evaluation_loader, image_name, load_collection
+from ..data import evaluation_loader, image_name
 from ..image_features import common_image_size, to_uint8
 from ..nearest_neighbours import load_embedding, nearest_in_collection, neighbour_grid
 from ..reports import machine, markdown_table, write_report
-from ._generated import (
-    add_collection_arguments,
+from .generated import (
     add_generated_arguments,
     load_generated,
     make_samples,
-    start_processes,
 )
+from .shared import add_collection_arguments, add_run_arguments, choose_device, read_collection
 
 
 SHOWN = 32  # generated images in the picture
@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this command."""
     add = parser.add_argument
     add_generated_arguments(parser, num_samples=8)
-    add_collection_arguments(parser, "Training images")
+    add_collection_arguments(parser, split="train")
+    add_run_arguments(parser, seed="the samples")
     add(
         "--distance",
         default="lpips-vgg",
@@ -41,12 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Makes the samples, finds their neighbours on the main process and writes the report."""
-    state = start_processes()
+    device, state = choose_device(args.device), PartialState()
     if state.is_main_process:  # what can fail does so before the samples are made
-        options = (args.dataset_split, args.image_column, args.cache_dir, args.max_images)
-        training = load_collection(args.dataset_name, *options)
-        embedding = load_embedding(args.distance, state.device)
-    folder = make_samples(args, state)
+        training = read_collection(args)
+        embedding = load_embedding(args.distance, device)
+    folder = make_samples(args, state, device)
     if not state.is_main_process:
         return
     generated, origin = load_generated(args, folder)
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         args.num_neighbours,
         args.batch_size,
         args.dataloader_num_workers,
-        state.device,
+        device,
     )
     names = [image_name(generated[row]["image"], row) for row in rows]
     result = {
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
             "num_unreadable": unreadable.count,
             "resizing": f"central square, then Pillow's Lanczos, to {resolution} x {resolution}",
         },
-        "machine": machine(state.device),
+        "machine": machine(device),
     }
     neighbours = torch.stack([_read(training.select(row), resolution)[0] for row in indices[:SHOWN].tolist()])
     figures = {"grid": neighbour_grid(queries[:SHOWN], neighbours, distances)}

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from launching import launch_command
+from launching import launch_subcommand
 from PIL import Image
 from small_models import ROOT
 
@@ -28,7 +28,7 @@ def pixels(folder):
 def test_two_processes_give_the_report_of_one(flags, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     main([*flags, "--output_dir", str(one)])
-    launch_command(*flags, "--output_dir", two, "--batch_size", 2, processes=2)
+    launch_subcommand(*flags, "--output_dir", two, "--batch_size", 2, processes=2)
     assert np.abs(pixels(one / "samples") - pixels(two / "samples")).max() <= 1  # rounding to 8 bits
     first, second = (json.loads((folder / "generation-metrics.json").read_text()) for folder in (one, two))
     assert first["metrics"]["fid"] == pytest.approx(second["metrics"]["fid"], rel=1e-2)

@@ -1,5 +1,6 @@
 """Feature grids against a plain loop over groups, pixels, levels and corners."""
 
+import functools
 import itertools
 import math
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 from brics_diffusers.models import feature_grids
-from brics_diffusers.models.feature_grids import FeatureGrids, grid_resolutions, pixel_centers
+from brics_diffusers.models.feature_grids import FeatureGrids, grid_resolutions
+from brics_diffusers.models.reference_retrieval import pixel_centers
+from brics_diffusers.models.retrieval import retrieve
 
 
 # Float64 on entries of order 1: a few hundred products and sums, each within 1.1e-16 of exact.
@@ -31,11 +34,10 @@ TABLES = {
 }
 
 
-@pytest.fixture(params=["volumes", "corners"])
+@pytest.fixture(params=["reference", "torch"])
 def implementation(request, monkeypatch):
-    """Makes every 3-D module take one of the two lookups."""
-    monkeypatch.setattr(feature_grids, "MAX_UNROLLED_NODES", 10**9 if request.param == "volumes" else 0)
-    return request.param
+    """Makes every module take one of the lookups."""
+    monkeypatch.setattr(feature_grids, "retrieve", functools.partial(retrieve, implementation=request.param))
 
 
 def make_grids(dtype=torch.float64, seed=0, **config) -> FeatureGrids:
@@ -145,14 +147,12 @@ class TestAgainstReference:
     @pytest.mark.parametrize("kind", ["zero", "one", "nodes", "between"])
     def test_3d(self, implementation, table, kind):
         config = {"num_groups": 2, "level_channels": 3, **DYADIC, **TABLES[table]}
-        assert FeatureGrids(**config).unrolls == (implementation == "volumes")
         check_against_reference(config, make_keys(kind, (2, 2, 1, 3)))
 
     @pytest.mark.parametrize("table", TABLES)
     @pytest.mark.parametrize("kind", ["zero", "one", "nodes", "between"])
-    def test_4d(self, table, kind):
+    def test_4d(self, implementation, table, kind):
         config = {"num_groups": 2, "key_length": 2, "level_channels": 2, **DYADIC, **TABLES[table]}
-        assert not FeatureGrids(**config).unrolls
         check_against_reference(config, make_keys(kind, (2, 4, 2, 1)))
 
     @pytest.mark.parametrize("kind", ["zero", "one", "between"])
@@ -161,7 +161,7 @@ class TestAgainstReference:
         check_against_reference(config, make_keys(kind, (1, 3, 3, 2)))
 
     @pytest.mark.parametrize("kind", ["zero", "one", "between"])
-    def test_4d_resolutions_that_are_no_powers_of_two(self, kind):
+    def test_4d_resolutions_that_are_no_powers_of_two(self, implementation, kind):
         config = {"num_groups": 2, "key_length": 2, "level_channels": 1, **ODD, **TABLES["hash-wrapped"]}
         check_against_reference(config, make_keys(kind, (1, 4, 1, 3)))
 
@@ -447,10 +447,3 @@ class TestErrors:
     def test_config(self, config, message):
         with pytest.raises(ValueError, match=message):
             FeatureGrids(1, **config)
-
-    def test_whether_volumes_are_unrolled(self):
-        with torch.device("meta"):
-            assert FeatureGrids(4).unrolls
-            assert FeatureGrids(1, max_resolution=100).unrolls
-            assert not FeatureGrids(1, max_resolution=101).unrolls
-            assert not FeatureGrids(1, key_length=2).unrolls

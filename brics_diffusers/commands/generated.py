@@ -2,29 +2,14 @@
 
 import argparse
 import json
-from datetime import timedelta
 from pathlib import Path
 
 import datasets
+import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 
 from ..data import load_collection
 from ..sampling import load_pipeline, read_sample_settings, sample_images_to_folder
-
-
-def add_collection_arguments(parser: argparse.ArgumentParser, what: str) -> None:
-    """Adds the flags that name a collection of real images, called `what` in their help."""
-    add = parser.add_argument
-    add(
-        "--dataset_name",
-        required=True,
-        help=f"{what}: folder of images, folder of parquet files, zip of images, or name of a data set on the Hub.",
-    )
-    add("--dataset_split", default="train", help="Split of the collection.")
-    add("--image_column", help="Column that holds the images; found by itself if there is one.")
-    add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")
-    add("--max_images", type=int, help="Use the first images of the collection only.")
 
 
 def add_generated_arguments(parser: argparse.ArgumentParser, num_samples: int) -> None:
@@ -47,16 +32,6 @@ def add_generated_arguments(parser: argparse.ArgumentParser, num_samples: int) -
         type=json.loads,
         help="Arguments of the scheduler as JSON, such as '{\"use_karras_sigmas\": true}'.",
     )
-    add("--seed", type=int, default=0, help="Seed of the samples.")
-    add("--batch_size", type=int, default=16, help="Images that a process works on at once.")
-    add("--dataloader_num_workers", type=int, default=0, help="Processes that read images.")
-    add("--output_dir", required=True, help="Folder for the report.")
-
-
-def start_processes() -> PartialState:
-    """The processes of `accelerate launch`, or the only one."""
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
-    return PartialState(cpu=cpu, timeout=timedelta(hours=2))  # the slowest process may be as late as that
 
 
 def is_image_folder(args: argparse.Namespace) -> bool:
@@ -65,13 +40,14 @@ def is_image_folder(args: argparse.Namespace) -> bool:
     return folder.is_dir() and not (folder / "model_index.json").is_file()
 
 
-def make_samples(args: argparse.Namespace, state: PartialState) -> Path:
+def make_samples(args: argparse.Namespace, state: PartialState, device: torch.device) -> Path:
     r"""
     Makes what samples are missing, on all processes, or finds that images are given.
 
     Args:
         args (`argparse.Namespace`): Flags of [`add_generated_arguments`].
-        state (`PartialState`): Result of [`start_processes`].
+        device (`torch.device`): Where the pipeline works.
+        state (`PartialState`): The processes of `accelerate launch`, or the only one.
 
     Returns:
         `Path`: The folder of the images.
@@ -79,7 +55,7 @@ def make_samples(args: argparse.Namespace, state: PartialState) -> Path:
     if is_image_folder(args):
         return Path(args.generated).expanduser()
     folder = Path(args.samples_dir or Path(args.output_dir) / "samples")
-    pipe = load_pipeline(args.generated, args.scheduler, args.scheduler_options, state.device)
+    pipe = load_pipeline(args.generated, args.scheduler, args.scheduler_options, device)
     sample_images_to_folder(
         pipe,
         folder,

@@ -1,0 +1,74 @@
+"""How often each entry of the feature grids is read when a collection is decoded, and the same for a VQ codebook.
+
+Images are encoded without perturbation; a pixel hits the corners of its cell that have a weight above zero, at every
+level. Counted are stored entries: where a level shares entries among nodes, an entry has the hits of all its nodes.
+The variance is that of hits divided by their mean.
+"""
+
+import argparse
+from functools import partial
+
+from diffusers import VQModel
+
+from ..data import UnreadableLog
+from ..evaluation import image_batches
+from ..grid_usage import collection_codebook_hits, collection_entry_hits, hit_statistics, usage_by_group_and_level
+from ..plots import usage_plot
+from ..reports import markdown_table
+from .shared import (
+    MODEL_HELP,
+    add_collection_arguments,
+    add_run_arguments,
+    choose_device,
+    collection_facts,
+    collection_sentence,
+    open_collection,
+    open_model,
+    publish,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of this subcommand."""
+    parser.add_argument("model", help=MODEL_HELP)
+    add_collection_arguments(parser, split="train")
+    parser.add_argument("--vq_model", help="A saved diffusers VQModel, to count its codebook with the same images.")
+    add_run_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Counts, and writes `grid-usage`."""
+    device = choose_device(args.device)
+    autoencoder = open_model(args.model, device)
+    vq_model = None if args.vq_model is None else VQModel.from_pretrained(args.vq_model).to(device).eval()
+    resolution, unreadable = autoencoder.config.sample_size, UnreadableLog()
+    dataset, loader = open_collection(args, resolution)
+
+    hits = collection_entry_hits(autoencoder, image_batches(loader, device, unreadable, "Counting entries"))
+    usage = usage_by_group_and_level(autoencoder.grids, hits)
+    codebook_hits, codebook = None, None
+    if vq_model is not None:
+        codebook_hits = collection_codebook_hits(vq_model, image_batches(loader, device, unreadable, "Counting codes"))
+        codebook = hit_statistics(codebook_hits)
+
+    facts = collection_facts(args, dataset, resolution, unreadable)
+    result = {"model": args.model, "vq_model": args.vq_model, "counted": "entries"} | facts
+    result |= {"grid_type": autoencoder.config.grid_type, "grids": usage, "codebook": codebook}
+    plot = partial(usage_plot, autoencoder.grids, hits, usage, codebook_hits)
+    publish(args, "grid-usage", result, as_text(result), lambda: {"plot": plot()}, device)
+
+
+def as_text(result: dict) -> str:
+    """The Markdown report."""
+    usage = result["grids"]
+    totals = [{"table": "feature grids"} | usage["total"]]
+    if result["codebook"] is not None:
+        totals.append({"table": "VQ codebook"} | result["codebook"])
+    shared = sum(level["shared"] for level in usage["levels"])
+    note = (
+        f"Counted by entry; {shared} of {len(usage['levels'])} levels share entries among nodes. The variance is that "
+        "of hits divided by their mean.\n"
+    )
+    headings = ("# Use of the feature grids\n\n" + collection_sentence(result), note)
+    tables = (markdown_table(totals), markdown_table(usage["levels"]), markdown_table(usage["groups"]))
+    return "\n".join([*headings, *tables])

@@ -1,0 +1,134 @@
+"""Flags and steps that several subcommands share."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from ..data import UnreadableLog, collection_fingerprint, evaluation_loader, load_collection
+from ..models import BricsAutoencoder
+from ..reports import machine, write_report
+from ..training_utils import load_autoencoder, positive
+
+
+logger = logging.getLogger(__name__)
+
+MODEL_HELP = "Autoencoder: a saved one, a run of training, a pipeline, or a name on the Hub."
+
+
+def add_collection_arguments(parser: argparse.ArgumentParser, split: str, required: bool = True) -> None:
+    """Adds the flags that say which images to read, with the names they have in the training scripts."""
+    add = parser.add_argument
+    add(
+        "--dataset_name",
+        required=required,
+        help="Folder of images, folder of parquet files, zip of images, or name of a data set on the Hub.",
+    )
+    add(
+        "--dataset_split",
+        default=split,
+        help="Split to read; a plain folder of images is all `train`. Default: %(default)s.",
+    )
+    add("--image_column", help="Column that holds the images; found by itself if there is one.")
+    add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")
+    add("--max_images", type=int, help="Use the first images of the collection only.")
+    add("--batch_size", type=positive, default=16, help="Images in a batch; has no influence on results.")
+    add("--dataloader_num_workers", type=int, default=0, help="Processes that read data.")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, seed: str | None = None) -> None:
+    """Adds the flags for where to compute and where to write, and `--seed` if something is drawn."""
+    if seed is not None:
+        parser.add_argument("--seed", type=int, default=0, help=f"Seed of {seed}.")
+    parser.add_argument("--device", help="For instance cpu or cuda:1; by default what accelerate chooses.")
+    parser.add_argument("--output_dir", default="runs/reports", help="Folder for the report. Default: %(default)s.")
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of `--device`, or this process's own; a `ValueError` for one that can't be used."""
+    # Unlike Accelerator, PartialState does not read this variable, and without it CPU processes don't find each other.
+    cpu = name == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=cpu, timeout=timedelta(hours=2))  # the slowest process may be as late as that
+    if name is None:
+        return state.device
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} can't be used ({reason}); give cpu, or cuda with a GPU.") from error
+
+
+def open_model(name_or_path: str, device: torch.device) -> BricsAutoencoder:
+    """The autoencoder of a command line, in eval mode."""
+    return load_autoencoder(name_or_path).to(device).eval()
+
+
+def read_collection(args: argparse.Namespace):
+    """The `datasets.Dataset` of [`add_collection_arguments`]."""
+    return load_collection(args.dataset_name, args.dataset_split, args.image_column, args.cache_dir, args.max_images)
+
+
+def open_collection(args: argparse.Namespace, resolution: int, rows: slice = slice(None)):
+    r"""
+    The collection of a command line and its loader.
+
+    Args:
+        args (`argparse.Namespace`): Flags of [`add_collection_arguments`].
+        resolution (`int`): Side of the images in pixels.
+        rows (`slice`, defaults to all): The rows to read.
+
+    Returns:
+        `tuple`: `datasets.Dataset`, and a `DataLoader` over its rows.
+    """
+    dataset = read_collection(args)
+    rows = range(len(dataset))[rows]
+    return dataset, evaluation_loader(dataset, resolution, args.batch_size, args.dataloader_num_workers, rows=rows)
+
+
+def collection_facts(args: argparse.Namespace, dataset, resolution: int, unreadable: UnreadableLog) -> dict:
+    """What a result says of the images that it was computed from."""
+    return {
+        "dataset_name": args.dataset_name,
+        "split": args.dataset_split,
+        "fingerprint": collection_fingerprint(dataset),
+        "images": len(dataset) - unreadable.count,
+        "unreadable": unreadable.names,
+        "preprocessing": f"central square, Lanczos to {resolution} x {resolution}, [-1, 1]",
+    }
+
+
+def collection_sentence(facts: dict) -> str:
+    """The same for people."""
+    skipped = len(facts["unreadable"])
+    files = "file was" if skipped == 1 else "files were"
+    note = f" {skipped} {files} unreadable and skipped." if skipped else ""
+    return f"{facts['images']} images of `{facts['dataset_name']}` ({facts['split']}).{note}\n"
+
+
+def publish(
+    args: argparse.Namespace, name: str, result: dict, text: str, draw: Callable[[], dict], device="cpu"
+) -> None:
+    r"""
+    Writes a report with the machine it comes from, and prints its text.
+
+    Args:
+        args (`argparse.Namespace`): Flags of [`add_run_arguments`].
+        name (`str`): Name of the report.
+        result (`dict`): What goes into the JSON file.
+        text (`str`): The Markdown file.
+        draw (`Callable`): Returns the figures by name. If matplotlib is missing, the rest is written without them.
+        device (`torch.device`, defaults to `"cpu"`): What did the work.
+    """
+    try:
+        figures = draw()
+    except ImportError as error:
+        logger.warning("No plots: %s", error)
+        figures = {}
+    write_report(args.output_dir, name, result | {"machine": machine(device)}, text, figures)
+    print(text)
+    print(f"Written to {args.output_dir}/{name}.*", file=sys.stderr)

@@ -1,0 +1,26 @@
+import pytest
+from diffusers import VQModel
+from PIL import Image
+from small_models import AUTOENCODER
+
+from brics_diffusers.commands import main
+
+
+def test_report(run_command, model_folder, image_folder, tmp_path):
+    VQModel(block_out_channels=(8,), norm_num_groups=4, num_vq_embeddings=7).save_pretrained(tmp_path / "vq")
+    flags = [model_folder, "--dataset_name", image_folder, "--vq_model", tmp_path / "vq", "--batch_size", 7]
+    result, text, folder = run_command("grid-usage", *flags)
+    usage = result["grids"]
+    assert len(usage["groups_and_levels"]) == 4 * AUTOENCODER["num_levels"] and 0 < usage["total"]["used"] < 1
+    assert result["codebook"]["mean_hits"] == 24 * 32 * 32 / 7
+    # Every pixel of the feature block reads one cell, which has at most eight corners.
+    coarsest = usage["levels"][0]
+    assert 0 < coarsest["mean_hits"] * coarsest["entries"] <= 24 * 4 * 16 * 16 * 8
+    assert "Counted by entry" in text and "VQ codebook" in text and "1 file was unreadable" in text
+    assert Image.open(folder / "grid-usage-plot.png").width > 600
+
+
+def test_without_readable_images(model_folder, tmp_path):
+    (tmp_path / "broken.png").write_text("not an image")
+    with pytest.raises(SystemExit, match="grid-usage: 0 readable images .skipped 1 unreadable file: .*broken.png"):
+        main(["grid-usage", str(model_folder), "--dataset_name", str(tmp_path)])

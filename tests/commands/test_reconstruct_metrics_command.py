@@ -1,0 +1,89 @@
+import json
+
+import pytest
+import torch
+from launching import launch_subcommand
+from PIL import Image
+
+from brics_diffusers.commands import main
+from brics_diffusers.losses import load_lpips
+
+
+@pytest.mark.parametrize("protocol", ["standard", "paper"])
+def test_report(run_command, model_folder, image_folder, monkeypatch, protocol):
+    random_lpips = load_lpips("alex", pretrained=False)
+    monkeypatch.setattr("brics_diffusers.commands.reconstruct_metrics.load_lpips", lambda _: random_lpips)
+    flags = [model_folder, "--dataset_name", image_folder, "--dataset_split", "train", "--protocol", protocol]
+    name = f"reconstruct-metrics-{protocol}"
+    results = [run_command("reconstruct-metrics", *flags, "--batch_size", size, report=name) for size in (5, 25)]
+    (result, text, folder), other = results[0], results[1][0]
+    assert result["images"] == 24 and result["unreadable"] == [str(image_folder / "broken.png")]
+    assert "24 images" in text and "1 file was unreadable and skipped" in text and result["description"] in text
+    for metric in ("lpips", "ssim", "psnr"):
+        assert result["metrics"][metric]["images"] == 24 and result["metrics"][metric]["two_std"] > 0
+        for value in ("mean", "two_std"):
+            expected = pytest.approx(other["metrics"][metric][value], rel=1e-5, abs=1e-5)
+            assert result["metrics"][metric][value] == expected
+    assert Image.open(folder / f"{name}-images.png").width > 8 * 32
+
+
+def test_number_of_processes_does_not_matter(run_command, model_folder, image_folder, tmp_path):
+    flags = [
+        model_folder,
+        "--dataset_name",
+        image_folder,
+        "--dataset_split",
+        "train",
+        "--protocol",
+        "paper",
+        "--no_lpips",
+    ]
+    one, _, _ = run_command("reconstruct-metrics", *flags, report="reconstruct-metrics-paper")
+    output = tmp_path / "two"
+    done = launch_subcommand("reconstruct-metrics", *flags, "--output_dir", output, "--batch_size", 3, processes=2)
+    two = json.loads((output / "reconstruct-metrics-paper.json").read_text())
+    assert done.stdout.count("# Reconstruction") == 1
+    assert (two["num_processes"], two["images"], two["unreadable"]) == (2, 24, one["unreadable"])
+    for metric in ("ssim", "psnr"):
+        for value in ("mean", "two_std"):
+            assert two["metrics"][metric][value] == pytest.approx(one["metrics"][metric][value], rel=1e-5)
+
+
+class TestErrors:
+    def message(self, *arguments) -> str:
+        with pytest.raises(SystemExit) as error:
+            main(["reconstruct-metrics", *map(str, arguments)])
+        return str(error.value)
+
+    def test_empty_folder(self, model_folder, tmp_path):
+        message = self.message(model_folder, "--dataset_name", tmp_path, "--no_lpips")
+        assert message.startswith("brics-diffusers reconstruct-metrics: folder") and "is empty" in message
+
+    def test_no_such_model(self, image_folder):
+        assert "nowhere does not exist" in self.message("nowhere", "--dataset_name", image_folder)
+
+    def test_no_such_split(self, model_folder, image_folder):
+        message = self.message(model_folder, "--dataset_name", image_folder, "--no_lpips")
+        assert "no split 'validation'; available splits: train" in message
+
+    @pytest.mark.parametrize(("names", "count"), [(["a.png"], 1), (["broken.png"], 0)])
+    def test_too_few_images(self, model_folder, tmp_path, names, count):
+        Image.new("RGB", (64, 48), "red").save(tmp_path / "a.png")
+        if names == ["broken.png"]:
+            (tmp_path / "a.png").rename(tmp_path / "a.jpg.txt")
+            (tmp_path / "broken.png").write_text("not an image")
+        flags = ["--dataset_name", tmp_path, "--dataset_split", "train", "--no_lpips"]
+        assert f"{count} readable images; a standard deviation needs at least 2" in self.message(model_folder, *flags)
+
+    def test_missing_weights_of_lpips(self, model_folder, image_folder, tmp_path, monkeypatch):
+        def no_network(*_, **__):
+            raise OSError("no network")
+
+        monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        message = self.message(model_folder, "--dataset_name", image_folder, "--dataset_split", "train")
+        assert "alexnet-owt-7be5be79.pth" in message and "--no_lpips" in message
+
+    def test_no_such_device(self, model_folder, image_folder):
+        message = self.message(model_folder, "--dataset_name", image_folder, "--device", "cuda:99")
+        assert "--device cuda:99 can't be used" in message

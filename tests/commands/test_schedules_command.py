@@ -1,0 +1,37 @@
+import pytest
+from PIL import Image
+
+from brics_diffusers.commands import main
+
+
+def test_without_a_model(run_command):
+    result, text, folder = run_command("schedules", "--num_train_timesteps", 100)
+    assert set(result["schedules"]) == {"cosine_variant", "cosine", "linear"}
+    assert len(result["schedules"]["linear"]["log_snr"]) == 100
+    assert "| 0.5 | linear | 0 | 1 |" in text  # half signal, half noise
+    assert Image.open(folder / "schedules-log-snr.png").width > 1000
+    assert not (folder / "schedules-noised.png").exists()
+
+
+def test_with_a_model(run_command, model_folder, image_folder):
+    flags = [
+        model_folder,
+        "--dataset_name",
+        image_folder,
+        "--dataset_split",
+        "train",
+        "--batch_size",
+        1,
+        "--num_images",
+        3,
+    ]
+    result, _, folder = run_command("schedules", *flags)
+    assert result["images"] == 3 and result["times"][0] == 0
+    picture = Image.open(folder / "schedules-noised.png")
+    assert picture.width > 11 * 34 and picture.height > 9 * 34
+
+
+@pytest.mark.parametrize("flags", [["--dataset_name", "x"], ["model"]])
+def test_half_of_what_pictures_need(flags):
+    with pytest.raises(SystemExit, match="pictures need both a model and --dataset_name"):
+        main(["schedules", *flags])
