@@ -7,7 +7,8 @@ import torch
 from diffusers import VQModel
 
 from .models import BricsAutoencoder
-from .models.feature_grids import FeatureGrids, pixel_centers
+from .models.feature_grids import FeatureGrids
+from .models.reference_retrieval import pixel_centers
 
 
 class GridUsage:
