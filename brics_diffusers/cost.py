@@ -118,7 +118,7 @@ def retrieval_formula(config: dict) -> dict[str, float]:
     once = 2 * features**2 + style * features + style**2
     once += sum(features**2 + features * width for width in widths)
     return {
-        "lookup": points * features * 2 ** (2 + config.key_length) / 1e9,
+        "lookup": points * features * 2 ** (config.key_length + 2 * config.use_coordinates) / 1e9,
         "mlp": (points * features * sum(widths) + num_groups * once) / 1e9,
     }
 

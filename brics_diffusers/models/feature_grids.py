@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from .reference_retrieval import entry_index
+from .reference_retrieval import entry_index, lookup_reference
 from .retrieval import retrieve
 
 
@@ -35,11 +35,12 @@ class FeatureGrids(nn.Module):
 
     Group `i` reads its own grids at `(x, y, key_i)`: the centre of a pixel of the feature block and slice `i` of the
     key code there. The levels' features are concatenated. A level with more than `max_entries` nodes shares entries
-    among nodes, unless `grid_type` is `"dense"`.
+    among nodes, unless `grid_type` is `"dense"`. Without coordinates, the point is `key_i` alone.
 
     Args:
         num_groups (`int`): Number of groups g.
-        key_length (`int`, defaults to 1): Channels of a group's key C_key; points have `2 + key_length` dimensions.
+        key_length (`int`, defaults to 1):
+            Channels of a group's key C_key; points have `2 + key_length` dimensions, `key_length` without coordinates.
         num_levels (`int`, defaults to 16): Levels of each group N_r.
         min_resolution (`int`, defaults to 16): Cells per axis of the coarsest level.
         max_resolution (`int`, defaults to 64): Cells per axis of the finest level.
@@ -48,6 +49,7 @@ class FeatureGrids(nn.Module):
         grid_type (`str`, defaults to `"tiled"`):
             How a node finds its entry: `"tiled"`: row-major index modulo T; `"hash"`: Instant-NGP's XOR of primes
             modulo T (App. K); `"dense"`: no limit T. Levels of at most T nodes are row-major in every type.
+        use_coordinates (`bool`, defaults to `True`): Whether x and y are part of a point.
 
     Raises:
         `ValueError`: If `grid_type` is unknown or a size is out of range.
@@ -63,6 +65,7 @@ class FeatureGrids(nn.Module):
         level_channels: int = 4,
         max_entries: int = 2**18,
         grid_type: str = "tiled",
+        use_coordinates: bool = True,
     ):
         super().__init__()
         if grid_type not in GRID_TYPES:
@@ -77,7 +80,8 @@ class FeatureGrids(nn.Module):
         if max_entries < 1 or level_channels < 1:
             raise ValueError(f"max_entries={max_entries}, level_channels={level_channels}; both must be at least 1.")
         self.num_groups = num_groups
-        self.num_dims = 2 + key_length
+        self.use_coordinates = use_coordinates
+        self.num_dims = key_length + (2 if use_coordinates else 0)
         self.level_channels = level_channels
         self.grid_type = grid_type
         self.resolutions = grid_resolutions(num_levels, min_resolution, max_resolution)
@@ -127,4 +131,6 @@ class FeatureGrids(nn.Module):
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         codes = keys.detach()
         keys = keys + (codes.clamp(0, 1) - codes)  # stays in the grids, with a gradient at 0 and 1
-        return retrieve(keys, self.entries, self.resolutions, self.level_entries, self.grid_type)
+        grids = (keys, self.entries, self.resolutions, self.level_entries, self.grid_type)
+        # Without coordinates, in ablations, there are two or four corners to read: the definition will do.
+        return retrieve(*grids) if self.use_coordinates else lookup_reference(*grids, use_coordinates=False)

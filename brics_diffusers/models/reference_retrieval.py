@@ -60,14 +60,17 @@ def lookup_reference(
     resolutions: Sequence[int],
     level_entries: Sequence[int],
     grid_type: str,
+    use_coordinates: bool = True,
 ) -> torch.Tensor:
-    """Arguments and result as in [`retrieve`]."""
+    """Arguments and result as in [`retrieve`]; without coordinates, the points are the keys alone."""
     num_groups, height, width = len(entries), *keys.shape[2:]
     keys = keys.flatten(2).unflatten(1, (num_groups, -1)).permute(1, 0, 3, 2)  # (g, B, P, C_key)
     centers = pixel_centers(height, width, keys.device, keys.dtype).flatten(0, 1)
     features = []
     for group_keys, group_entries in zip(keys, entries.to(keys.dtype), strict=True):
-        points = torch.cat([centers.expand(len(group_keys), -1, -1), group_keys], dim=-1)  # (B, P, d), Eq. 1
+        points = group_keys  # (B, P, d)
+        if use_coordinates:
+            points = torch.cat([centers.expand(len(group_keys), -1, -1), group_keys], dim=-1)  # Eq. 1
         tables = group_entries.split(list(level_entries))
         levels = [
             interpolate_level(points, table, resolution, grid_type)

@@ -175,6 +175,37 @@ class TestAgainstReference:
         check_against_reference({**config, **TABLES["dense"]}, make_keys("between", (1, 1, 2, 2)))
 
 
+class TestWithoutCoordinates:
+    def test_one_key_is_linear_interpolation(self):
+        grids = make_grids(num_groups=2, level_channels=2, use_coordinates=False, **DYADIC, **TABLES["dense"])
+        keys = torch.cat([make_keys(kind, (1, 2, 2, 3)) for kind in ("zero", "one", "nodes", "between")])
+        entries = grids.entries.detach().split([3, 5, 9], dim=1)
+        curves = [[np.interp(keys[:, group], np.linspace(0, 1, table.shape[1]), table[group, :, channel])
+                   for table in entries for channel in range(2)] for group in range(2)]  # fmt: skip
+        expected = torch.from_numpy(np.array(curves)).flatten(3)  # (g, levels * channels, B, H * W)
+        torch.testing.assert_close(grids(keys), expected, **EXACT)
+
+    def test_two_keys_are_bilinear_interpolation(self):
+        config = {"num_levels": 1, "min_resolution": 4, "max_resolution": 4, "level_channels": 3}
+        grids = make_grids(num_groups=1, key_length=2, use_coordinates=False, **config)
+        keys = make_keys("between", (1, 2, 4, 5))
+        image = grids.entries.detach().view(1, 5, 5, 3).permute(0, 3, 1, 2)  # rows: the second key
+        expected = torch.nn.functional.grid_sample(image, keys.permute(0, 2, 3, 1) * 2 - 1, align_corners=True)
+        torch.testing.assert_close(grids(keys)[0, :, 0], expected[0].flatten(1), **EXACT)
+
+    @pytest.mark.parametrize("key_length", [1, 2])
+    def test_gradcheck(self, key_length):
+        config = {"num_groups": 2, "key_length": key_length, "level_channels": 1, **DYADIC, **TABLES["hash-tiny"]}
+        grids = make_grids(use_coordinates=False, **config)
+        keys = make_keys("between", (1, 2 * key_length, 1, 2))
+        assert (keys * 8 - (keys * 8).round()).abs().min() > 1e-3  # gradcheck steps by 1e-6: no node in between
+
+        def features(keys, entries):
+            return torch.func.functional_call(grids, {"entries": entries}, (keys,))
+
+        assert torch.autograd.gradcheck(features, (keys.requires_grad_(), grids.entries))
+
+
 class TestNodes:
     """A single level whose entries depend on the key's node k only, as k squared: slopes can be told by eye."""
 
