@@ -18,21 +18,14 @@ PEERS = {
 }
 
 
-def _grid_sample_operations(input_shape, grid_shape, *args, out_shape=None, **kwargs) -> int:
-    # Eight corners for every number that comes out, a multiplication and an addition each.
-    return 2 * 8 * out_shape.numel()
-
-
-def _embedding_bag_operations(weight_shape, indices_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * indices_shape.numel() * weight_shape[1]
+def _lookup_operations(keys_shape, entries_shape, *args, out_shape=None, **kwargs) -> int:
+    # For every feature and each corner of its cell a multiplication and an addition.
+    num_dims = 2 + keys_shape[1] // entries_shape[0]
+    return 2 * 2**num_dims * out_shape[0].numel()
 
 
 # torch's counter knows matrix products, convolutions and attention only.
-LOOKUP_OPERATIONS = {
-    torch.ops.aten.grid_sampler_3d: _grid_sample_operations,
-    torch.ops.aten._embedding_bag: _embedding_bag_operations,
-    torch.ops.aten._embedding_bag_forward_only: _embedding_bag_operations,
-}
+LOOKUP_OPERATIONS = {torch.ops.brics_diffusers.lookup: _lookup_operations}
 
 
 def _million_parameters(module: torch.nn.Module) -> float:
@@ -125,7 +118,7 @@ def retrieval_formula(config: dict) -> dict[str, float]:
     once = 2 * features**2 + style * features + style**2
     once += sum(features**2 + features * width for width in widths)
     return {
-        "lookup": points * features * 2 ** (2 + config.key_length) / 1e9,
+        "lookup": points * features * 2 ** (config.key_length + 2 * config.use_coordinates) / 1e9,
         "mlp": (points * features * sum(widths) + num_groups * once) / 1e9,
     }
 

@@ -7,7 +7,8 @@ import torch
 from diffusers import VQModel
 
 from .models import BricsAutoencoder
-from .models.feature_grids import FeatureGrids, pixel_centers
+from .models.feature_grids import FeatureGrids
+from .models.reference_retrieval import pixel_centers
 
 
 class GridUsage:
@@ -63,9 +64,10 @@ def count_entry_hits(grids: FeatureGrids, keys: torch.Tensor) -> torch.Tensor:
     """
     batch_size, _, height, width = keys.shape
     keys = keys.float().clamp(0, 1).unflatten(1, (grids.num_groups, -1)).movedim(2, -1)  # (B, g, H_d, W_d, C_key)
-    centers = pixel_centers(height, width, keys.device, keys.dtype)
-    centers = centers.expand(batch_size, grids.num_groups, -1, -1, -1)
-    points = torch.cat([centers, keys], dim=-1).transpose(0, 1).flatten(1, 3)  # (g, B * H_d * W_d, d)
+    if grids.use_coordinates:
+        centers = pixel_centers(height, width, keys.device, keys.dtype)
+        keys = torch.cat([centers.expand(batch_size, grids.num_groups, -1, -1, -1), keys], dim=-1)
+    points = keys.transpose(0, 1).flatten(1, 3)  # (g, B * H_d * W_d, d)
     return torch.cat([_level_hits(grids, points, level) for level in range(len(grids.resolutions))], dim=1)
 
 

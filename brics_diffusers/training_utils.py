@@ -37,10 +37,35 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def setting(text: str) -> tuple[str, str, object]:
+    """Type of a flag that changes a config: `section.name=value`, the value as in YAML."""
+    name, equals, value = text.partition("=")
+    section, _, name = name.partition(".")
+    if not (section and name and equals):
+        raise argparse.ArgumentTypeError(f"must look like autoencoder.key_length=2, not {text}")
+    try:
+        value = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"must have a value that YAML can read, not {text}") from error
+    with contextlib.suppress(ValueError):
+        value = float(value) if isinstance(value, str) else value  # YAML takes 1e-3 for text
+    return section, name, value
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that both training scripts have."""
     add = parser.add_argument
     add("--config", help="YAML file with models and flags; flags on the command line beat it.")
+    add(
+        "--set",
+        dest="changes",
+        type=setting,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SECTION.NAME=VALUE",
+        help="Changes to the models of the config, for instance autoencoder.key_length=2.",
+    )
     add(
         "--dataset_name",
         "--train_data_dir",
@@ -89,7 +114,7 @@ def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple
         `argparse.Namespace`: flags, and one `dict` for each of `models`, empty where the file has no such section.
 
     Raises:
-        `SystemExit`: If the file can't be read or names an unknown flag.
+        `SystemExit`: If the file can't be read or names an unknown flag, or `--set` one of another section's models.
     """
     argv = sys.argv[1:] if argv is None else argv
     path = parser.parse_known_args(argv)[0].config
@@ -114,6 +139,10 @@ def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple
     args = parser.parse_args(argv)
     for name in models:
         setattr(args, name, config.get(name) or {})
+    for name, key, value in args.changes:
+        if name not in models:
+            parser.error(f"--set {name}.{key} is none of this script's models; expected {' or '.join(models)}")
+        getattr(args, name)[key] = value
     if args.dataset_name is None:
         parser.error("no collection: give --dataset_name (a folder, a zip, or a name on the Hub)")
     return args

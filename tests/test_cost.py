@@ -73,8 +73,7 @@ class TestMemory:
         expected = {
             "grids": entries,
             "grids_gradient": entries,
-            # Levels that don't wrap are views of the entries: saved are the 3-D points alone.
-            "lookup_saved": 4 * pixels * 3,
+            "lookup_saved": 4 * pixels * (1 + features),  # the keys, and the features' slopes along them
             "features": 4 * pixels * features,
             "features_gradient": 4 * pixels * features,
             "feature_block": 16 * pixels + 2 * 16,  # and the style codes
@@ -97,8 +96,8 @@ class TestMemory:
                 continue
             nodes.add(node)
             todo += [following for following, _ in node.next_functions]
-            for name in filter(lambda name: name.startswith("_saved_"), dir(node)):
-                tensor = getattr(node, name)
+            saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+            for tensor in [*saved, *getattr(node, "saved_tensors", ())]:  # of torch's own nodes, and of ours
                 if isinstance(tensor, torch.Tensor) and tensor.ndim > 0:  # not the 2 of a product with 2
                     sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         sizes.pop(autoencoder.grids.entries.data_ptr(), None)

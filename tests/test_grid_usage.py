@@ -45,7 +45,7 @@ def brute_force_hits(grids, keys):
         range(batch_size), range(grids.num_groups), range(height), range(width)
     ):
         key = keys[batch, group * key_length : (group + 1) * key_length, row, column].tolist()
-        point = [(column + 0.5) / width, (row + 0.5) / height, *key]
+        point = [(column + 0.5) / width, (row + 0.5) / height, *key][-grids.num_dims :]
         start = 0
         for level, resolution in enumerate(grids.resolutions):
             for node in itertools.product(range(resolution + 1), repeat=grids.num_dims):
@@ -58,8 +58,14 @@ def brute_force_hits(grids, keys):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"max_entries": 30}, {"max_entries": 30, "grid_type": "hash"}, {"key_length": 2, "max_entries": 50}],
-    ids=["dense enough", "wrapped", "hashed", "4-D"],
+    [
+        {},
+        {"max_entries": 30},
+        {"max_entries": 30, "grid_type": "hash"},
+        {"key_length": 2, "max_entries": 50},
+        {"use_coordinates": False},
+    ],
+    ids=["dense enough", "wrapped", "hashed", "4-D", "without coordinates"],
 )
 def test_hits_equal_brute_force(options):
     grids = FeatureGrids(2, num_levels=2, min_resolution=2, max_resolution=4, **options)

@@ -101,6 +101,9 @@ class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
         key_noise_scale (`float`, *optional*):
             Standard deviation of the training noise on key codes; `1 / (4 * max_resolution)` by default, so that two
             standard deviations are half a cell of the finest grid.
+        use_coordinates (`bool`, defaults to `True`):
+            Whether pixel coordinates are part of the points that are looked up (Eq. 1). Without them, for ablation, a
+            pixel's features follow from its key alone, on grids of `key_length` dimensions.
 
     Raises:
         `ValueError`: If the arguments contradict each other.
@@ -149,6 +152,7 @@ class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
         decoder_block_out_channels: tuple[int, ...] = (512, 256, 128),
         regularization: str = "noise",
         key_noise_scale: float | None = None,
+        use_coordinates: bool = True,
     ):
         super().__init__()
         self._check_config()
@@ -172,6 +176,7 @@ class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
             level_channels=level_channels,
             max_entries=max_entries,
             grid_type=grid_type,
+            use_coordinates=use_coordinates,
         )
         self.mlp = GroupMLP(
             num_groups,

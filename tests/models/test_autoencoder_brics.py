@@ -37,6 +37,7 @@ VARIANTS = {
     "style-none": {"regularization": "none"},
     "4d-keys": {"key_length": 2},
     "hash": {"grid_type": "hash"},
+    "no-coordinates": {"use_coordinates": False},
     "vqgan": {"decoder_type": "vqgan"},
     # diffusers' spatial normalisation has 32 groups, whatever norm_num_groups says.
     "movq": {"decoder_type": "movq", "decoder_block_out_channels": (32, 32)},

@@ -1,5 +1,6 @@
 """Feature grids against a plain loop over groups, pixels, levels and corners."""
 
+import functools
 import itertools
 import math
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 from brics_diffusers.models import feature_grids
-from brics_diffusers.models.feature_grids import FeatureGrids, grid_resolutions, pixel_centers
+from brics_diffusers.models.feature_grids import FeatureGrids, grid_resolutions
+from brics_diffusers.models.reference_retrieval import pixel_centers
+from brics_diffusers.models.retrieval import retrieve
 
 
 # Float64 on entries of order 1: a few hundred products and sums, each within 1.1e-16 of exact.
@@ -31,11 +34,10 @@ TABLES = {
 }
 
 
-@pytest.fixture(params=["volumes", "corners"])
+@pytest.fixture(params=["reference", "torch"])
 def implementation(request, monkeypatch):
-    """Makes every 3-D module take one of the two lookups."""
-    monkeypatch.setattr(feature_grids, "MAX_UNROLLED_NODES", 10**9 if request.param == "volumes" else 0)
-    return request.param
+    """Makes every module take one of the lookups."""
+    monkeypatch.setattr(feature_grids, "retrieve", functools.partial(retrieve, implementation=request.param))
 
 
 def make_grids(dtype=torch.float64, seed=0, **config) -> FeatureGrids:
@@ -145,14 +147,12 @@ class TestAgainstReference:
     @pytest.mark.parametrize("kind", ["zero", "one", "nodes", "between"])
     def test_3d(self, implementation, table, kind):
         config = {"num_groups": 2, "level_channels": 3, **DYADIC, **TABLES[table]}
-        assert FeatureGrids(**config).unrolls == (implementation == "volumes")
         check_against_reference(config, make_keys(kind, (2, 2, 1, 3)))
 
     @pytest.mark.parametrize("table", TABLES)
     @pytest.mark.parametrize("kind", ["zero", "one", "nodes", "between"])
-    def test_4d(self, table, kind):
+    def test_4d(self, implementation, table, kind):
         config = {"num_groups": 2, "key_length": 2, "level_channels": 2, **DYADIC, **TABLES[table]}
-        assert not FeatureGrids(**config).unrolls
         check_against_reference(config, make_keys(kind, (2, 4, 2, 1)))
 
     @pytest.mark.parametrize("kind", ["zero", "one", "between"])
@@ -161,7 +161,7 @@ class TestAgainstReference:
         check_against_reference(config, make_keys(kind, (1, 3, 3, 2)))
 
     @pytest.mark.parametrize("kind", ["zero", "one", "between"])
-    def test_4d_resolutions_that_are_no_powers_of_two(self, kind):
+    def test_4d_resolutions_that_are_no_powers_of_two(self, implementation, kind):
         config = {"num_groups": 2, "key_length": 2, "level_channels": 1, **ODD, **TABLES["hash-wrapped"]}
         check_against_reference(config, make_keys(kind, (1, 4, 1, 3)))
 
@@ -173,6 +173,37 @@ class TestAgainstReference:
     def test_one_cell(self, implementation):
         config = {"num_groups": 1, "level_channels": 1, "num_levels": 1, "min_resolution": 1, "max_resolution": 1}
         check_against_reference({**config, **TABLES["dense"]}, make_keys("between", (1, 1, 2, 2)))
+
+
+class TestWithoutCoordinates:
+    def test_one_key_is_linear_interpolation(self):
+        grids = make_grids(num_groups=2, level_channels=2, use_coordinates=False, **DYADIC, **TABLES["dense"])
+        keys = torch.cat([make_keys(kind, (1, 2, 2, 3)) for kind in ("zero", "one", "nodes", "between")])
+        entries = grids.entries.detach().split([3, 5, 9], dim=1)
+        curves = [[np.interp(keys[:, group], np.linspace(0, 1, table.shape[1]), table[group, :, channel])
+                   for table in entries for channel in range(2)] for group in range(2)]  # fmt: skip
+        expected = torch.from_numpy(np.array(curves)).flatten(3)  # (g, levels * channels, B, H * W)
+        torch.testing.assert_close(grids(keys), expected, **EXACT)
+
+    def test_two_keys_are_bilinear_interpolation(self):
+        config = {"num_levels": 1, "min_resolution": 4, "max_resolution": 4, "level_channels": 3}
+        grids = make_grids(num_groups=1, key_length=2, use_coordinates=False, **config)
+        keys = make_keys("between", (1, 2, 4, 5))
+        image = grids.entries.detach().view(1, 5, 5, 3).permute(0, 3, 1, 2)  # rows: the second key
+        expected = torch.nn.functional.grid_sample(image, keys.permute(0, 2, 3, 1) * 2 - 1, align_corners=True)
+        torch.testing.assert_close(grids(keys)[0, :, 0], expected[0].flatten(1), **EXACT)
+
+    @pytest.mark.parametrize("key_length", [1, 2])
+    def test_gradcheck(self, key_length):
+        config = {"num_groups": 2, "key_length": key_length, "level_channels": 1, **DYADIC, **TABLES["hash-tiny"]}
+        grids = make_grids(use_coordinates=False, **config)
+        keys = make_keys("between", (1, 2 * key_length, 1, 2))
+        assert (keys * 8 - (keys * 8).round()).abs().min() > 1e-3  # gradcheck steps by 1e-6: no node in between
+
+        def features(keys, entries):
+            return torch.func.functional_call(grids, {"entries": entries}, (keys,))
+
+        assert torch.autograd.gradcheck(features, (keys.requires_grad_(), grids.entries))
 
 
 class TestNodes:
@@ -416,10 +447,3 @@ class TestErrors:
     def test_config(self, config, message):
         with pytest.raises(ValueError, match=message):
             FeatureGrids(1, **config)
-
-    def test_whether_volumes_are_unrolled(self):
-        with torch.device("meta"):
-            assert FeatureGrids(4).unrolls
-            assert FeatureGrids(1, max_resolution=100).unrolls
-            assert not FeatureGrids(1, max_resolution=101).unrolls
-            assert not FeatureGrids(1, key_length=2).unrolls

@@ -104,12 +104,13 @@ class TestFilters:
 class TestModulatedConv2d:
     @pytest.mark.parametrize("kernel_size, upsample", [(1, False), (3, False), (3, True)])
     @pytest.mark.parametrize("demodulate", [True, False])
-    def test_values_and_gradients(self, kernel_size, upsample, demodulate):
+    @pytest.mark.parametrize("batch_size", [1, 3])  # weights are scaled, or activations
+    def test_values_and_gradients(self, kernel_size, upsample, demodulate, batch_size):
         conv = randomize(ModulatedConv2d(4, 5, kernel_size, 6, demodulate, upsample).double())
-        x = torch.randn(3, 4, 3, 5, dtype=torch.float64, requires_grad=True)
-        style = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+        x = torch.randn(batch_size, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+        style = torch.randn(batch_size, 6, dtype=torch.float64, requires_grad=True)
         actual, expected = conv(x, style), reference_conv(conv, x, style)
-        assert actual.shape == (3, 5, 3 * (1 + upsample), 5 * (1 + upsample))
+        assert actual.shape == (batch_size, 5, 3 * (1 + upsample), 5 * (1 + upsample))
         torch.testing.assert_close(actual, expected, **EXACT)
         upstream = torch.randn_like(expected)
         inputs = [x, style, *conv.parameters()]

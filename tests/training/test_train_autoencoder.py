@@ -87,12 +87,25 @@ class TestFlags:
                 "argument --logging_steps: must be at least 1, not 0",
             ),
             ({}, ["--config", "none.yaml"], "--config none.yaml can't be read as YAML"),
+            ({}, ["--set", "key_length=2"], "must look like autoencoder.key_length=2, not key_length=2"),
+            ({}, ["--set", "autoencoder.x=["], "must have a value that YAML can read, not autoencoder.x=["),
+            ({}, ["--set", "unet.x=1"], "--set unet.x is none of this script's models; expected autoencoder or disc"),
         ],
     )
     def test_errors(self, write_config, capsys, changes, flags, message):
         with pytest.raises(SystemExit):
             train_autoencoder.parse_args(["--config", str(write_config(changes)), *flags])
         assert message in capsys.readouterr().err
+
+    def test_set_beats_file(self, write_config):
+        changes = ["autoencoder.key_length=2", "autoencoder.decoder_type=movq", "autoencoder.key_noise_scale=1e-3"]
+        changes += ["discriminator.max_channels=8", "autoencoder.decoder_block_out_channels=[32, 32]"]
+        flags = ["--config", str(write_config()), "--dataset_name", "x", "--set", *changes[:3], "--set", *changes[3:]]
+        args = train_autoencoder.parse_args(flags)
+        expected = {"key_length": 2, "decoder_type": "movq", "key_noise_scale": 1e-3}
+        expected |= {"decoder_block_out_channels": [32, 32], "sample_size": 32}
+        assert expected.items() <= args.autoencoder.items()
+        assert args.discriminator["max_channels"] == 8
 
     def test_decoder_only_needs_its_noise(self, stage_one):
         flags = ["--dataset_name", "x", "--train_decoder_only", "--pretrained_autoencoder_name_or_path"]

@@ -1,0 +1,100 @@
+"""The ablations that the README lists: valid at full size, and trained for two steps in small."""
+
+import re
+import shlex
+
+import pytest
+import torch
+import train_autoencoder
+import train_key_codes
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from small_models import ROOT
+
+from brics_diffusers import BricsAutoencoder, CosineVariantScheduler
+from brics_diffusers.training_utils import build_optimizer
+
+
+TABLE_ROW = re.compile(r"^\|[^|]+\|[^|]+\| `(--set .+)` \|$", re.MULTILINE)
+ROWS = TABLE_ROW.findall((ROOT / "README.md").read_text())
+STAGE_ONE = [row for row in ROWS if "autoencoder." in row]
+STAGE_TWO = [row for row in ROWS if "scheduler." in row]
+# Sizes that the small models need in place of the README's.
+SMALL = {
+    "autoencoder.feature_size": ["autoencoder.feature_size=8", "autoencoder.decoder_block_out_channels=[16,16,8]"],
+    "movq": ["autoencoder.decoder_block_out_channels=[32,32]"],
+    "autoencoder.max_entries": ["autoencoder.max_entries=1000"],  # the finest of the small grids has 4,913 nodes
+}
+
+
+def small_flags(row: str) -> list[str]:
+    changes = [change for key, value in SMALL.items() if key in row for change in value]
+    return shlex.split(row) + (["--set", *changes] if changes else [])
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield Accelerator()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def share_that_moves(model, take_steps) -> float:
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    take_steps()
+    moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    return sum(moved) / len(moved)
+
+
+def test_readme_lists_all():
+    assert len(STAGE_ONE) == 11 and len(STAGE_TWO) == 5
+
+
+@pytest.mark.parametrize("row", STAGE_ONE)
+def test_autoencoder_at_full_size(row):
+    config = str(ROOT / "training/configs/church-32x32x4.yaml")
+    args = train_autoencoder.parse_args(["--config", config, "--dataset_name", "x", *shlex.split(row)])
+    with torch.device("meta"):
+        autoencoder = BricsAutoencoder(**args.autoencoder)
+        shape = autoencoder.decode(torch.empty(1, *autoencoder.key_code_shape)).sample.shape
+    assert shape == (1, 3, 256, 256)
+
+
+@pytest.mark.parametrize("row", STAGE_ONE)
+def test_autoencoder_trains(row, write_config, accelerator):
+    flags = ["--config", str(write_config()), "--dataset_name", "x", "--adversarial_weight", "0", *small_flags(row)]
+    torch.manual_seed(0)
+    trainer = train_autoencoder.Trainer(train_autoencoder.parse_args(flags), accelerator)
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+
+    def take_steps():
+        for step in range(2):
+            parts, finite = trainer.step(images, step)
+            assert finite and parts["mse"].isfinite()
+            assert ("kl" in parts) == ("kl" in row)
+
+    assert share_that_moves(trainer.bare, take_steps) >= 0.9
+
+
+@pytest.mark.parametrize("row", STAGE_TWO)
+def test_key_codes_train(row, write_config, autoencoder):
+    flags = ["--config", str(write_config()), "--dataset_name", "x", "--autoencoder_name_or_path", "y"]
+    args = train_key_codes.parse_args([*flags, *shlex.split(row)])
+    torch.manual_seed(0)
+    unet, scheduler = train_key_codes.build_unet(args, autoencoder), CosineVariantScheduler(**args.scheduler)
+    optimizer = build_optimizer(unet, args.learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon)
+    latents, noise = torch.rand(2, 4, 4, 8, 8) * 2 - 1
+    timesteps = torch.tensor([10, 300, 600, 990])
+
+    def take_steps():
+        for _ in range(2):
+            loss = train_key_codes.training_loss(unet, scheduler, latents, noise, timesteps, args.snr_gamma)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert share_that_moves(unet, take_steps) >= 0.9
