@@ -129,7 +129,8 @@ def _merge_card(folder: Path, repo_id: str, license_name: str | None) -> None:
     path, on_the_hub = folder / CARD, fetch_card(repo_id)
     here = path.read_text(encoding="utf-8") if path.is_file() else None
     text = make_card(folder, here if on_the_hub is None else on_the_hub, repo_id, license_name)
-    if None not in (here, on_the_hub) and make_card(folder, here, repo_id, license_name) != text:
+    fresh = make_card(folder, None, repo_id, license_name)
+    if None not in (here, on_the_hub) and make_card(folder, here, repo_id, license_name) not in (text, fresh):
         kept = path.with_name(f"local-{CARD}")
         kept.write_text(here, encoding="utf-8")
         logger.warning("The card of %s has other edits than the one here, which is kept as %s.", repo_id, kept)

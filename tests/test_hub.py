@@ -17,6 +17,7 @@ from hub_server import running_hub
 from small_models import AUTOENCODER, ROOT, UNET
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
+from brics_diffusers.hub import push
 
 
 MODEL_FILES = {
@@ -82,6 +83,8 @@ files = {"README.md": text.encode(), shards: b"{}", "notes.txt": b"mine"}
 edits = [CommitOperationAdd(name, content) for name, content in files.items()]
 HfApi().create_commit("user/model", edits, commit_message="edited on the website")
 main(card)
+HfApi().create_repo("bare")
+HfApi().upload_folder(repo_id="user/bare", folder_path=folder + "/autoencoder")
 main(["remote-code", folder, "--output_dir", code, *card[2:]])
 """
 LOAD = """
@@ -92,7 +95,8 @@ for index, cls in enumerate((brics_diffusers.BricsKeyCodePipeline, diffusers.Dif
     pipe = cls.from_pretrained("user/model")
     assert type(pipe) is brics_diffusers.BricsKeyCodePipeline
     np.save(f"{sys.argv[-1]}-{index}.npy", sample(pipe))
-load_autoencoder("user/model")
+for name in ("user/model", "user/bare"):  # in the folder `autoencoder`, and by itself
+    load_autoencoder(name)
 """
 LOAD_CODE = """
 import os, diffusers, huggingface_hub
@@ -110,6 +114,11 @@ if not huggingface_hub.constants.HF_HUB_OFFLINE:
     print(pipe.reconstruct(torch.zeros(1, 3, 32, 32), output_type="np").images.shape)
     solver = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     assert torch.equal(solver.betas, pipe.scheduler.betas)
+else:
+    try:
+        load("user/model", revision="remote-code", **options)
+    except Exception as error:
+        print("OFFLINE", type(error), error)
 folder = huggingface_hub.snapshot_download("user/model", revision="remote-code")
 np.save(sys.argv[-1] + "-1.npy", sample(load(folder, **options)))
 assert not [name for name in sys.modules if name.startswith("brics_diffusers")]
@@ -210,7 +219,34 @@ class TestPush:
             assert fault in message and f"at {hub.endpoint} can't take a push" in message and "\n" not in message
             assert "log in with `hf auth login` and a token that may write there" in message
         assert public.startswith("user/model is public; make it private on its page")
-        assert set(hub.repositories) == {"user/model"}
+        assert set(hub.repositories) == {"user/model", "user/bare"}  # nothing came of the refused ones
+
+
+class TestMerge:
+    """Of the card on the Hub and the one in the folder."""
+
+    @pytest.fixture
+    def merge(self, pipe, tmp_path, monkeypatch):
+        pipe.save_pretrained(tmp_path)
+
+        def run(here: str | None, on_the_hub: str | None) -> tuple[str, str | None]:
+            card, kept = tmp_path / "README.md", tmp_path / "local-README.md"
+            if here is not None:
+                card.write_text(here)
+            monkeypatch.setattr("brics_diffusers.hub.fetch_card", lambda _: on_the_hub)
+            monkeypatch.setattr("brics_diffusers.hub.commit_folder", lambda *_: card.read_text())
+            return push(tmp_path, "user/model"), kept.read_text() if kept.exists() else None
+
+        return run
+
+    def test_which_edits_stay(self, merge):
+        fresh, kept = merge(None, None)
+        assert kept is None
+        mine, theirs = fresh + "Mine.\n", fresh + "Theirs.\n"
+        assert merge(mine, None) == (mine, None)
+        assert merge(fresh, theirs) == (theirs, None)
+        assert merge(theirs, theirs) == (theirs, None)
+        assert merge(mine, theirs) == (theirs, mine)
 
 
 class TestLoad:
@@ -230,7 +266,7 @@ class TestLoad:
         assert "Pass `trust_remote_code=True`" in printed and "(1, 32, 32, 3)" in printed
         assert "Expected types" not in printed and "might require" not in printed  # nothing that diffusers frowns at
         calls = len(hub.calls)
-        client(HIDE_PACKAGE + SAMPLE + LOAD_CODE, tmp_path / "offline", HF_HUB_OFFLINE="1")
+        print(client(HIDE_PACKAGE + SAMPLE + LOAD_CODE, tmp_path / "offline", HF_HUB_OFFLINE="1"))
         assert len(hub.calls) == calls
         for name in ("online-0", "online-1", "offline-1"):
             assert np.array_equal(np.load(tmp_path / f"{name}.npy"), saved[1])
