@@ -1,4 +1,5 @@
 import ast
+import inspect
 import types
 
 import pytest
@@ -73,7 +74,12 @@ class TestBundle:
         package({"entry": "from . import texts\n", "texts": text})
         bundled, plain = execute(bundle("brics_diffusers.entry")).texts, execute(text)
         assert (bundled.x, bundled.y) == (plain.x, plain.y)
-        assert [line.strip() for line in bundled.f.__doc__.split("\n")] == ["Doc.", "", "More.", ""]
+        assert inspect.getsource(bundled.f) == text[text.index("def f") :]  # which compilers of kernels read
+
+    def test_text_that_cannot_be_quoted(self, package):
+        package({"entry": "from . import texts\n", "texts": "x = '''a'''\n"})
+        with pytest.raises(ValueError, match="texts.py has three apostrophes in a row"):
+            bundle("brics_diffusers.entry")
 
     def test_a_name_that_a_package_defines_itself(self, package):
         package({"models/__init__": "size = 3\n", "entry": "from .models import size\n"})
