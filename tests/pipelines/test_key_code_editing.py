@@ -169,6 +169,14 @@ class TestVary:
             timesteps = pipe.get_timesteps(100, strength)
             assert timesteps.tolist() == pipe.scheduler.timesteps[-round(100 * strength) :].tolist()
 
+    def test_begins_at_the_first_of_equal_timesteps(self, pipe, images):
+        use_scheduler(pipe, "DPMSolverMultistepScheduler", use_karras_sigmas=True)
+        begun = []
+        pipe.unet.register_forward_hook(lambda *_: begun.append(pipe.scheduler.begin_index))
+        pipe.vary(images, 0.96, 50, output_type="latent")
+        assert pipe.scheduler.timesteps[2] == pipe.scheduler.timesteps[3]
+        assert begun == [2] * 48 and pipe.scheduler.step_index == 50
+
     def test_generation_after_it_begins_at_the_first_step(self, pipe, images):
         use_scheduler(pipe, "UniPCMultistepScheduler")
         options = {"num_inference_steps": 4, "output_type": "latent"}
