@@ -140,7 +140,8 @@ class KeyCodeEditingMixin:
                 Share of the denoising steps that are taken, in [0, 1]. 0 gives the reconstruction and 1 a new image
                 that owes nothing to the one given. What lies between depends on the noise levels that the scheduler
                 visits: with the `cosine_variant` schedule and evenly spaced steps, 0.25, 0.5 and 0.75 leave 62%, 24%
-                and 3% of the signal's power.
+                and 3% of the signal's power. A single one of 20 steps already begins with noise of 27% of the signal:
+                small strengths want many steps.
             num_inference_steps (`int`, defaults to 250):
                 Denoising steps from pure noise; `strength * num_inference_steps` of them, rounded down, are taken.
             eta (`float`, defaults to 0.0): Share of fresh noise a step; only [`DDIMScheduler`] reads it.
