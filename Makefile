@@ -11,7 +11,7 @@ test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

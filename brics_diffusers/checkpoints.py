@@ -1,6 +1,8 @@
 """Checkpoints of a training run: complete or not there, and enough to go on bit by bit."""
 
 import contextlib
+import errno
+import itertools
 import logging
 import os
 import shutil
@@ -12,12 +14,15 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import SCALER_NAME, broadcast_object_list, gather_object
+from safetensors import SafetensorError
 
 
 logger = logging.getLogger(__name__)
 
-LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # `accelerate launch` sets it for the processes that it starts
+# `accelerate launch` sets this variable for the processes that it starts. Its own number is read as early as can be:
+# when it has ended, its children have another parent.
+LAUNCHER = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
 
 class RunState:
@@ -84,6 +89,9 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some network file systems can't for folders
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(descriptor)
 
@@ -103,9 +111,9 @@ def clean_up(output_dir: str | os.PathLike) -> None:
     Args:
         output_dir (`str`): Folder of the run; no other process may be writing into it.
     """
-    for kind in ("partial", "removed"):
+    for kind in ("partial", "removed", "shared"):
         for path in Path(output_dir).glob(f".{kind}-*"):
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     for old in Path(output_dir).glob(".old-*"):
         _restore(old)
 
@@ -157,6 +165,31 @@ def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     return sorted(found, key=checkpoint_step)
 
 
+@contextlib.contextmanager
+def naming_the_last_checkpoint(
+    output_dir: str | os.PathLike, what: str | os.PathLike, errors: tuple = (OSError, SafetensorError)
+) -> Iterator[None]:
+    r"""
+    Errors of writing, for instance on a full disk, say how to go on.
+
+    Args:
+        output_dir (`str`): Folder of the run.
+        what (`str`): What is written.
+        errors (`tuple`, defaults to `(OSError, SafetensorError)`): What a write that fails may raise.
+
+    Raises:
+        `OSError`: If it could not be written.
+    """
+    try:
+        yield
+    except errors as error:
+        kept = [str(path) for path in list_checkpoints(output_dir)]
+        raise OSError(
+            f"{what} could not be written ({error}); make room and resume from "
+            f"{kept[-1] if kept else 'the start, as there is no earlier checkpoint'}."
+        ) from error
+
+
 def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, step: int, limit: int | None = None):
     r"""
     Saves all that is needed to go on: networks, optimizers, schedules, averaged weights, counters and random states.
@@ -173,18 +206,14 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, ste
     """
     path = Path(output_dir) / f"checkpoint-{step}"
     partial = path.with_name(f".partial-{path.name}")
-    try:
-        # Every process writes its own random state into the partial folder; the main process renames it.
-        with appearing_folder(path) if accelerator.is_main_process else contextlib.nullcontext():
-            accelerator.wait_for_everyone()
-            accelerator.save_state(str(partial))
-            accelerator.wait_for_everyone()
-    except Exception as error:
-        kept = [str(path) for path in list_checkpoints(output_dir)]
-        raise OSError(
-            f"{path} could not be written ({error}); make room and resume from "
-            f"{kept[-1] if kept else 'the start, as there is no earlier checkpoint'}."
-        ) from error
+    # Every process writes its own random state into the partial folder; the main process renames it.
+    with (
+        naming_the_last_checkpoint(output_dir, path, errors=(Exception,)),  # torch.save has errors of many kinds
+        appearing_folder(path) if accelerator.is_main_process else contextlib.nullcontext(),
+    ):
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         others = [old for old in list_checkpoints(output_dir) if old != path]
         for old in others[: max(len(others) + 1 - limit, 0) if limit is not None else 0]:
@@ -204,8 +233,8 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
         accelerator (`Accelerator`): The run's accelerator.
         output_dir (`str`): Folder of the run, searched for `latest`.
         checkpoint (`str`, *optional*):
-            Path of a checkpoint; `"latest"`, which starts afresh if there is none; or `None`. Later checkpoints of the
-            run are renamed to `superseded-...`, so that `latest` stays on the branch that was chosen.
+            Path of a checkpoint; `"latest"`, which starts afresh if there is none; or `None`. Later checkpoints in the
+            run's folder are renamed to `superseded-...`, so that `latest` stays on the branch that was chosen.
         state (`RunState`): The run's counters and settings; registered for checkpointing.
 
     Raises:
@@ -224,6 +253,9 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
         raise FileNotFoundError(f"{checkpoint} is not a checkpoint folder; give the path of one, or latest.")
     checkpoint, settings = Path(checkpoint), state.settings
     random_states = checkpoint / f"random_states_{accelerator.process_index}.pkl"
+    scaler = accelerator.scaler
+    if not (checkpoint / SCALER_NAME).exists():  # of a run in another precision: this one starts with a new loss scale
+        accelerator.scaler = None
     try:
         # accelerate goes on without random states that it can't read. There are none for a process that is new.
         if random_states.exists():
@@ -234,6 +266,9 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
             f"{checkpoint} can't be read ({type(error).__name__}: {error}); resume from another checkpoint, of "
             f"{', '.join(path.name for path in found if path != checkpoint) or 'which there is none'}."
         ) from error
+    finally:
+        accelerator.scaler = scaler
+    accelerator.step = 0  # checkpoints are saved between steps: the next batch is the first that is accumulated
     logger.info("Resumed from %s", checkpoint)
     pairs = {name: (state.settings.get(name, value), value) for name, value in settings.items()}
     changes = [f"{name} was {before} and is {now}" for name, (before, now) in pairs.items() if before != now]
@@ -241,17 +276,29 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
         logger.warning("The run can't end as it would have without the break: %s.", ", ".join(changes))
     state.settings = settings
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and checkpoint in found:
-        for later in found[found.index(checkpoint) + 1 :]:  # of a branch that this run leaves
-            os.replace(later, later.with_name(f"superseded-{later.name}"))
-            logger.info("%s is kept as superseded-%s", later, later.name)
+    if accelerator.is_main_process:
+        for later in list_checkpoints(output_dir):
+            if checkpoint_step(later) > state.global_step:
+                _supersede(later)
     accelerator.wait_for_everyone()
+
+
+def _supersede(path: Path) -> None:
+    """Sets a checkpoint of a branch that the run leaves aside."""
+    names = (f"superseded-{path.name}" + (f"-{number}" if number else "") for number in itertools.count())
+    target = next(target for target in map(path.with_name, names) if not target.exists())
+    os.replace(path, target)
+    logger.info("%s is kept as %s", path, target.name)
+
+
+def launcher_is_gone() -> bool:
+    """Whether `accelerate launch` has ended before this process: it passes no signals on to a single process."""
+    return LAUNCHER is not None and os.getppid() != LAUNCHER
 
 
 class TerminationSignal:
     r"""
-    Notices SIGTERM, so that a loop can save and leave. `accelerate launch` does not pass the signal on to a single
-    process, so its end counts as the signal.
+    Notices SIGTERM to this process or to the launcher, so that a loop can save and leave.
 
     Args:
         accelerator (`Accelerator`): The run's accelerator.
@@ -259,7 +306,6 @@ class TerminationSignal:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self._launcher = os.getppid() if LAUNCHED in os.environ else None
         self._received = False
         signal.signal(signal.SIGTERM, self._receive)
 
@@ -268,7 +314,7 @@ class TerminationSignal:
 
     def received(self) -> bool:
         """Whether any process has received the signal; call once a step on every process: all leave at the same."""
-        received = self._received or (self._launcher is not None and os.getppid() != self._launcher)
+        received = self._received or launcher_is_gone()
         if self.accelerator.num_processes == 1:
             return received
         flag = torch.tensor(float(received), device=self.accelerator.device)

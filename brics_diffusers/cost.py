@@ -59,7 +59,9 @@ def autoencoder_cost(config: dict) -> dict[str, dict[str, float]]:
         autoencoder = BricsAutoencoder(**config).eval()
         size = autoencoder.config.sample_size
         sample = torch.empty(1, autoencoder.config.in_channels, size, size)
-    counts = _count(lambda: autoencoder(sample))
+    # Without coordinates the lookup is a loop over torch's operators, which the counter does not see.
+    uncounted = {"BricsAutoencoder.grids": retrieval_formula(config)["lookup"]}
+    counts = uncounted | _count(lambda: autoencoder(sample))
     modules = {"encoder": "encoder", "lookup": "grids", "mlp": "mlp", "decoder": "decoder"}
     return {
         part: {
@@ -83,7 +85,8 @@ def retrieval_cost(config: dict) -> dict[str, dict[str, float]]:
     with torch.device("meta"):
         autoencoder = BricsAutoencoder(**config).eval()
         key_codes = torch.empty(1, *autoencoder.key_code_shape)
-    counts = _count(lambda: autoencoder.retrieve(key_codes))
+    uncounted = {"FeatureGrids": retrieval_formula(config)["lookup"]}  # as in autoencoder_cost
+    counts = uncounted | _count(lambda: autoencoder.retrieve(key_codes))
     modules = {"lookup": autoencoder.grids, "mlp": autoencoder.mlp}
     return {
         part: {"parameters": _million_parameters(module), "multiply_adds": counts[type(module).__name__]}

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,11 @@ def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"codes-{shard:05d}.npy"
 
 
+def count_shards(dataset, shard_size: int = 1024, random_flip: bool = False) -> int:
+    """Shards that [`write_key_codes`] makes of a collection."""
+    return -(-len(dataset) * (2 if random_flip else 1) // shard_size)
+
+
 @torch.no_grad()
 def write_key_codes(
     autoencoder,
@@ -29,6 +35,7 @@ def write_key_codes(
     num_workers: int = 0,
     process_index: int = 0,
     num_processes: int = 1,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> None:
     r"""
     Encodes a process's share of a collection and writes the clean key codes as float16 shards.
@@ -47,14 +54,16 @@ def write_key_codes(
         num_workers (`int`, defaults to 0): Processes that read images.
         process_index (`int`, defaults to 0): Rank of this process; ranks take shards in turn.
         num_processes (`int`, defaults to 1): Number of processes.
+        stopped (`Callable`, *optional*): Asked before each shard; what is left is not made once it returns `True`.
     """
     folder = Path(folder)
     autoencoder.eval()
     device, dtype = next(autoencoder.parameters()).device, next(autoencoder.parameters()).dtype
     num_items = len(dataset) * (2 if random_flip else 1)
-    shards = [shard for shard in range(-(-num_items // shard_size)) if shard % num_processes == process_index]
-    for shard in shards:
+    for shard in range(process_index, count_shards(dataset, shard_size, random_flip), num_processes):
         path = _shard_path(folder, shard)
+        if stopped():
+            return
         if path.exists():
             continue
         rows = range(shard * shard_size, min((shard + 1) * shard_size, num_items))
@@ -94,27 +103,29 @@ def open_key_codes(folder: str | os.PathLike, fingerprint: str) -> bool:
     manifest = json.loads(path.read_text())
     if manifest["fingerprint"] != fingerprint:
         raise ValueError(
-            f"{folder} holds key codes of another autoencoder, collection or resolution; "
+            f"{folder} holds key codes of another autoencoder, collection, resolution, --random_flip or --shard_size; "
             "delete it or name another folder with --key_codes_dir."
         )
     return manifest["counts"] is not None
 
 
-def finish_key_codes(folder: str | os.PathLike) -> UnreadableLog:
+def finish_key_codes(folder: str | os.PathLike, num_shards: int) -> UnreadableLog:
     r"""
     Marks a folder of key codes as complete.
 
     Args:
         folder (`str`): Folder with all shards.
+        num_shards (`int`): Their number, from [`count_shards`].
 
     Returns:
         `UnreadableLog`: The files that were left out, by whichever process and run.
 
     Raises:
+        `FileNotFoundError`: If a shard is missing.
         `ValueError`: If no image could be encoded.
     """
     folder = Path(folder)
-    shards = sorted(folder.glob("codes-*.npy"))
+    shards = [_shard_path(folder, shard) for shard in range(num_shards)]
     counts = [len(np.load(path, mmap_mode="r")) for path in shards]
     if sum(counts) == 0:
         raise ValueError(f"{folder} holds no key codes; give a collection with at least one readable image.")

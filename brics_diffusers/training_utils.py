@@ -307,9 +307,17 @@ def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimize
     )
 
 
-def resume_run(args: argparse.Namespace, accelerator: Accelerator, state: RunState, ema: EMAModel, lr_scheduler):
+def resume_run(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    state: RunState,
+    ema: EMAModel,
+    lr_scheduler,
+    optimizers: list,
+) -> None:
     r"""
     Does what `--resume_from_checkpoint` says. Call on every process, after everything is prepared and registered.
+    Flags beat the checkpoint: Adam's rates and epsilon and the decay of the averaged weights are those of this run.
 
     Args:
         args (`argparse.Namespace`): Flags of the run.
@@ -318,16 +326,35 @@ def resume_run(args: argparse.Namespace, accelerator: Accelerator, state: RunSta
         ema (`EMAModel`): Its averaged weights.
         lr_scheduler (`LambdaLR`):
             Its schedule. From the second step on it follows `--learning_rate`, even if that was another before.
+        optimizers (`list`): Its optimizers.
     """
+    decay = ema.decay
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    adam = [{name: group[name] for name in ("betas", "eps")} for group in groups]
     resume(accelerator, args.output_dir, args.resume_from_checkpoint, state)
+    ema.decay = decay
     ema.to(accelerator.device)  # checkpoints come back on the CPU
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, values in zip(groups, adam, strict=True):
+        group.update(values)
     lr_scheduler.base_lrs = [args.learning_rate]
+
+
+# Flags that a resumed run may have otherwise without another result.
+FREE_FLAGS = {
+    *("config", "changes", "dataset_name", "cache_dir", "output_dir", "key_codes_dir", "resume_from_checkpoint"),
+    *("mixed_precision", "gradient_checkpointing", "dataloader_num_workers", "encode_batch_size", "shard_size"),
+    *("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps", "max_nonfinite_steps"),
+    *("validation_split", "num_validation_images", "num_inference_steps", "pretrained_autoencoder_name_or_path"),
+    *("autoencoder_name_or_path", "push_to_hub", "hub_model_id", "hub_private_repo"),
+}
 
 
 def run_settings(args: argparse.Namespace, accelerator: Accelerator, num_images: int) -> dict:
     """What a resumed run must share with the one before to end as an uninterrupted one would."""
-    names = ("seed", "train_batch_size", "gradient_accumulation_steps", "random_flip")
-    settings = {name: getattr(args, name) for name in names}
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
+    if args.lr_scheduler == "constant":
+        del settings["max_train_steps"]  # no schedule bends to it
     processes = {"number of processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     return settings | processes | {"number of training images": num_images}
 

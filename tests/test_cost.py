@@ -21,7 +21,7 @@ CHANGES = [
     {"key_length": 2},
     {"max_entries": 100, "grid_type": "hash"},
     {"num_levels": 3, "mlp_layers": 2},
-    {"key_channels": 8, "max_resolution": 128},  # 129**3 nodes are gathered instead of unrolled
+    {"key_channels": 8, "max_resolution": 128},
     {"decoder_type": "vqgan"},
 ]
 
@@ -32,6 +32,11 @@ def test_formula_equals_what_is_counted(change):
     counted = retrieval_cost(config)
     for part, value in retrieval_formula(config).items():
         assert counted[part]["multiply_adds"] == pytest.approx(value, rel=1e-12)
+
+
+def test_without_coordinates():
+    cost = autoencoder_cost(AUTOENCODER | {"use_coordinates": False})["lookup"]["multiply_adds"]
+    assert cost == pytest.approx(autoencoder_cost(AUTOENCODER)["lookup"]["multiply_adds"] / 4)  # 2 corners, not 8
 
 
 def test_parts_make_up_the_whole():

@@ -17,19 +17,23 @@ def test_interrupted_encoding_goes_on(autoencoder, dataset, tmp_path):
     write_key_codes(autoencoder, dataset, folder, shard_size=10, process_index=0, num_processes=2)
     with pytest.raises(FileNotFoundError, match="has no complete manifest.json"):
         KeyCodeDataset(folder)
+    with pytest.raises(FileNotFoundError, match="codes-00001.npy"):
+        finish_key_codes(folder, 3)
     first = (folder / "codes-00000.npy").stat().st_mtime_ns
     assert not open_key_codes(folder, "a")
+    write_key_codes(autoencoder, dataset, folder, shard_size=10, stopped=lambda: True)
+    assert not (folder / "codes-00001.npy").exists()
     write_key_codes(autoencoder, dataset, folder, shard_size=10)
     assert (folder / "codes-00000.npy").stat().st_mtime_ns == first
     # "broken.png" sorts last, into a shard of the first process.
-    assert finish_key_codes(folder).summary().endswith("broken.png")
+    assert finish_key_codes(folder, 3).summary().endswith("broken.png")
     assert open_key_codes(folder, "a") and len(KeyCodeDataset(folder)) == 24
 
 
 def test_items_and_memory_maps(autoencoder, dataset, tmp_path):
     open_key_codes(tmp_path, "a")
     write_key_codes(autoencoder, dataset, tmp_path, shard_size=7)
-    assert finish_key_codes(tmp_path).count == 1
+    assert finish_key_codes(tmp_path, 4).count == 1
     codes = KeyCodeDataset(tmp_path)
     assert codes[0].shape == autoencoder.key_code_shape and codes[0].dtype == torch.float32
     stored = np.concatenate([np.load(path) for path in sorted(tmp_path.glob("*.npy"))])
@@ -45,7 +49,7 @@ def test_items_and_memory_maps(autoencoder, dataset, tmp_path):
 
 def test_codes_of_something_else_are_refused(tmp_path):
     open_key_codes(tmp_path, "a")
-    with pytest.raises(ValueError, match="another autoencoder, collection or resolution"):
+    with pytest.raises(ValueError, match="another autoencoder, collection, resolution"):
         open_key_codes(tmp_path, "b")
 
 
@@ -62,4 +66,4 @@ def test_nothing_readable(autoencoder, tmp_path):
     open_key_codes(tmp_path / "codes", "a")
     write_key_codes(autoencoder, load_collection(tmp_path / "images"), tmp_path / "codes")
     with pytest.raises(ValueError, match="holds no key codes; give a collection with at least one readable image"):
-        finish_key_codes(tmp_path / "codes")
+        finish_key_codes(tmp_path / "codes", 1)

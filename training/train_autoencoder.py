@@ -13,7 +13,13 @@ from diffusers.training_utils import EMAModel
 from torchvision.transforms.functional import to_tensor
 
 from brics_diffusers import BricsAutoencoder, BricsDiscriminator
-from brics_diffusers.checkpoints import RunState, TerminationSignal, appearing_folder, save_checkpoint
+from brics_diffusers.checkpoints import (
+    RunState,
+    TerminationSignal,
+    appearing_folder,
+    naming_the_last_checkpoint,
+    save_checkpoint,
+)
 from brics_diffusers.data import ImageCollection, UnreadableLog, collate_images, evaluation_loader, training_loader
 from brics_diffusers.evaluation import reconstruction_metrics
 from brics_diffusers.grid_usage import GridUsage
@@ -144,7 +150,8 @@ class Trainer:
         self.lr_scheduler = build_lr_scheduler(args, optimizer)
         self.loss = torch.zeros((), device=accelerator.device)  # summed since the last step
         self.autoencoder, self.optimizer = accelerator.prepare(self.bare, optimizer)
-        self.critic, self.networks = build_discriminator(args, self.bare), [self.autoencoder]
+        self.networks, self.optimizers = [self.autoencoder], [self.optimizer]
+        self.critic = build_discriminator(args, self.bare)
         if self.critic is not None:
             optimizer = build_optimizer(
                 self.critic,
@@ -155,6 +162,7 @@ class Trainer:
             )
             self.critic, self.critic_optimizer = accelerator.prepare(self.critic, optimizer)
             self.networks.append(self.critic)
+            self.optimizers.append(self.critic_optimizer)
 
     def step(self, images: torch.Tensor, step: int) -> tuple[dict[str, torch.Tensor], bool]:
         """One batch through both networks: loss parts, and whether losses and gradients were finite."""
@@ -164,7 +172,6 @@ class Trainer:
         with accelerator.accumulate(*self.networks):
             loss, parts, sample = self.generator_loss(images, step, gan_on)
             self.backward(loss)
-            optimizers = [self.optimizer]
             if gan_on:
                 set_adam(self.critic_optimizer, learning_rate=self.lr_scheduler.get_last_lr()[0])
                 self.critic.requires_grad_(True)
@@ -172,9 +179,8 @@ class Trainer:
                 loss, critic_parts = self.critic(images, sample.detach(), penalize)
                 self.backward(loss)
                 parts |= critic_parts
-                optimizers.append(self.critic_optimizer)
             if accelerator.sync_gradients:
-                finite = step_if_finite(accelerator, optimizers, args.max_grad_norm, self.loss)
+                finite = step_if_finite(accelerator, self.optimizers[: 1 + gan_on], args.max_grad_norm, self.loss)
                 self.loss.zero_()
                 self.lr_scheduler.step()
         return parts, finite
@@ -276,7 +282,7 @@ def main(argv=None):
     state = RunState(run_settings(args, accelerator, len(train_set)), best_psnr=float("-inf"), validation=None)
     accelerator.register_for_checkpointing(ema, trainer.lr_scheduler, usage, state)
     set_seed(args.seed, device_specific=True)  # noise differs between processes
-    resume_run(args, accelerator, state, ema, trainer.lr_scheduler)
+    resume_run(args, accelerator, state, ema, trainer.lr_scheduler, trainer.optimizers)
 
     loader = training_loader(
         ImageCollection(train_set, bare.config.sample_size, args.random_flip, replace_unreadable=True),
@@ -293,7 +299,7 @@ def main(argv=None):
 
     unreadable = UnreadableLog()
     log = StepLog(accelerator, state, args.max_train_steps, global_batch, args.logging_steps)
-    batches = iter(loader)
+    batches, due = iter(loader), False
     bare.train()
     while state.global_step < args.max_train_steps:
         batch = next(batches)
@@ -314,14 +320,17 @@ def main(argv=None):
         log.step(values)
         step, stop = state.global_step, terminated.received()
         last = step == args.max_train_steps
-        saves = (step % args.checkpointing_steps == 0 and finite) or last or stop
+        due = due or step % args.checkpointing_steps == 0  # and waits for a step that is finite
+        saves = (due and finite) or last or stop
         validates = validation_set is not None and (last or (step % args.validation_steps == 0 and not stop))
         if saves or validates:
             check_weights(trainer.networks, state, output_dir)
         if validates:
-            validate_and_keep_best(args, accelerator, trainer, ema, validation_set, state)
+            with naming_the_last_checkpoint(output_dir, "the validation"):
+                validate_and_keep_best(args, accelerator, trainer, ema, validation_set, state)
             log.restart_clock()
         if saves:
+            due = False
             save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
             log.restart_clock()
         if stop and not last:
@@ -334,7 +343,7 @@ def main(argv=None):
     if accelerator.is_main_process:
         if unreadable.count:
             logger.warning("%s", unreadable.summary())
-        with averaged_weights(bare, ema):
+        with averaged_weights(bare, ema), naming_the_last_checkpoint(output_dir, "the autoencoder"):
             save_autoencoder(bare, output_dir / "autoencoder")
         logger.info("The autoencoder is in %s", output_dir / "autoencoder")
         finish_run(args, summarize_run(args, accelerator, state, len(train_set), bare))

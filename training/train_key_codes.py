@@ -14,15 +14,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torchvision.transforms.functional import to_tensor
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
-from brics_diffusers.checkpoints import RunState, TerminationSignal, appearing_folder, save_checkpoint
+from brics_diffusers.checkpoints import (
+    RunState,
+    TerminationSignal,
+    appearing_folder,
+    check_shared_folder,
+    launcher_is_gone,
+    naming_the_last_checkpoint,
+    save_checkpoint,
+)
 from brics_diffusers.data import collection_fingerprint, load_collection, training_loader
-from brics_diffusers.key_code_store import KeyCodeDataset, finish_key_codes, open_key_codes, write_key_codes
+from brics_diffusers.key_code_store import (
+    KeyCodeDataset,
+    count_shards,
+    finish_key_codes,
+    open_key_codes,
+    write_key_codes,
+)
 from brics_diffusers.losses import denoising_loss
 from brics_diffusers.pipelines.pipeline_brics_key_code import key_codes_to_latents
 from brics_diffusers.run_record import finish_run, summarize_run
@@ -90,8 +104,8 @@ def encode_collection(args, accelerator, autoencoder, dataset) -> KeyCodeDataset
     mark = fingerprint(autoencoder, dataset, args)
     with accelerator.main_process_first():
         complete = open_key_codes(folder, mark)
-    accelerator.wait_for_everyone()
-    if not complete:
+    check_shared_folder(accelerator, folder)
+    if not broadcast_object_list([complete])[0]:
         write_key_codes(
             autoencoder,
             dataset,
@@ -102,10 +116,13 @@ def encode_collection(args, accelerator, autoencoder, dataset) -> KeyCodeDataset
             num_workers=args.dataloader_num_workers,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
+            stopped=launcher_is_gone,
         )
+        if launcher_is_gone():
+            raise SystemExit("Stopped; what is encoded stays, and the same command goes on.")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            unreadable = finish_key_codes(folder)
+            unreadable = finish_key_codes(folder, count_shards(dataset, args.shard_size, args.random_flip))
             if unreadable.count:
                 logger.warning("%s", unreadable.summary())
         accelerator.wait_for_everyone()
@@ -174,7 +191,7 @@ def validate(args, accelerator, pipeline, ema, step: int) -> None:
 
 def save_pipeline(pipeline: BricsKeyCodePipeline, output_dir: Path) -> None:
     """Writes the pipeline into the run's folder, each component complete or not at all, and the index last."""
-    with tempfile.TemporaryDirectory(dir=output_dir) as folder:
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".partial-") as folder:
         pipeline.save_pretrained(folder)
         for name in pipeline.components:
             with appearing_folder(output_dir / name) as component:
@@ -205,7 +222,8 @@ def main(argv=None):
     state = RunState(run_settings(args, accelerator, len(key_codes)))
     unet, optimizer = accelerator.prepare(unet, optimizer)  # the schedule would advance once a process
     accelerator.register_for_checkpointing(ema, lr_scheduler, state)
-    resume_run(args, accelerator, state, ema, lr_scheduler)
+    set_seed(args.seed, device_specific=True)  # dropout, where the UNet has it, differs between processes
+    resume_run(args, accelerator, state, ema, lr_scheduler, [optimizer])
 
     bare = accelerator.unwrap_model(unet)
     solver = DPMSolverMultistepScheduler.from_config(scheduler.config, use_karras_sigmas=True)
@@ -226,7 +244,7 @@ def main(argv=None):
     logger.info("%d key codes; %d a step; %.1f M parameters", len(key_codes), global_batch, millions)
 
     log = StepLog(accelerator, state, args.max_train_steps, global_batch, args.logging_steps)
-    finite, step_loss = True, torch.zeros((), device=accelerator.device)
+    finite, due, step_loss = True, False, torch.zeros((), device=accelerator.device)
     batches = enumerate(loader, start=start)
     unet.train()
     while state.global_step < args.max_train_steps:
@@ -254,14 +272,17 @@ def main(argv=None):
         log.step({"learning_rate": lr_scheduler.get_last_lr()[0]})
         step, stop = state.global_step, terminated.received()
         last = step == args.max_train_steps
-        saves = (step % args.checkpointing_steps == 0 and finite) or last or stop
+        due = due or step % args.checkpointing_steps == 0  # and waits for a step that is finite
+        saves = (due and finite) or last or stop
         validates = args.num_validation_images and (last or (step % args.validation_steps == 0 and not stop))
         if saves or validates:
             check_weights([bare], state, output_dir)
         if validates:
-            validate(args, accelerator, sampler, ema, step)
+            with naming_the_last_checkpoint(output_dir, "the samples"):
+                validate(args, accelerator, sampler, ema, step)
             log.restart_clock()
         if saves:
+            due = False
             save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
             log.restart_clock()
         if stop and not last:
@@ -270,7 +291,7 @@ def main(argv=None):
             return
 
     if accelerator.is_main_process:
-        with averaged_weights(bare, ema):
+        with averaged_weights(bare, ema), naming_the_last_checkpoint(output_dir, "the pipeline"):
             save_pipeline(BricsKeyCodePipeline(autoencoder, bare, scheduler), output_dir)
         logger.info("The pipeline is in %s", output_dir)
         finish_run(args, summarize_run(args, accelerator, state, len(dataset), bare))

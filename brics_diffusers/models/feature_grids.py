@@ -71,7 +71,7 @@ class FeatureGrids(nn.Module):
         if grid_type not in GRID_TYPES:
             raise ValueError(f"grid_type is {grid_type!r}; it must be one of {', '.join(map(repr, GRID_TYPES))}.")
         if not 1 <= key_length <= 2:
-            raise ValueError(f"key_length is {key_length}; grids are 3-D or 4-D, so set key_length to 1 or 2.")
+            raise ValueError(f"key_length is {key_length}; set it to 1 or 2.")
         if num_levels < 1 or not 1 <= min_resolution <= max_resolution:
             raise ValueError(
                 f"num_levels={num_levels}, min_resolution={min_resolution}, max_resolution={max_resolution}; "

@@ -12,54 +12,17 @@ from PIL import Image
 
 from ..models import BricsAutoencoder
 from ..safe_loading import SafePipelineMixin
+from .key_code_editing import KeyCodeEditingMixin
+from .latents import generators_per_image, key_codes_to_latents, latents_to_key_codes
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-def key_codes_to_latents(key_codes: torch.Tensor) -> torch.Tensor:
-    """Key codes in [0, 1] to the diffusion model's range [-1, 1] (App. A.5)."""
-    return 2 * (key_codes - 0.5)
-
-
-def latents_to_key_codes(latents: torch.Tensor) -> torch.Tensor:
-    """Latents to key codes, clipped to [0, 1] (App. A.5)."""
-    return (latents / 2 + 0.5).clamp(0, 1)
-
-
-def generators_per_image(
-    generator: torch.Generator | list[torch.Generator] | None, batch_size: int
-) -> list[torch.Generator] | None:
-    r"""
-    One generator an image, seeded from the one given, so that image `i` of a sequence of calls is the same however the
-    sequence is split into batches.
-
-    Args:
-        generator (`torch.Generator` or `list[torch.Generator]`, *optional*): A list is returned as it is.
-        batch_size (`int`): Number of images.
-
-    Returns:
-        `list[torch.Generator]`, or `None` if `generator` is `None`.
-
-    Raises:
-        `ValueError`: If a list does not hold one generator an image.
-    """
-    if isinstance(generator, list):
-        if len(generator) != batch_size:
-            raise ValueError(f"{len(generator)} generators were given for batch_size={batch_size}; give one an image.")
-        return generator
-    if generator is None:
-        return None
-    device = generator.device
-    # One draw a seed: a longer draw advances some generators by other amounts.
-    seeds = [torch.randint(2**62, (1,), generator=generator, device=device).item() for _ in range(batch_size)]
-    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-
-class BricsKeyCodePipeline(SafePipelineMixin, DiffusionPipeline):
+class BricsKeyCodePipeline(SafePipelineMixin, KeyCodeEditingMixin, DiffusionPipeline):
     r"""
     Pipeline for unconditional image generation: a diffusion model makes key codes, an autoencoder decodes them (Sec.
-    4, arXiv 2305.18601).
+    4, arXiv 2305.18601). `reconstruct`, `vary`, `interpolate` and `inpaint` begin with images.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the methods of all pipelines
     (downloading, saving, running on a particular device, etc.).
@@ -112,20 +75,61 @@ class BricsKeyCodePipeline(SafePipelineMixin, DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs holds {unknown}; it may hold {self._callback_tensor_inputs} only."
             )
 
-    def check_images(self, images: PipelineImageInput):
+    def check_images(self, images: PipelineImageInput, name: str = "images"):
         """Raises a `ValueError` for images of different sizes, or arrays and tensors that leave [0, 1]."""
         images = images if isinstance(images, list) else [images]
-        sizes = {image.size for image in images if isinstance(image, Image.Image)}
-        if len(sizes) > 1:
-            raise ValueError(f"images have sizes {sorted(sizes)}; give images of one size, or one at a time.")
+        sizes = {image.size if isinstance(image, Image.Image) else tuple(image.shape) for image in images}
+        if len(sizes) != 1:
+            raise ValueError(f"{name} have sizes {sorted(sizes)}; give at least one, all of one size.")
         for image in images:
             if not isinstance(image, Image.Image) and not (image.min() >= 0 and image.max() <= 1):
-                raise ValueError(f"images span [{image.min()}, {image.max()}]; scale arrays and tensors to [0, 1].")
+                raise ValueError(f"{name} span [{image.min()}, {image.max()}]; scale arrays and tensors to [0, 1].")
 
     def prepare_extra_step_kwargs(self, generator, eta: float) -> dict:
         """`generator` and `eta`, as far as the scheduler's `step` takes them."""
         parameters = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in parameters}
+
+    def _preprocess(self, images: PipelineImageInput, name: str = "images") -> torch.Tensor:
+        self.check_images(images, name)
+        return self.image_processor.preprocess(images).to(self._execution_device, self.autoencoder.dtype)
+
+    def _encode(self, sample: torch.Tensor) -> torch.Tensor:
+        """Images in [-1, 1] to clean latents of the diffusion model's type."""
+        return key_codes_to_latents(self.autoencoder.encode(sample).key_codes).to(self.unet.dtype)
+
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        generator: list[torch.Generator] | None,
+        eta: float,
+        callback: Callable | None,
+        tensor_inputs: list[str],
+        after_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Latents at the noise level of the first of `timesteps` to clean ones; `after_step` may change them."""
+        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for index, timestep in enumerate(timesteps):
+                model_input = self.scheduler.scale_model_input(latents, timestep)
+                noise = self.unet(model_input, timestep).sample
+                latents = self.scheduler.step(noise, timestep, latents, **extra_step_kwargs).prev_sample
+                if after_step is not None:
+                    latents = after_step(index, latents)
+                if callback is not None:
+                    tensors = {name: {"latents": latents}[name] for name in tensor_inputs}
+                    latents = (callback(self, index, timestep, tensors) or {}).pop("latents", latents)
+                progress_bar.update()
+        return latents
+
+    def _output(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        images = latents
+        if output_type != "latent":
+            key_codes = latents_to_key_codes(latents).to(self.autoencoder.dtype)
+            images = self.image_processor.postprocess(self.autoencoder.decode(key_codes).sample, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
     def __call__(
@@ -186,24 +190,8 @@ class BricsKeyCodePipeline(SafePipelineMixin, DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
-        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
-
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
-            for index, timestep in enumerate(self.scheduler.timesteps):
-                model_input = self.scheduler.scale_model_input(latents, timestep)
-                noise = self.unet(model_input, timestep).sample
-                latents = self.scheduler.step(noise, timestep, latents, **extra_step_kwargs).prev_sample
-                if callback_on_step_end is not None:
-                    tensors = {name: {"latents": latents}[name] for name in tensor_inputs}
-                    latents = (callback_on_step_end(self, index, timestep, tensors) or {}).pop("latents", latents)
-                progress_bar.update()
-
-        images = latents
-        if output_type != "latent":
-            key_codes = latents_to_key_codes(latents).to(self.autoencoder.dtype)
-            images = self.image_processor.postprocess(self.autoencoder.decode(key_codes).sample, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        latents = self._denoise(latents, self.scheduler.timesteps, generator, eta, callback_on_step_end, tensor_inputs)
+        return self._output(latents, output_type, return_dict)
 
     @torch.no_grad()
     def reconstruct(
@@ -238,9 +226,7 @@ class BricsKeyCodePipeline(SafePipelineMixin, DiffusionPipeline):
             raise ValueError(
                 "output_type is 'latent'; for key codes call pipe.autoencoder.encode(...).key_codes instead."
             )
-        self.check_images(images)
-        sample = self.image_processor.preprocess(images).to(self._execution_device, self.autoencoder.dtype)
-        key_codes = self.autoencoder.encode(sample).key_codes
+        key_codes = self.autoencoder.encode(self._preprocess(images)).key_codes
         images = self.image_processor.postprocess(self.autoencoder.decode(key_codes).sample, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

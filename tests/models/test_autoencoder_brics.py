@@ -570,7 +570,7 @@ class TestErrors:
             ({"key_channels": 5, "key_length": 2}, "key_channels is 5 and key_length 2.*multiple"),
             ({"key_channels": 0}, "key_channels is 0"),
             ({"key_length": 0}, "key_length 0"),
-            ({"key_channels": 6, "key_length": 3}, "key_length is 3; grids are 3-D or 4-D"),
+            ({"key_channels": 6, "key_length": 3}, "key_length is 3; set it to 1 or 2"),
             ({"sample_size": 32}, "sample_size is 32; feature_size=8 and 2 decoder blocks make images of 16"),
             ({"feature_size": 4}, "sample_size is 16; feature_size=4"),
             ({"decoder_block_out_channels": (16, 8, 8)}, "3 decoder blocks make images of 32"),

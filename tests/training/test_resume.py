@@ -196,6 +196,34 @@ def test_damaged_checkpoint_is_named_with_the_others(flags_of, tmp_path, name):
     assert (tmp_path / "superseded-checkpoint-8").is_dir()
 
 
+def test_other_accumulation_starts_with_a_whole_step(flags_of, tmp_path, run_here, monkeypatch):
+    flags = flags_of("one", tmp_path, "--num_validation_images", 0)
+    run_here(train_autoencoder.main, *flags, "--gradient_accumulation_steps", 1, "--max_train_steps", 3)
+    batches, step = [], train_autoencoder.Trainer.step
+    monkeypatch.setattr(train_autoencoder.Trainer, "step", lambda *args: batches.append(args[2]) or step(*args))
+    flags += ["--resume_from_checkpoint", "latest", "--max_train_steps", 5, "--ema_half_life_images", 100]
+    run_here(train_autoencoder.main, *flags)
+    assert batches == [3, 3, 4, 4]  # two batches for each step
+    ema = content(tmp_path / "checkpoint-5")["custom_checkpoint_0.pkl"]
+    assert ema["decay"] == 0.5 ** (4 / 100)
+
+
+def test_resuming_twice_from_an_older_checkpoint(flags_of, tmp_path, run_here, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = flags_of("one", "run", "--max_train_steps", 3, "--checkpointing_steps", 1, "--num_validation_images", 0)
+    run_here(train_autoencoder.main, *flags)
+    flags += ["--checkpoints_total_limit", 2, "--max_train_steps", 2, "--adam_beta2", 0.9, "--gan_start_step", 0]
+    for resumed in (tmp_path / "run/checkpoint-1", "run/checkpoint-1"):  # whichever way it is spelled
+        printed = run_here(train_autoencoder.main, *flags, "--resume_from_checkpoint", resumed)
+        assert [path.name for path in list_checkpoints("run")] == ["checkpoint-1", "checkpoint-2"]
+        assert "adam_beta2 was 0.99 and is 0.9" in printed
+    superseded = {path.name for path in (tmp_path / "run").glob("superseded-*")}
+    assert superseded == {f"superseded-checkpoint-{name}" for name in ("2", "3", "2-1")}
+    for name in ("optimizer.bin", "optimizer_1.bin"):
+        betas = [group["betas"] for group in content(tmp_path / "run/checkpoint-2")[name]["param_groups"]]
+        assert betas == [(0, 0.9)]
+
+
 @pytest.fixture
 def small_disk(request, tmp_path, stage):
     """A file system with room for one checkpoint of a stage, but not for two."""

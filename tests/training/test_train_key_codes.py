@@ -47,7 +47,7 @@ def test_same_key_codes_are_not_made_again(stage_one, stage_two, image_folder, w
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     # Without mirror images these would be other codes.
     done = launch("train_key_codes.py", *flags, "--output_dir", tmp_path / "other", check=False)
-    assert done.returncode != 0 and "holds key codes of another autoencoder, collection or resolution" in done.stderr
+    assert done.returncode != 0 and "holds key codes of another autoencoder, collection, resolution" in done.stderr
 
 
 def test_two_processes_equal_one_with_doubled_batch(tmp_path, image_folder, write_config, stage_one):

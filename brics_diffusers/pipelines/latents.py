@@ -1,0 +1,58 @@
+"""Between key codes and the diffusion model's latents, and the noise of single images in a batch."""
+
+import torch
+
+
+def key_codes_to_latents(key_codes: torch.Tensor) -> torch.Tensor:
+    """Key codes in [0, 1] to the diffusion model's range [-1, 1] (App. A.5)."""
+    return 2 * (key_codes - 0.5)
+
+
+def latents_to_key_codes(latents: torch.Tensor) -> torch.Tensor:
+    """Latents to key codes, clipped to [0, 1] (App. A.5)."""
+    return (latents / 2 + 0.5).clamp(0, 1)
+
+
+def generators_per_image(
+    generator: torch.Generator | list[torch.Generator] | None, batch_size: int
+) -> list[torch.Generator] | None:
+    r"""
+    One generator an image, seeded from the one given, so that image `i` of a sequence of calls is the same however the
+    sequence is split into batches.
+
+    Args:
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*): A list is returned as it is.
+        batch_size (`int`): Number of images.
+
+    Returns:
+        `list[torch.Generator]`, or `None` if `generator` is `None`.
+
+    Raises:
+        `ValueError`: If a list does not hold one generator an image.
+    """
+    if isinstance(generator, list):
+        if len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators were given for batch_size={batch_size}; give one an image.")
+        return generator
+    if generator is None:
+        return None
+    device = generator.device
+    # One draw a seed: a longer draw advances some generators by other amounts.
+    seeds = [torch.randint(2**62, (1,), generator=generator, device=device).item() for _ in range(batch_size)]
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def equal_generators(generator: torch.Generator | None, batch_size: int) -> list[torch.Generator]:
+    r"""
+    One generator an image, all in the same state, so that all images get the same noise at every step.
+
+    Args:
+        generator (`torch.Generator`, *optional*): Seeds them, and is advanced as by one image; torch's own by default.
+        batch_size (`int`): Number of images.
+
+    Returns:
+        `list[torch.Generator]`: Generators that draw the same numbers.
+    """
+    seed = generators_per_image(generator or torch.default_generator, 1)[0].initial_seed()
+    device = generator.device if generator is not None else "cpu"
+    return [torch.Generator(device).manual_seed(seed) for _ in range(batch_size)]
