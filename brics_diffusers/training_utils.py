@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from .checkpoints import RunState, check_shared_folder, checkpoint_step, clean_up, list_checkpoints, resume
 from .data import load_collection
+from .hub import add_hub_arguments, add_license_argument, open_repository
 from .models import BricsAutoencoder
 
 
@@ -95,6 +96,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--validation_steps", type=positive, default=2000, help="Steps between validations.")
     add("--logging_steps", type=positive, default=10, help="Steps between entries in the logs.")
     add("--max_nonfinite_steps", type=positive, default=25, help="Skipped steps in a row after which a run stops.")
+    add_hub_arguments(parser)
+    add_license_argument(parser)
 
 
 def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple[str, ...], argv=None):
@@ -163,7 +166,8 @@ def start_run(args: argparse.Namespace) -> Accelerator:
 
     Raises:
         `FileExistsError`: If a run is to start afresh in a folder that has checkpoints.
-        `OSError`: If the processes don't share the output folder.
+        `OSError`: If the processes don't share the output folder, or the result can't be pushed to the Hub.
+        `ValueError`: If it is to be pushed to a private repository, and that is public.
     """
     # With an epsilon of 1e-15, Adam's second moments become denormal numbers, on which CPUs are slow.
     torch.set_flush_denormal(True)
@@ -185,6 +189,8 @@ def start_run(args: argparse.Namespace) -> Accelerator:
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", force=True)
     for noisy in ("httpx", "httpx2", "datasets", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if args.push_to_hub and accelerator.is_main_process:  # days before the push
+        args.hub_model_id = open_repository(args.hub_model_id or output_dir.resolve().name, args.hub_private_repo)
     set_seed(args.seed)  # the same weights on every process; the loops reseed for their noise
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -225,7 +231,7 @@ def averaged_weights(model: torch.nn.Module, ema: EMAModel):
 
 def load_autoencoder(name_or_path: str, **changes) -> BricsAutoencoder:
     r"""
-    A saved autoencoder, or the one in the `autoencoder` folder of a run or of a pipeline.
+    A saved autoencoder, or the one in the `autoencoder` folder of a run or of a pipeline, here or on the Hub.
 
     Args:
         name_or_path (`str`): A folder, or a name on the Hub.
@@ -241,8 +247,15 @@ def load_autoencoder(name_or_path: str, **changes) -> BricsAutoencoder:
         raise FileNotFoundError(
             f"{name_or_path} does not exist; name a saved autoencoder, a run or a model on the Hub."
         )
-    subfolder = "autoencoder" if (Path(name_or_path) / "autoencoder").is_dir() else None
-    return BricsAutoencoder.from_pretrained(name_or_path, subfolder=subfolder, **changes)
+    if Path(name_or_path).is_dir():
+        subfolder = "autoencoder" if (Path(name_or_path) / "autoencoder").is_dir() else None
+        return BricsAutoencoder.from_pretrained(name_or_path, subfolder=subfolder, **changes)
+    try:
+        return BricsAutoencoder.from_pretrained(name_or_path, subfolder="autoencoder", **changes)
+    except OSError as error:
+        if "config.json" not in str(error):
+            raise
+    return BricsAutoencoder.from_pretrained(name_or_path, **changes)
 
 
 def load_splits(args: argparse.Namespace):

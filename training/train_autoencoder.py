@@ -31,6 +31,7 @@ from brics_diffusers.losses import (
     lpips_is_cached,
     reconstruction_loss,
 )
+from brics_diffusers.run_record import finish_run, summarize_run
 from brics_diffusers.training_utils import (
     StepLog,
     add_common_arguments,
@@ -245,6 +246,7 @@ def validate_and_keep_best(args, accelerator, trainer: Trainer, ema, dataset, st
     """Metrics and pictures from the averaged weights, which are kept if no earlier ones had a better PSNR."""
     with averaged_weights(trainer.bare, ema) as autoencoder:
         metrics = validate(args, accelerator, autoencoder, dataset, trainer.lpips_metric)
+        state.validation = {"step": state.global_step} | metrics
         accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=state.global_step)
         better = metrics.get("psnr", float("-inf")) > state.best_psnr
         if better:
@@ -277,7 +279,7 @@ def main(argv=None):
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     ema = EMAModel(bare.parameters(), decay=ema_half_life_decay(global_batch, args.ema_half_life_images), foreach=True)
     usage = GridUsage(bare.grids)
-    state = RunState(run_settings(args, accelerator, len(train_set)), best_psnr=float("-inf"))
+    state = RunState(run_settings(args, accelerator, len(train_set)), best_psnr=float("-inf"), validation=None)
     accelerator.register_for_checkpointing(ema, trainer.lr_scheduler, usage, state)
     set_seed(args.seed, device_specific=True)  # noise differs between processes
     resume_run(args, accelerator, state, ema, trainer.lr_scheduler, trainer.optimizers)
@@ -344,6 +346,7 @@ def main(argv=None):
         with averaged_weights(bare, ema), naming_the_last_checkpoint(output_dir, "the autoencoder"):
             save_autoencoder(bare, output_dir / "autoencoder")
         logger.info("The autoencoder is in %s", output_dir / "autoencoder")
+        finish_run(args, summarize_run(args, accelerator, state, len(train_set), bare))
     accelerator.end_training()
 
 

@@ -39,6 +39,7 @@ from brics_diffusers.key_code_store import (
 )
 from brics_diffusers.losses import denoising_loss
 from brics_diffusers.pipelines.pipeline_brics_key_code import key_codes_to_latents
+from brics_diffusers.run_record import finish_run, summarize_run
 from brics_diffusers.schedulers.scheduling_cosine_variant import min_snr_weights
 from brics_diffusers.training_utils import (
     StepLog,
@@ -293,6 +294,7 @@ def main(argv=None):
         with averaged_weights(bare, ema), naming_the_last_checkpoint(output_dir, "the pipeline"):
             save_pipeline(BricsKeyCodePipeline(autoencoder, bare, scheduler), output_dir)
         logger.info("The pipeline is in %s", output_dir)
+        finish_run(args, summarize_run(args, accelerator, state, len(dataset), bare))
     accelerator.end_training()
 
 

@@ -15,6 +15,8 @@ COMMANDS = (
     "cost",
     "generation_metrics",
     "nearest_neighbours",
+    "card",
+    "remote_code",
 )
 
 
@@ -28,7 +30,9 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         `SystemExit`: With status 2 for a wrong command line, with a sentence for input that a command can't use.
     """
-    parser = argparse.ArgumentParser(prog="brics-diffusers", description="Measures and analyses BRICS models.")
+    parser = argparse.ArgumentParser(
+        prog="brics-diffusers", description="Measures, analyses and publishes BRICS models."
+    )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name in COMMANDS:
         module = importlib.import_module(f".{name}", __name__)

@@ -10,6 +10,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..safe_loading import SafeModelMixin
 from .feature_grids import FeatureGrids
 from .group_mlp import GroupMLP
 from .style_decoder import StyleDecoder
@@ -62,7 +63,7 @@ class BricsAutoencoderOutput(BaseOutput):
     kl_loss: torch.Tensor | None = None
 
 
-class BricsAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
+class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""
     Autoencoder with bounded continuous key codes, grouped multi-resolution feature grids and a small style decoder
     (arXiv 2305.18601).

@@ -8,6 +8,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from ..safe_loading import SafeModelMixin
 from .group_mlp import scaled_leaky_relu
 from .style_decoder import EqualizedLinear, filter_2d
 
@@ -67,7 +68,7 @@ def minibatch_stddev(x: torch.Tensor, group_size: int = 4) -> torch.Tensor:
     return torch.cat([x, deviation.to(x.dtype)], dim=1)
 
 
-class BricsDiscriminator(ModelMixin, ConfigMixin):
+class BricsDiscriminator(SafeModelMixin, ModelMixin, ConfigMixin):
     r"""
     Discriminator for the adversarial loss of [`BricsAutoencoder`] (App. A.3): residual blocks down to 4 x 4.
 

@@ -1,0 +1,29 @@
+"""Makes or renews the model card of a run or a saved pipeline, and pushes it with the model if asked to.
+
+Generated parts stand between comments, `<!-- begin NAME -->` and `<!-- end NAME -->`. Only they are replaced; all
+other text stays, and so do metadata that are there. Metrics are taken from reports in the folder and in `reports`
+within it: give `reconstruct-metrics` and `generation-metrics` that --output_dir.
+"""
+
+import argparse
+from pathlib import Path
+
+from ..hub import add_hub_arguments, add_license_argument, open_repository, push
+from ..model_card import read_facts, write_card
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of this subcommand."""
+    parser.add_argument("folder", help="Output folder of either training script, or a saved pipeline.")
+    add_hub_arguments(parser)
+    add_license_argument(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes `README.md`, and pushes."""
+    if not args.push_to_hub:
+        print(write_card(args.folder, args.hub_license))
+        return
+    read_facts(args.folder)  # a folder that holds no model makes no repository
+    repo_id = open_repository(args.hub_model_id or Path(args.folder).resolve().name, args.hub_private_repo)
+    print(push(args.folder, repo_id, args.hub_license))

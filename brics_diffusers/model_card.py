@@ -1,0 +1,330 @@
+"""The model card of a run or a saved pipeline: README.md with metadata for the Hub, made from the run's own files.
+
+Whatever is generated stands between two comments, `<!-- begin NAME -->` and `<!-- end NAME -->`. When a card is made
+again, these parts are replaced where they stand and all other text stays; a part whose comments were taken away is not
+added again, unless none is left. Of the metadata, keys that are there stay as they are, and missing ones are added.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import yaml
+from safetensors import safe_open
+
+from .reports import markdown_table
+
+
+CARD = "README.md"
+PAPER = "https://arxiv.org/abs/2305.18601"
+METRIC_REPORTS = ("reconstruct-metrics-*.json", "generation-metrics.json")
+CITATION = """\
+```bibtex
+@article{brics2023,
+  title   = {BRICS: Bi-level feature Representation of Image CollectionS},
+  journal = {arXiv preprint arXiv:2305.18601},
+  year    = {2023}
+}
+```"""
+# Settings of a run that its card lists; all others are in training_config.json.
+SETTINGS = ("train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "seed", "random_flip")
+
+
+def metric_files(folder: str | os.PathLike) -> list[Path]:
+    """Reports of `brics-diffusers reconstruct-metrics` and `generation-metrics` in a run's folder or its `reports`."""
+    folders = (Path(folder), Path(folder) / "reports")
+    return sorted(path for parent in folders for name in METRIC_REPORTS for path in parent.glob(name))
+
+
+def without_folders(value):
+    r"""
+    Cuts absolute paths to their last part: where files lie at home is nobody's business.
+
+    Args:
+        value: What JSON can hold: strings, numbers, lists, dictionaries.
+
+    Returns:
+        The same with strings such as `--config=/home/me/a.yaml` shortened to `--config=a.yaml`.
+    """
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if os.path.isabs(value) and "\n" not in value:
+        return value if value.count("/") == 1 else Path(value).name
+    return re.sub(r"(?<![\w./:~-])~?/(?:[^\s/'\",]+/)+([^\s/'\",]+)", r"\1", value)
+
+
+def read_facts(folder: str | os.PathLike) -> dict:
+    r"""
+    What a folder says of a model and its training. Nothing is assumed: what no file says is missing.
+
+    Args:
+        folder (`str`): A run of either stage, or a saved pipeline.
+
+    Returns:
+        `dict`: `"models"` (configurations by name), `"parameters"` (counts by name), `"is_pipeline"`, `"config"`
+        (flags of the training script), `"summary"` (how it ended), `"metrics"` (reports), `"pictures"` (names).
+
+    Raises:
+        `FileNotFoundError`: If the folder holds no model.
+    """
+    folder = Path(folder)
+    is_pipeline = (folder / "model_index.json").is_file()
+    configs = {name: _read_json(folder / name / "config.json") for name in ("autoencoder", "unet")}
+    configs = {name: config for name, config in configs.items() if config}
+    if "autoencoder" not in configs:
+        raise FileNotFoundError(f"{folder} has no autoencoder/config.json; name a finished run or a saved pipeline.")
+    pictures = [name for name in ("samples.png", "reconstructions.png") if (folder / name).is_file()]
+    return without_folders(
+        {
+            "models": configs,
+            "parameters": {name: _count_parameters(folder / name) for name in configs},
+            "is_pipeline": is_pipeline,
+            "config": _read_json(folder / "training_config.json"),
+            "summary": _read_json(folder / "training_summary.json"),
+            "metrics": [_read_json(path) for path in metric_files(folder)],
+            "pictures": pictures,
+        }
+    )
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _count_parameters(folder: Path) -> int:
+    """Numbers in the weights, as their headers say."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                size = 1
+                for side in file.get_slice(name).get_shape():
+                    size *= side
+                count += size
+    return count
+
+
+def metadata(facts: dict, license_name: str | None = None) -> dict:
+    r"""
+    Metadata for the Hub.
+
+    Args:
+        facts (`dict`): Result of [`read_facts`].
+        license_name (`str`, *optional*): Identifier of the weights' license; `"unknown"` by default.
+
+    Returns:
+        `dict`: `license`, `library_name`, `pipeline_tag`, `tags`, and `datasets` if they come from the Hub.
+    """
+    task = "unconditional-image-generation" if facts["is_pipeline"] else "image-to-image"
+    tags = ["brics", "arxiv:2305.18601", "diffusers:BricsKeyCodePipeline" if facts["is_pipeline"] else "autoencoder"]
+    result = {"license": license_name or "unknown", "library_name": "diffusers", "pipeline_tag": task, "tags": tags}
+    dataset = facts["config"].get("dataset_name")
+    if dataset and facts["summary"].get("dataset_on_hub"):
+        result["datasets"] = [dataset]
+    return result
+
+
+def make_card(
+    folder: str | os.PathLike, existing: str | None = None, repo_id: str | None = None, license_name: str | None = None
+) -> str:
+    r"""
+    The card of a run or pipeline.
+
+    Args:
+        folder (`str`): Its folder.
+        existing (`str`, *optional*): A card to renew; see above for what stays.
+        repo_id (`str`, *optional*): Its name on the Hub, for the code in the card.
+        license_name (`str`, *optional*): License of the weights, for metadata that name none.
+
+    Returns:
+        `str`: Markdown with YAML in front.
+
+    Raises:
+        `FileNotFoundError`: If the folder holds no model.
+        `ValueError`: If the metadata of the existing card are not valid YAML.
+    """
+    facts = read_facts(folder)
+    name = repo_id or facts["config"].get("hub_model_id") or Path(folder).resolve().name
+    front, text = _split(existing or f"\n# {name.rpartition('/')[2]}\n")
+    parts = {part: f"<!-- begin {part} -->\n{write(facts, name)}\n<!-- end {part} -->" for part, write in PARTS}
+    pattern = re.compile(rf"<!-- begin ({'|'.join(parts)}) -->.*?<!-- end \1 -->", re.DOTALL)
+    text, found = pattern.subn(lambda match: parts[match[1]], text)
+    if not found:
+        text = "\n\n".join([text.rstrip(), *parts.values()]) + "\n"
+    return f"---\n{_complete(front, metadata(facts, license_name))}---\n{text}"
+
+
+def write_card(folder: str | os.PathLike, license_name: str | None = None) -> Path:
+    """Makes the card of a folder or renews the one there, see [`make_card`]; returns its path."""
+    path = Path(folder) / CARD
+    existing = path.read_text(encoding="utf-8") if path.is_file() else None
+    text = make_card(folder, existing, license_name=license_name)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _split(card: str) -> tuple[str, str]:
+    """YAML in front of a card, and the text after it."""
+    match = re.match(r"\s*---[ \t]*\n(.*?\n)?---[ \t]*(?:\n|$)", card, re.DOTALL)
+    return (match[1] or "", card[match.end() :]) if match else ("", card)
+
+
+def _complete(front: str, generated: dict) -> str:
+    """A card's YAML as it is, with the generated keys that it lacks."""
+    try:
+        there = yaml.safe_load(front) or {}
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the metadata of {CARD} are not valid YAML ({reason}); correct them.") from error
+    if not isinstance(there, dict):
+        raise ValueError(f"the metadata of {CARD} are a {type(there).__name__}; write them as `key: value`.")
+    missing = {key: value for key, value in generated.items() if key not in there}
+    return front + (yaml.safe_dump(missing, sort_keys=False) if missing else "")
+
+
+def _about(facts: dict, name: str) -> str:
+    config, size = facts["models"]["autoencoder"], facts["models"]["autoencoder"]["sample_size"]
+    factor = 2 ** (len(config["encoder_block_out_channels"]) - 1)
+    what = f"A pipeline that generates {size} x {size} images" if facts["is_pipeline"] else "An autoencoder of images"
+    rows = [
+        {"part": part, "parameters": f"{count / 1e6:.2f} M"} for part, count in facts["parameters"].items() if count
+    ]
+    text = (
+        f"{what}, made with `brics-diffusers`, an implementation of BRICS ([arXiv 2305.18601]({PAPER})). The "
+        f"autoencoder turns a {size} x {size} image into a key code of {size // factor} x {size // factor} x "
+        f"{config['key_channels']} numbers in [0, 1], looks features up with it in grids and decodes them"
+        + ("; a diffusion model generates key codes." if facts["is_pipeline"] else ".")
+    )
+    pictures = {"samples.png": "Samples, not selected", "reconstructions.png": "Held-out images above reconstructions"}
+    shown = [f"![{pictures[picture]}]({picture})\n\n{pictures[picture]}." for picture in facts["pictures"]]
+    return "\n\n".join([text, *([markdown_table(rows).strip()] if rows else []), *shown])
+
+
+def _usage(facts: dict, name: str) -> str:
+    if not facts["is_pipeline"]:
+        return f"""\
+## Usage
+
+```python
+from brics_diffusers import BricsAutoencoder
+
+autoencoder = BricsAutoencoder.from_pretrained("{name}", subfolder="autoencoder").eval()
+key_codes = autoencoder.encode(images).key_codes  # images (B, 3, H, W) in [-1, 1]
+images = autoencoder.decode(key_codes).sample
+```"""
+    return f"""\
+## Usage
+
+```python
+from brics_diffusers import BricsKeyCodePipeline
+
+pipe = BricsKeyCodePipeline.from_pretrained("{name}")
+images = pipe(batch_size=4, num_inference_steps=250).images
+reconstruction = pipe.reconstruct(images[0]).images[0]
+```
+
+Without `brics-diffusers`, where the repository has a revision `remote-code`, with the code of the model from there:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}", revision="remote-code", trust_remote_code=True)
+```"""
+
+
+def _metrics(facts: dict, name: str) -> str:
+    rows = []
+    for report in facts["metrics"]:
+        rows += _report_rows(report)
+    runs = {"run": facts["summary"], "autoencoder's run": facts["summary"].get("autoencoder_training", {})}
+    for which, summary in runs.items():
+        validation = dict(summary.get("validation") or {})
+        measured = f"validation of the {which}, step {validation.pop('step', '?')}"
+        rows += [{"metric": key.upper(), "value": value, "measured": measured} for key, value in validation.items()]
+    if not rows:
+        return "## Metrics\n\nNone were measured."
+    return f"## Metrics\n\n{markdown_table(rows)}".strip()
+
+
+def _report_rows(report: dict) -> list[dict]:
+    """Rows of one report, of either kind."""
+    if "protocol" in report:
+        images = f"{report['images']} images of {report['dataset_name']} ({report['split']})"
+        measured = f"reconstruction, protocol {report['protocol']}, {images}"
+        values = {key.upper(): f"{value['mean']:.4f} ± {value['two_std']:.4f}" for key, value in _finite(report)}
+    else:
+        generated, real = report["input1"], report["input2"]
+        extractors = " and ".join(sorted({facts["name"] for facts in report["extractors"].values()}))
+        counts = f"{generated['num_images']} generated and {real['num_images']} real images"
+        measured = f"{counts} of {real['source']} ({real['split']}), {extractors}"
+        values = {key: value for key, value in report["metrics"].items() if value is not None}
+    return [{"metric": key, "value": value, "measured": measured} for key, value in values.items()]
+
+
+def _finite(report: dict) -> list[tuple[str, dict]]:
+    return [(key, value) for key, value in report["metrics"].items() if value["mean"] is not None]
+
+
+def _training(facts: dict, name: str) -> str:
+    if not facts["summary"] and not facts["config"]:
+        return "## Training\n\nThis folder has no record of the training."
+    parts = ["## Training", _training_table(facts["config"], facts["summary"])]
+    machine = facts["summary"].get("machine", {})
+    if "command" in machine:
+        parts.append(f"```bash\n{machine['command']}\n```")
+    earlier = facts["summary"].get("autoencoder_training")
+    if earlier:
+        parts += ["The autoencoder:", _training_table(earlier.get("config", {}), earlier)]
+    parts.append("All settings are in `training_config.json`.")
+    return "\n\n".join(part.strip() for part in parts)
+
+
+def _training_table(config: dict, summary: dict) -> str:
+    machine = summary.get("machine", {})
+    rows = {
+        "images": config.get("dataset_name"),
+        "split": config.get("dataset_split"),
+        "training images": summary.get("training_images"),
+        "steps": summary.get("steps"),
+        "images seen": summary.get("images_seen"),
+        **{setting.replace("_", " "): config.get(setting) for setting in SETTINGS},
+        "processes": summary.get("num_processes"),
+        "mixed precision": summary.get("mixed_precision"),
+        "device": machine.get("device"),
+        "versions": ", ".join(f"{key} {machine[key]}" for key in ("python", "torch", "diffusers") if key in machine),
+    }
+    return markdown_table([{"": key, "value": str(value)} for key, value in rows.items() if value not in (None, "")])
+
+
+def _limits(facts: dict, name: str) -> str:
+    lines = [
+        "## Limits",
+        "- It knows the images that it was trained on; others are reconstructed worse"
+        + (", and none of another kind are generated." if facts["is_pipeline"] else "."),
+        "- Reconstructions are not exact: fine detail is lost or invented.",
+    ]
+    if facts["is_pipeline"]:
+        lines.append("- Samples may resemble training images; `brics-diffusers nearest-neighbours` finds the nearest.")
+        lines.append("- Nothing filters what is generated, and biases of the training images show in it.")
+    lines.append("- The rights in the training images, and what they allow, are those of their owners.")
+    return lines[0] + "\n\n" + "\n".join(lines[1:])
+
+
+def _citation(facts: dict, name: str) -> str:
+    return f"## Citation\n\n{CITATION}"
+
+
+# Parts of a card, in the order of a new one: each is written from the facts and the model's name.
+PARTS = (
+    ("about", _about),
+    ("usage", _usage),
+    ("metrics", _metrics),
+    ("training", _training),
+    ("limits", _limits),
+    ("citation", _citation),
+)

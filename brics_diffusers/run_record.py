@@ -1,0 +1,81 @@
+"""The end of a training run: its summary, its card, and the push to the Hub."""
+
+import argparse
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from .checkpoints import RunState
+from .hub import first_line, push
+from .model_card import write_card
+from .reports import machine
+
+
+logger = logging.getLogger(__name__)
+
+SUMMARY = "training_summary.json"
+
+
+def summarize_run(
+    args: argparse.Namespace, accelerator: Accelerator, state: RunState, num_images: int, model: torch.nn.Module
+) -> dict:
+    r"""
+    How a run ended, for `training_summary.json`.
+
+    Args:
+        args (`argparse.Namespace`): Flags of the run.
+        accelerator (`Accelerator`): The run's accelerator.
+        state (`RunState`): Its counters; `validation`, if it has that, holds the last metrics.
+        num_images (`int`): Training images.
+        model (`torch.nn.Module`): The model that was trained.
+
+    Returns:
+        `dict`: What JSON can hold; with `autoencoder_training`, the summary of stage one, where that is at hand.
+    """
+    summary = {
+        "steps": state.global_step,
+        "images_seen": state.images_seen,
+        "skipped_steps": state.skipped_steps,
+        "training_images": num_images,
+        "dataset_on_hub": not os.path.exists(args.dataset_name),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "validation": getattr(state, "validation", None),
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "machine": machine(accelerator.device),
+    }
+    stage_one = Path(getattr(args, "autoencoder_name_or_path", ""))
+    if (stage_one / SUMMARY).is_file():
+        config = json.loads((stage_one / "training_config.json").read_text())
+        summary["autoencoder_training"] = json.loads((stage_one / SUMMARY).read_text()) | {"config": config}
+    return summary
+
+
+def finish_run(args: argparse.Namespace, summary: dict) -> None:
+    r"""
+    Writes the summary and the card into the run's folder, and pushes if `--push_to_hub` asks for it. Call on the main
+    process, when everything else is saved.
+
+    Args:
+        args (`argparse.Namespace`): Flags of the run.
+        summary (`dict`): Result of [`summarize_run`].
+
+    Raises:
+        `OSError`: If the push fails; says how to push the finished run.
+    """
+    output_dir = Path(args.output_dir)
+    (output_dir / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    write_card(output_dir, args.hub_license)
+    if not args.push_to_hub:
+        return
+    try:
+        logger.info("Pushed: %s", push(output_dir, args.hub_model_id, args.hub_license))
+    except Exception as error:  # whatever it is, the run is complete
+        raise OSError(
+            f"the run in {output_dir} is complete, but its push to {args.hub_model_id} failed ({first_line(error)}); "
+            f"repeat it with `brics-diffusers card {output_dir} --push_to_hub --hub_model_id {args.hub_model_id}`."
+        ) from error

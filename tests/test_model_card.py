@@ -1,0 +1,169 @@
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from brics_diffusers.model_card import PAPER, make_card, metadata, read_facts, without_folders, write_card
+
+
+SUMMARY = {
+    "steps": 560,
+    "images_seen": 4480,
+    "training_images": 800,
+    "dataset_on_hub": False,
+    "validation": {"step": 560, "psnr": 25.5, "ssim": 0.75},
+    "num_processes": 2,
+    "mixed_precision": "bf16",
+    "machine": {
+        "device": "A Processor, 2 cores, 2 threads",
+        "python": "3.11.7",
+        "torch": "2.11.0",
+        "diffusers": "0.42.1",
+        "command": "train_autoencoder.py --config /home/me/configs/small.yaml --dataset_name=/home/me/emoji",
+    },
+}
+CONFIG = {"dataset_name": "/home/me/emoji", "dataset_split": "train", "learning_rate": 0.002, "train_batch_size": 8}
+RECONSTRUCTION = {
+    "protocol": "standard",
+    "dataset_name": "/home/me/emoji",
+    "split": "validation",
+    "images": 60,
+    "metrics": {"psnr": {"mean": 25.25, "two_std": 3.5, "left_out": 0}, "lpips": {"mean": None, "two_std": None}},
+}
+GENERATION = {
+    "input1": {"num_images": 50},
+    "input2": {"num_images": 800, "source": "/home/me/emoji", "split": "train"},
+    "extractors": {"fid": {"name": "random-conv"}},
+    "metrics": {"fid": 12.5, "inception_score": None},
+}
+
+
+@pytest.fixture
+def pipeline(pipe, tmp_path):
+    """A saved pipeline that nobody has trained."""
+    folder = tmp_path / "emoji-model"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def trained(pipeline):
+    """The same with what a run leaves."""
+    write = {"training_summary": SUMMARY, "training_config": CONFIG, "reconstruct-metrics-standard": RECONSTRUCTION}
+    write |= {"reports/generation-metrics": GENERATION}
+    (pipeline / "reports").mkdir()
+    for name, content in write.items():
+        (pipeline / f"{name}.json").write_text(json.dumps(content))
+    return pipeline
+
+
+class TestContent:
+    def test_a_run(self, trained):
+        text = make_card(trained)
+        for row in (
+            "| steps | 560 |",
+            "| images seen | 4480 |",
+            "| images | emoji |",
+            "| train batch size | 8 |",
+            "| device | A Processor, 2 cores, 2 threads |",
+            "| PSNR | 25.2500 ± 3.5000 | reconstruction, protocol standard, 60 images of emoji (validation) |",
+            "| fid | 12.5 | 50 generated and 800 real images of emoji (train), random-conv |",
+            "| PSNR | 25.5 | validation of the run, step 560 |",
+        ):
+            assert row in text
+        assert "train_autoencoder.py --config small.yaml --dataset_name=emoji" in text and "/home/me" not in text
+        assert "generates 32 x 32 images" in text and "key code of 8 x 8 x 4 numbers" in text
+
+    def test_nothing_is_made_up(self, pipeline):
+        text = make_card(pipeline)
+        assert "None were measured." in text and "This folder has no record of the training." in text
+
+    def test_counts(self, pipeline, pipe):
+        counts = read_facts(pipeline)["parameters"]
+        assert counts == {"autoencoder": pipe.autoencoder.num_parameters(), "unet": pipe.unet.num_parameters()}
+
+    def test_both_stages(self, trained):
+        stage_one = SUMMARY | {"config": {"learning_rate": 0.125}}
+        summary = SUMMARY | {"validation": None, "autoencoder_training": stage_one}
+        (trained / "training_summary.json").write_text(json.dumps(summary))
+        text = make_card(trained)
+        assert "| learning rate | 0.125 |" in text and "validation of the autoencoder's run, step 560" in text
+
+    def test_autoencoder_alone(self, trained):
+        (trained / "model_index.json").unlink()
+        text = make_card(trained, repo_id="me/ae")
+        assert 'BricsAutoencoder.from_pretrained("me/ae", subfolder="autoencoder")' in text
+        assert "diffusion" not in text.split("begin training")[0].replace("diffusers", "")
+
+    def test_no_model(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="name a finished run or a saved pipeline"):
+            make_card(tmp_path)
+
+
+class TestMetadata:
+    def test_of_a_data_set_on_the_hub(self, trained):
+        facts = read_facts(trained)
+        assert "datasets" not in metadata(facts)
+        facts["config"]["dataset_name"], facts["summary"]["dataset_on_hub"] = "me/emoji", True
+        assert metadata(facts, "cc0-1.0") == {
+            "license": "cc0-1.0",
+            "library_name": "diffusers",
+            "pipeline_tag": "unconditional-image-generation",
+            "tags": ["brics", "arxiv:2305.18601", "diffusers:BricsKeyCodePipeline"],
+            "datasets": ["me/emoji"],
+        }
+
+    def test_the_hubs_library_reads_it(self, trained):
+        card = ModelCard(make_card(trained, license_name="apache-2.0"))
+        assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "unconditional-image-generation"
+        assert card.text.strip().startswith("# emoji-model")
+
+
+class TestEdits:
+    def test_generating_again_changes_nothing(self, trained):
+        text = write_card(trained).read_text()
+        assert write_card(trained).read_text() == text
+
+    def test_text_outside_generated_parts_stays(self, trained):
+        text = write_card(trained).read_text().replace("# emoji-model\n", "# Faces\n\nBy me.\n")
+        text = text.replace("<!-- begin metrics -->", "A word on metrics.\n\n<!-- begin metrics -->")
+        (trained / "README.md").write_text(text.replace("## Limits", "## Limitations") + "\nThe end.\n")
+        (trained / "training_summary.json").write_text(json.dumps(SUMMARY | {"steps": 561}))
+        assert write_card(trained).read_text() == text.replace("| steps | 560 |", "| steps | 561 |") + "\nThe end.\n"
+
+    def test_a_part_without_its_comments_is_the_users(self, trained):
+        text = write_card(trained).read_text()
+        before, rest = text.split("<!-- begin limits -->")
+        text = before + "My own limits." + rest.split("<!-- end limits -->")[1]
+        assert make_card(trained, text) == text
+
+    def test_a_card_of_the_user_gets_the_parts_at_its_end(self, trained):
+        text = make_card(trained, "---\nlicense: mit\n---\n\nMine.\n")
+        assert text.split("---\n")[2].startswith("\nMine.\n\n<!-- begin about -->")
+        assert yaml.safe_load(text.split("---\n")[1])["license"] == "mit"
+
+    def test_metadata_of_the_user_stay(self, trained):
+        mine = "# chosen with care\nlicense: mit\ntags: [faces]   # only this\ndatasets: null\n"
+        front = make_card(trained, f"---\n{mine}---\nHello.\n", license_name="apache-2.0").split("---\n")[1]
+        assert front == mine + "library_name: diffusers\npipeline_tag: unconditional-image-generation\n"
+
+    @pytest.mark.parametrize("front", ["a: [", "- a list"])
+    def test_metadata_that_are_none(self, trained, front):
+        with pytest.raises(ValueError, match="the metadata of README.md are"):
+            make_card(trained, f"---\n{front}\n---\nHello.\n")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/home/me/runs/a", "a"),
+        ("/home/me/my runs/a b", "a b"),
+        ("x.py --a=/home/me/b.yaml --c ../d '/home/me/e'", "x.py --a=b.yaml --c ../d 'e'"),
+        ("~/secret/data", "data"),
+        (f"{PAPER} and/or user/name", f"{PAPER} and/or user/name"),
+        ({"a": ["/b/c", 1, None]}, {"a": ["c", 1, None]}),
+    ],
+)
+def test_without_folders(value, expected):
+    assert without_folders(value) == expected
