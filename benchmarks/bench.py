@@ -47,7 +47,7 @@ TINY_UNET = sampling.SMALL_UNET | {"block_out_channels": (16, 32), "norm_num_gro
 TINY = {
     "retrieval": {"batch_sizes": (1,), "rounds": 1},
     "decoding": {
-        "batch_rounds": ((1, 1), (2, 1)),
+        "batch_rounds": ((1, 1), (2, 0)),
         "config": TINY_AUTOENCODER,
         "peers": {"VQ": (VQModel, (4, 8, 8), (32, 32), "AttnUpDecoderBlock2D")},
     },
@@ -56,7 +56,6 @@ TINY = {
         "samplers": tuple(
             (*sampler, steps) for (*sampler, _), steps in zip(sampling.SAMPLERS, (2, 3, 4), strict=True)
         ),
-        "num_images": 4,
         "autoencoder": TINY_AUTOENCODER,
         "unet": TINY_UNET,
     },
@@ -76,6 +75,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--threads", type=int, default=1, help="Threads of a CPU.")
     add("--pipeline", help="Folder of a trained pipeline, whose sampling is to be measured.")
     add("--dataset_name", help="The images it was trained on, for the quality of its samples.")
+    add("--num_images", type=int, default=64, help="Samples whose quality is measured, of every sampler.")
     add("--compile", action="store_true", help="Time torch.compile too; it needs a C++ compiler on a CPU.")
     add("--tiny", action="store_true", help="Tiny models: whether it all runs, without meaning.")
     add("--output_dir", help="Folder of the report; default: benchmarks/results/<device>.")
@@ -93,7 +93,8 @@ def measure(args: argparse.Namespace) -> dict:
     for name in args.parts:
         options = dict(TINY[name]) if args.tiny else {}
         if name == "sampling":
-            options |= {"pipeline": args.pipeline, "dataset_name": args.dataset_name, "compiled": args.compile}
+            options |= {name: getattr(args, name) for name in ("pipeline", "dataset_name", "num_images")}
+            options |= {"compiled": args.compile}
         print(f"{TITLES[name]} ...", flush=True)
         start = time.perf_counter()
         result["parts"][name] = PARTS[name].measure(device=args.device, **options)

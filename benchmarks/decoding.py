@@ -44,7 +44,7 @@ def by_slices(model: BricsAutoencoder, decode) -> None:
 @torch.no_grad()
 def measure(
     device: str = "cpu",
-    batch_rounds: tuple[tuple[int, int], ...] = ((1, 3), (8, 1)),
+    batch_rounds: tuple[tuple[int, int], ...] = ((1, 3), (8, 0)),
     config: dict | None = None,
     peers: dict | None = None,
 ) -> dict:
@@ -53,7 +53,7 @@ def measure(
 
     Args:
         device (`str`, defaults to `"cpu"`): Where to decode.
-        batch_rounds (`tuple`): Batch sizes, each with its number of rounds; one more round warms up.
+        batch_rounds (`tuple`): Batch sizes, each with its number of rounds after the warm-up, as in `time_and_memory`.
         config (`dict`, *optional*): Arguments of [`BricsAutoencoder`]; those of `PRESET` by default.
         peers (`dict`, *optional*): Arguments of `peer_autoencoder` by name; `PEERS` by default.
 

@@ -124,7 +124,7 @@ def measure(
     samplers: tuple = SAMPLERS,
     pipeline: str | None = None,
     dataset_name: str | None = None,
-    num_images: int = 256,
+    num_images: int = 64,
     compiled: bool = False,
     autoencoder: dict | None = None,
     unet: dict | None = None,
@@ -139,7 +139,7 @@ def measure(
         samplers (`tuple`, defaults to `SAMPLERS`): What to compare; times are given in units of the last one's.
         pipeline (`str`, *optional*): Folder of a trained pipeline; a small one of random weights by default.
         dataset_name (`str`, *optional*): The images it was trained on, for the quality of its samples.
-        num_images (`int`, defaults to 256): Samples whose quality is measured.
+        num_images (`int`, defaults to 64): Samples whose quality is measured.
         compiled (`bool`, defaults to `False`): Whether to time `torch.compile`, which takes minutes on a CPU.
         autoencoder, unet (`dict`, *optional*): Arguments of the models of random weights.
 

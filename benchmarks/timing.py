@@ -1,5 +1,6 @@
 """Time and memory of candidates that take turns, to be compared within one run only."""
 
+import functools
 import itertools
 import math
 import statistics
@@ -60,9 +61,18 @@ def peak_bytes(step: Callable, device: torch.device) -> int:
 
 
 def time_and_memory(steps: dict[str, Callable], device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
-    """Medians in seconds, and peaks in 10**6 bytes, which are counted while the steps warm up."""
-    peaks = {name: peak_bytes(step, device) / 1e6 for name, step in steps.items()}
-    times = medians(interleaved(steps, device, rounds))
+    """
+    Medians in seconds, and peaks in 10**6 bytes, which are counted while the steps warm up. With 0 rounds the warm-up
+    is what is timed: counting adds some milliseconds, which do not show where a step takes many seconds.
+    """
+    peaks = {}
+
+    def count(name: str) -> None:
+        peaks[name] = peak_bytes(steps[name], device) / 1e6
+
+    counts = {name: functools.partial(count, name) for name in steps}
+    first = interleaved(counts, device, rounds=1)
+    times = medians(interleaved(steps, device, rounds) if rounds > 0 else first)
     return {name: {"seconds": times[name], "peak_mb": peaks[name]} for name in steps}
 
 

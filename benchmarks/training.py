@@ -39,7 +39,7 @@ def vq_model(ours: BricsAutoencoder) -> VQModel:
     widths = tuple(config.encoder_block_out_channels)
     model = VQModel(
         block_out_channels=widths,
-        down_block_types=tuple(config.down_block_types)[: len(widths)],
+        down_block_types=tuple(config.down_block_types),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
         layers_per_block=2,
         latent_channels=config.key_channels,

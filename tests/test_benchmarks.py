@@ -54,7 +54,7 @@ def test_sampling_without_a_pipeline(report):
 def test_sampling_with_a_pipeline(pipe, image_folder, tmp_path):
     pipe.save_pretrained(tmp_path / "pipeline")
     options = bench.TINY["sampling"] | {"pipeline": str(tmp_path / "pipeline"), "dataset_name": str(image_folder)}
-    found = bench.sampling.measure(**options)
+    found = bench.sampling.measure(**options, num_images=4)
     assert all(row["Fréchet distance"] > 0 for row in found["samplers"])
     assert "Fréchet distance of 4 samples" in bench.sampling.describe(found)
 
