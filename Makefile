@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-slow lint cost
+.PHONY: demo test test-slow lint cost bench
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python demo.py
@@ -19,6 +19,9 @@ lint: $(INSTALLED)
 
 cost: $(INSTALLED)
 	$(VENV)/bin/brics-diffusers cost
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/bench.py
 
 # One environment for everything, made again when the dependencies change.
 $(INSTALLED): pyproject.toml

@@ -1,8 +1,8 @@
 """Time and memory of the lookup in the feature grids, forward and backward, at the paper's 64x64x4 preset.
 
-Times are medians of rounds in which all candidates take turns, and are to be compared within one run only: the fast
-lookup against the reference, a loop over groups, levels and corners with index gathers, and against the same loop with
-all corners in one gather. The grids' gradient is part of every backward pass.
+Times (on a CPU: processor time) are medians of rounds in which all candidates take turns, and are to be compared
+within one run only: the fast lookup against the reference, a loop over groups, levels and corners with index gathers,
+and against the same loop with all corners in one gather. The grids' gradient is part of every backward pass.
 
 Memory is counted in torch's allocator during one forward and backward pass: the largest sum of bytes alive that were
 not there before (features, what is kept for the backward pass, gradients to keys and entries, temporaries). The grids
@@ -13,15 +13,14 @@ import argparse
 import functools
 import itertools
 import json
-import statistics
-import time
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from timing import interleaved, medians, peak_bytes
 
 from brics_diffusers.models.feature_grids import FeatureGrids
 from brics_diffusers.models.reference_retrieval import entry_index, pixel_centers
 from brics_diffusers.models.retrieval import retrieval_implementation, retrieve
+from brics_diffusers.reports import markdown_table
 
 
 FEATURE_SIZE = 64
@@ -62,16 +61,6 @@ def make_step(grids: FeatureGrids, batch_size: int, lookup):
     return step
 
 
-def seconds(step, device: torch.device) -> float:
-    """Duration of a step, with what it started on the device."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    step()
-    wait()
-    return time.perf_counter() - start
-
-
 def time_lookups(grids: FeatureGrids, batch_size: int, rounds: int) -> dict[str, float]:
     """Medians in seconds of all lookups, and of the loops' times by the fast one's."""
     lookups = {
@@ -80,37 +69,19 @@ def time_lookups(grids: FeatureGrids, batch_size: int, rounds: int) -> dict[str,
         "loop with one gather": gather_loop,
     }
     steps = {name: make_step(grids, batch_size, lookup) for name, lookup in lookups.items()}
-    times = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, step in steps.items():
-            duration = seconds(step, grids.entries.device)
-            if turn > 0:  # the first warms up
-                times[name].append(duration)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    ratios = {f"{name} / retrieve": medians[name] / medians["retrieve"] for name in list(medians)[1:]}
-    return {**medians, **ratios}
+    device = grids.entries.device
+    interleaved(steps, device, rounds=1)  # warms up
+    seconds = medians(interleaved(steps, device, rounds))
+    ratios = {f"{name} / retrieve": seconds[name] / seconds["retrieve"] for name in list(seconds)[1:]}
+    return {**seconds, **ratios}
 
 
-def peak_bytes(grids: FeatureGrids, batch_size: int) -> int:
+def peak_of_step(grids: FeatureGrids, batch_size: int) -> int:
     """Largest number of bytes alive during a forward and backward pass, less those alive before."""
     step = make_step(grids, batch_size, retrieve)
     step()  # what is made once, and the gradients that the second step frees first
     grids.entries.grad = None
-    if grids.entries.is_cuda:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    events = list(recorded.profiler.kineto_results.experimental_event_tree())
-    sizes = []
-    while events:
-        event = events.pop()
-        events.extend(event.children)
-        if event.tag == torch._C._profiler._EventType.Allocation:
-            sizes.append((event.start_time_ns, event.extra_fields.alloc_size))
-    return max(itertools.accumulate(size for _, size in sorted(sizes)))
+    return peak_bytes(step, grids.entries.device)
 
 
 def measure(device: str = "cpu", batch_sizes: tuple[int, ...] = (1, 8), rounds: int = 3) -> dict:
@@ -121,9 +92,25 @@ def measure(device: str = "cpu", batch_sizes: tuple[int, ...] = (1, 8), rounds: 
     results = {"implementation": retrieval_implementation(keys, grids.entries), "threads": torch.get_num_threads()}
     for batch_size in batch_sizes:
         results[f"batch {batch_size}"] = time_lookups(grids, batch_size, rounds)
-    one, two = (peak_bytes(grids, batch_size) / 1e6 for batch_size in (1, 2))
+    one, two = (peak_of_step(grids, batch_size) / 1e6 for batch_size in (1, 2))
     results["memory"] = {"MB at batch 1": one, "MB for each further image": two - one}
     return results
+
+
+def describe(result: dict) -> str:
+    """The part of the report."""
+    rows = []
+    for name, times in result.items():
+        if name.startswith("batch"):
+            ratios = {key: value for key, value in times.items() if "/" in key}
+            rows.append({"lookup, forward and backward": name, "retrieve, ms": 1e3 * times["retrieve"], **ratios})
+    one, more = result["memory"].values()
+    return f"""Implementation: {result["implementation"]}. The loops are what a user would write first.
+
+{markdown_table(rows)}
+At least 5 is wanted of `loop over corners / retrieve`. Memory of a forward and backward pass: {one:.1f} MB at batch 1
+(at most 91 is wanted), {more:.1f} MB for each further image (35).
+"""
 
 
 def main():

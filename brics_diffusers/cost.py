@@ -189,6 +189,28 @@ def _saved_bytes(function, known: list) -> tuple:
     return output, sum(saved.values())
 
 
+def peer_autoencoder(model_class: type, latent_shape: tuple, widths: tuple, lowest_block: str) -> torch.nn.Module:
+    r"""
+    Another autoencoder of diffusers, with two residual blocks at each resolution of the encoder and weights at random.
+
+    Args:
+        model_class (`type`): `VQModel` or `AutoencoderKL`.
+        latent_shape (`tuple[int]`): Shape (C, H, W) of the latents.
+        widths (`tuple[int]`): Channels from the image's resolution to the latents'.
+        lowest_block (`str`): Up block at the latents' resolution; plain ones follow.
+
+    Returns:
+        `torch.nn.Module`: in eval mode.
+    """
+    return model_class(
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=(lowest_block,) + ("UpDecoderBlock2D",) * (len(widths) - 1),
+        layers_per_block=2,
+        latent_channels=latent_shape[0],
+    ).eval()
+
+
 def peer_decoder_cost(name: str) -> dict[str, float]:
     r"""
     Size and work of another autoencoder's decoder for one 256 x 256 image, counted as in [`autoencoder_cost`].
@@ -199,16 +221,9 @@ def peer_decoder_cost(name: str) -> dict[str, float]:
     Returns:
         `dict`: `"parameters"` in millions and `"multiply_adds"` in 10**9.
     """
-    model_class, latent_shape, widths, lowest = PEERS[name]
     with torch.device("meta"):
-        model = model_class(
-            block_out_channels=widths,
-            down_block_types=("DownEncoderBlock2D",) * len(widths),
-            up_block_types=(lowest,) + ("UpDecoderBlock2D",) * (len(widths) - 1),
-            layers_per_block=2,
-            latent_channels=latent_shape[0],
-        ).eval()
-        latents = torch.empty(1, *latent_shape)
+        model = peer_autoencoder(*PEERS[name])
+        latents = torch.empty(1, *PEERS[name][1])
     work = _count(lambda: model.decoder(latents))["Global"]
     return {"parameters": _million_parameters(model.decoder), "multiply_adds": work}
 

@@ -9,7 +9,9 @@ from torch import nn
 from .group_mlp import ACTIVATION_GAIN, LEAKY_SLOPE
 
 
-def filter_2d(x: torch.Tensor, gain: float = 1.0, padding: int = 1, stride: int = 1) -> torch.Tensor:
+def filter_2d(
+    x: torch.Tensor, gain: float = 1.0, padding: int = 1, stride: int = 1, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     r"""
     Low-pass filter [1, 3, 3, 1] in both directions, the same for every channel.
 
@@ -18,11 +20,12 @@ def filter_2d(x: torch.Tensor, gain: float = 1.0, padding: int = 1, stride: int 
         gain (`float`, defaults to 1.0): Sum of the 4 x 4 kernel.
         padding (`int`, defaults to 1): Zeros on each side.
         stride (`int`, defaults to 1): Keep every `stride`-th result.
+        bias (`torch.Tensor` of shape (C,), *optional*): Added to the result, without a pass of its own.
 
     Returns:
         `torch.Tensor` of shape (B, C, (H + 2 * padding - 4) // stride + 1, ...).
     """
-    return F.conv2d(x, _kernel(x, gain), padding=padding, stride=stride, groups=x.shape[1])
+    return F.conv2d(x, _kernel(x, gain), bias, padding=padding, stride=stride, groups=x.shape[1])
 
 
 def upsample_2d(x: torch.Tensor) -> torch.Tensor:
@@ -101,7 +104,8 @@ class ModulatedConv2d(nn.Module):
 
     def scale_weights(self, x, scale, norm, bias) -> torch.Tensor:
         """For a batch of one: scale (1, in) and norm (1, out) go into the weights."""
-        return self.convolve(x, self.weight * scale.view(1, -1, 1, 1) * norm.view(-1, 1, 1, 1), bias)
+        factors = torch.outer(norm[0], scale[0])  # a small product first: one pass over the weights instead of two
+        return self.convolve(x, self.weight * factors[:, :, None, None], bias)
 
     def scale_activations(self, x, scale, norm, bias) -> torch.Tensor:
         """For any batch: scale (B, in) goes into the input, norm (B, out) into the output."""
@@ -113,8 +117,8 @@ class ModulatedConv2d(nn.Module):
         """The convolution alone, with the filter where it doubles the size."""
         if not self.upsample:
             return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
-        x = filter_2d(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), gain=4.0)  # 2H + 1, 2H
-        return x if bias is None else x + bias.to(x.dtype)[:, None, None]
+        x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)  # 2H + 1
+        return filter_2d(x, gain=4.0, bias=None if bias is None else bias.to(x.dtype))  # 2H
 
 
 class SynthesisBlock(nn.Module):

@@ -77,6 +77,15 @@ class TestFilters:
         expected = naive_filter(x, 1.7, (padding, padding), stride)
         torch.testing.assert_close(filter_2d(x, 1.7, padding, stride), expected, **EXACT)
 
+    def test_bias_is_added_to_the_result(self):
+        x, bias = torch.randn(2, 3, 6, 9, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+        x, bias = x.requires_grad_(), bias.requires_grad_()
+        actual, expected = filter_2d(x, 1.7, bias=bias), naive_filter(x, 1.7, (1, 1)) + bias[:, None, None]
+        torch.testing.assert_close(actual, expected, **EXACT)
+        upstream = torch.randn_like(expected)
+        gradients = [torch.autograd.grad((y * upstream).sum(), (x, bias)) for y in (actual, expected)]
+        torch.testing.assert_close(*gradients, **EXACT)
+
     @pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 4)])
     def test_upsample(self, size):
         x = torch.randn(2, 3, *size, dtype=torch.float64)

@@ -1,0 +1,104 @@
+"""Decoding of one preset beside other decoders for 256 x 256 images: time, images per second and peak memory.
+
+The candidates take turns in one process. Ours starts from key codes: lookup, MLPs and style decoder. Of the others
+only the decoder is run, without what comes before it (nearest codes, 1x1 convolution). LDM's KL-f16 is not listed: its
+decoder is VQGAN f16's but for the first convolution.
+"""
+
+import functools
+import statistics
+
+import torch
+from timing import time_and_memory
+
+from brics_diffusers import BricsAutoencoder
+from brics_diffusers.cost import PEERS, peer_autoencoder
+from brics_diffusers.presets import PRESETS
+from brics_diffusers.reports import markdown_table
+
+
+PRESET = "church-64x64x4"
+BAR = 0.55  # largest share of another decoder's time
+
+
+def make_steps(models: dict, latent_shapes: dict, batch_size: int, device: torch.device, dtype) -> dict:
+    """A decode of every model, from random codes; the first one also by slices where there is more than an image."""
+    steps = {}
+    for name, model in models.items():
+        latents = torch.rand(batch_size, *latent_shapes[name], device=device, dtype=dtype)
+        decode = model.decode if isinstance(model, BricsAutoencoder) else model.decoder
+        steps[name] = functools.partial(decode, latents)
+    name, model = next(iter(models.items()))
+    if batch_size > 1:
+        steps[f"{name}, by slices"] = functools.partial(by_slices, model, steps[name])
+    return steps
+
+
+def by_slices(model: BricsAutoencoder, decode) -> None:
+    """A decode of one image after the other."""
+    model.enable_slicing()
+    decode()
+    model.disable_slicing()
+
+
+@torch.no_grad()
+def measure(
+    device: str = "cpu",
+    batch_rounds: tuple[tuple[int, int], ...] = ((1, 3), (8, 0)),
+    config: dict | None = None,
+    peers: dict | None = None,
+) -> dict:
+    """
+    Runs everything and returns the numbers: in float32 on a CPU, in bfloat16 on a GPU.
+
+    Args:
+        device (`str`, defaults to `"cpu"`): Where to decode.
+        batch_rounds (`tuple`): Batch sizes, each with its number of rounds after the warm-up, as in `time_and_memory`.
+        config (`dict`, *optional*): Arguments of [`BricsAutoencoder`]; those of `PRESET` by default.
+        peers (`dict`, *optional*): Arguments of `peer_autoencoder` by name; `PEERS` by default.
+
+    Returns:
+        `dict`: `"dtype"` and one dictionary a batch size: of every decoder `"seconds"`, `"peak_mb"`,
+        `"images_per_second"` and `"ours / it"`.
+    """
+    device, peers = torch.device(device), peers or PEERS
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    ours = BricsAutoencoder(**(config or PRESETS[PRESET])).eval()
+    models = {"BRICS": ours} | {name: peer_autoencoder(*peer) for name, peer in peers.items()}
+    for model in models.values():
+        model.to(device)
+        if dtype != torch.float32:  # diffusers warns of any conversion
+            model.to(dtype)
+    latent_shapes = {"BRICS": ours.key_code_shape} | {name: peer[1] for name, peer in peers.items()}
+    result = {"dtype": str(dtype).removeprefix("torch.")}
+    for batch_size, rounds in batch_rounds:
+        rows = time_and_memory(make_steps(models, latent_shapes, batch_size, device, dtype), device, rounds)
+        for row in rows.values():
+            row["images_per_second"] = batch_size / row["seconds"]
+            row["ours / it"] = rows["BRICS"]["seconds"] / row["seconds"]
+        result[f"batch {batch_size}"] = rows
+    return result
+
+
+def describe(result: dict) -> str:
+    """The part of the report."""
+    text = f"{PRESET} in {result['dtype']}, random weights. `peak MB` is without the weights.\n"
+    batches = {name: rows for name, rows in result.items() if name.startswith("batch")}
+    for name, rows in batches.items():
+        table = [
+            {
+                name: decoder,
+                "images/s": row["images_per_second"],
+                "peak MB": row["peak_mb"],
+                "time of BRICS / its time": row["ours / it"],
+            }
+            for decoder, row in rows.items()
+        ]
+        text += f"\n{markdown_table(table)}"
+    ratios = [row["ours / it"] for rows in batches.values() for key, row in rows.items() if "BRICS" not in key]
+    largest = f"largest {max(ratios):.2f}, median {statistics.median(ratios):.2f}"
+    return (
+        text
+        + f"\nOf the others' time at most {BAR} is wanted: {'met' if max(ratios) <= BAR else 'missed'}, {largest}.\n"
+    )

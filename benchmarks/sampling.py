@@ -1,0 +1,202 @@
+"""20 steps of DPM-Solver++ and 50 of DDIM beside 1000 ancestral steps: time, and quality where a pipeline is given.
+
+Samples of all samplers begin with the same noise. Quality is the Fréchet distance of features of a small network with
+random weights (`random-conv`), which needs no download and whose numbers compare only with each other. On a GPU the
+denoising loop also runs with PyTorch's check for host synchronisation, and in half precision.
+"""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from timing import interleaved, medians, seconds
+
+from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
+from brics_diffusers.data import load_collection
+from brics_diffusers.generation_metrics import generation_metrics, load_extractors
+from brics_diffusers.reports import markdown_table
+from brics_diffusers.sampling import load_pipeline, sample_images_to_folder
+
+
+# Name, class (the pipeline's own for `None`), options and steps; the last is the one to beat.
+SAMPLERS = (
+    ("DPM-Solver++", DPMSolverMultistepScheduler, {"use_karras_sigmas": True}, 20),
+    ("DDIM", DDIMScheduler, {}, 50),
+    ("ancestral", None, {}, 1000),
+)
+# Those of training/configs/noto-emoji-64.yaml.
+SMALL_AUTOENCODER = {
+    "sample_size": 64,
+    "encoder_block_out_channels": (16, 32, 64),
+    "encoder_layers_per_block": 1,
+    "norm_num_groups": 16,
+    "feature_size": 32,
+    "feature_channels": 64,
+    "num_levels": 8,
+    "min_resolution": 4,
+    "max_resolution": 32,
+    "style_dim": 64,
+    "decoder_block_out_channels": (64, 32),
+}
+SMALL_UNET = {
+    "block_out_channels": (64, 96),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": 32,
+}
+
+
+def untrained_pipeline(autoencoder: dict, unet: dict) -> BricsKeyCodePipeline:
+    """A pipeline with random weights: as fast as a trained one."""
+    torch.manual_seed(0)
+    model = BricsAutoencoder(**autoencoder).eval()
+    channels, size, _ = model.key_code_shape
+    denoiser = UNet2DModel(sample_size=size, in_channels=channels, out_channels=channels, **unet).eval()
+    return BricsKeyCodePipeline(model, denoiser, CosineVariantScheduler())
+
+
+def make_scheduler(config, scheduler_class, options: dict):
+    """A sampler with the noise levels of the pipeline's scheduler."""
+    return (scheduler_class or CosineVariantScheduler).from_config(config, **options)
+
+
+def sample(pipe, scheduler, num_steps: int, batch_size: int) -> None:
+    """One batch, up to the pixels."""
+    pipe.scheduler = scheduler
+    pipe(batch_size, num_steps, generator=torch.Generator().manual_seed(0), output_type="pt")
+
+
+def host_synchronisation(pipe, scheduler, num_steps: int) -> str:
+    """What makes the host wait for a GPU in the denoising loop, or that nothing does; it cannot be told on a CPU."""
+    device = pipe.device
+    if device.type != "cuda":
+        return "not applicable"
+    pipe.scheduler = scheduler
+    scheduler.set_timesteps(num_steps, device=device)
+    latents = torch.randn(1, *pipe.autoencoder.key_code_shape, device=device, dtype=pipe.unet.dtype)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            pipe._denoise(latents, scheduler.timesteps, None, 0.0, None, [])
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "none"
+
+
+def quality(pipe, dataset, num_images: int, batch_size: int, num_steps: int) -> float:
+    """Fréchet distance of `num_images` samples from the collection."""
+    extractors = load_extractors(["fid"], "random-conv", device=pipe.device)
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder) / "samples"
+        sample_images_to_folder(pipe, images, num_images, batch_size, num_steps, progress=False)
+        found = generation_metrics(
+            load_collection(images), dataset, extractors, batch_size, device=pipe.device, cache_dir=folder
+        )
+    return found["metrics"]["fid"]
+
+
+def time_compiled(pipe, batch_size: int, device: torch.device, rounds: int) -> dict[str, float]:
+    """Time of the compiled UNet and decode by that of the plain ones."""
+    latents = torch.randn(batch_size, *pipe.autoencoder.key_code_shape, device=device, dtype=pipe.unet.dtype)
+    arguments = {"UNet": (latents, torch.zeros((), device=device)), "decode": (latents.sigmoid(),)}
+    ratios = {}
+    for name, function in (("UNet", pipe.unet), ("decode", pipe.autoencoder.decode)):
+        steps = {
+            how: functools.partial(kind, *arguments[name])
+            for how, kind in (("plain", function), ("compiled", torch.compile(function)))
+        }
+        interleaved(steps, device, rounds=1)  # compiles
+        times = medians(interleaved(steps, device, rounds))
+        ratios[name] = times["compiled"] / times["plain"]
+    return ratios
+
+
+@torch.no_grad()
+def measure(
+    device: str = "cpu",
+    rounds: int = 1,
+    batch_size: int = 4,
+    samplers: tuple = SAMPLERS,
+    pipeline: str | None = None,
+    dataset_name: str | None = None,
+    num_images: int = 64,
+    compiled: bool = False,
+    autoencoder: dict | None = None,
+    unet: dict | None = None,
+) -> dict:
+    """
+    Runs everything and returns the numbers.
+
+    Args:
+        device (`str`, defaults to `"cpu"`): Where to sample.
+        rounds (`int`, defaults to 1): Batches of every sampler.
+        batch_size (`int`, defaults to 4): Images in a batch.
+        samplers (`tuple`, defaults to `SAMPLERS`): What to compare; times are given in units of the last one's.
+        pipeline (`str`, *optional*): Folder of a trained pipeline; a small one of random weights by default.
+        dataset_name (`str`, *optional*): The images it was trained on, for the quality of its samples.
+        num_images (`int`, defaults to 64): Samples whose quality is measured.
+        compiled (`bool`, defaults to `False`): Whether to time `torch.compile`, which takes minutes on a CPU.
+        autoencoder, unet (`dict`, *optional*): Arguments of the models of random weights.
+
+    Returns:
+        `dict`: `"samplers"` (rows), `"trained"`, `"batch"`, and `"compiled"` (ratios) where asked for.
+    """
+    device = torch.device(device)
+    pipe = (
+        load_pipeline(pipeline)
+        if pipeline
+        else untrained_pipeline(autoencoder or SMALL_AUTOENCODER, unet or SMALL_UNET)
+    )
+    pipe.to(device).set_progress_bar_config(disable=True)
+    dataset = load_collection(dataset_name) if pipeline and dataset_name else None
+    config, rows = pipe.scheduler.config, []
+    # float32 comes first: nothing brings back what half precision has rounded.
+    for dtype in (torch.float32, torch.float16, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
+        if dtype != torch.float32:  # diffusers warns of any conversion
+            pipe.to(dtype)
+        steps = {
+            name: functools.partial(sample, pipe, make_scheduler(config, kind, options), num_steps, batch_size)
+            for name, kind, options, num_steps in samplers
+        }
+        seconds(next(iter(steps.values())), device)  # warms up
+        times = medians(interleaved(steps, device, rounds))
+        for name, kind, options, num_steps in samplers:
+            pipe.scheduler = make_scheduler(config, kind, options)
+            rows.append(
+                {
+                    "sampler": name,
+                    "steps": num_steps,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "seconds an image": times[name] / batch_size,
+                    "its time / the last one's": times[name] / times[samplers[-1][0]],
+                    "Fréchet distance": quality(pipe, dataset, num_images, batch_size, num_steps) if dataset else None,
+                    "host synchronisation": host_synchronisation(
+                        pipe, make_scheduler(config, kind, options), num_steps
+                    ),
+                }
+            )
+    result = {"samplers": rows, "trained": pipeline is not None, "batch": batch_size}
+    if dataset is not None:
+        result["num_images"] = num_images
+    if compiled:
+        result["compiled"] = time_compiled(pipe, batch_size, device, rounds + 2)
+    return result
+
+
+def describe(result: dict) -> str:
+    """The part of the report."""
+    weights = "A trained pipeline" if result["trained"] else "A small pipeline of random weights"
+    if "num_images" in result:
+        measured = f"Fréchet distance of {result['num_images']} samples, features `random-conv`"
+    else:
+        measured = "quality was not measured: that takes a trained pipeline and its images"
+    text = f"{weights}, batch {result['batch']}, up to the pixels; {measured}.\n\n{markdown_table(result['samplers'])}"
+    if "compiled" in result:
+        ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in result["compiled"].items())
+        text += f"\nTime with `torch.compile` / time without: {ratios}.\n"
+    return text

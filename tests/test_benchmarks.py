@@ -1,0 +1,95 @@
+"""All benchmarks with tiny models: the numbers are there and the report is written."""
+
+import json
+
+import bench
+import pytest
+import torch
+from timing import log_slope, peak_bytes
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speed")
+    bench.main(["--tiny", "--device", "cpu", "--output_dir", str(folder)])
+    return json.loads((folder / "speed.json").read_text()) | {"folder": folder}
+
+
+def test_report_is_written(report):
+    text = (report["folder"] / "speed.md").read_text()
+    for title in bench.TITLES.values():
+        assert f"## {title}\n" in text
+    assert (report["folder"] / "speed-growth.png").stat().st_size > 0
+    assert report["machine"]["device"] in text
+
+
+def test_retrieval(report):
+    found = report["parts"]["retrieval"]
+    assert found["batch 1"]["loop over corners / retrieve"] > 1
+    assert 0 < found["memory"]["MB for each further image"] < found["memory"]["MB at batch 1"]
+
+
+def test_decoding(report):
+    for size in (1, 2):
+        rows = report["parts"]["decoding"][f"batch {size}"]
+        assert rows["BRICS"]["ours / it"] == 1
+        for row in rows.values():
+            assert row["images_per_second"] == pytest.approx(size / row["seconds"])
+            assert row["peak_mb"] > 0 and row["ours / it"] > 0
+    slices = rows["BRICS, by slices"]
+    assert slices["peak_mb"] < rows["BRICS"]["peak_mb"]  # of one image at a time, but for the results
+
+
+def test_sampling_without_a_pipeline(report):
+    found = report["parts"]["sampling"]
+    assert [row["sampler"] for row in found["samplers"]] == ["DPM-Solver++", "DDIM", "ancestral"]
+    assert [row["steps"] for row in found["samplers"]] == [2, 3, 4]
+    for row in found["samplers"]:
+        assert row["seconds an image"] > 0 and row["Fréchet distance"] is None
+        assert row["host synchronisation"] == "not applicable"
+    assert found["samplers"][-1]["its time / the last one's"] == 1
+    assert "quality was not measured" in (report["folder"] / "speed.md").read_text()
+
+
+def test_sampling_with_a_pipeline(pipe, image_folder, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipeline")
+    options = bench.TINY["sampling"] | {"pipeline": str(tmp_path / "pipeline"), "dataset_name": str(image_folder)}
+    found = bench.sampling.measure(**options, num_images=4)
+    assert all(row["Fréchet distance"] > 0 for row in found["samplers"])
+    assert "Fréchet distance of 4 samples" in bench.sampling.describe(found)
+
+
+def test_training(report):
+    found = report["parts"]["training"]
+    assert set(found["images_per_second"]) == {"BRICS", "VQModel", "stage two"}
+    assert all(value > 0 for value in found["images_per_second"].values())
+    assert 0 < found["data_share"] < 1 and 0 < found["optimizer_share"] < 1
+    assert len(found["adam"]) == 4 and all(row["fused"] > 0 and row["foreach"] > 0 for row in found["adam"])
+
+
+def test_growth(report):
+    found = report["parts"]["growth"]
+    assert list(found) == ["batch", "resolution", "levels", "groups", "T"]
+    for axis in found.values():
+        assert all(row[part]["seconds"] > 0 for row in axis["rows"] for part in ("lookup", "decode"))
+        assert len(axis["slopes"]) == 4
+    assert found["T"]["slopes"]["lookup memory"] == pytest.approx(0, abs=0.2)
+    assert found["batch"]["slopes"]["decode memory"] > 0.5
+
+
+def test_slope_and_peak():
+    assert log_slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+    def step():
+        first = torch.zeros(1000)
+        second = first + 1
+        del first
+        return second * 2
+
+    assert peak_bytes(step, torch.device("cpu")) == pytest.approx(8000, rel=0.01)  # and scalars
+
+
+def test_a_dataset_needs_a_pipeline(capsys):
+    with pytest.raises(SystemExit):
+        bench.parse_args(["--dataset_name", "images"])
+    assert "give --pipeline too" in capsys.readouterr().err
