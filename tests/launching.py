@@ -23,8 +23,9 @@ CONFIG = {
 }
 
 
-def environment(threads: int = 1, cpu: bool = True) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": str(cpu).lower()}
+def environment(cpu: bool = True) -> dict[str, str]:
+    # One thread: two tests run at a time, and threads that wait for one another on a busy core make no headway.
+    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": str(cpu).lower()}
 
 
 def launcher_words(processes: int) -> list[str]:
@@ -38,10 +39,10 @@ def command(script: str, *flags, processes: int = 1, launcher: bool = True) -> l
     return words + [str(ROOT / "training" / script), *map(str, flags)]
 
 
-def launch(script: str, *flags, processes: int = 1, threads: int = 1, check: bool = True, cpu: bool = True):
+def launch(script: str, *flags, processes: int = 1, check: bool = True, cpu: bool = True):
     """The finished process, `subprocess.CompletedProcess`; with `check`, one that succeeded."""
     words = command(script, *flags, processes=processes)
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment(threads, cpu))
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment(cpu))
     if check:
         assert done.returncode == 0, done.stderr[-4000:]
     return done

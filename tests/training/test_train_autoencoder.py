@@ -157,7 +157,7 @@ def test_loss_falls_and_beats_a_blurred_copy(tmp_path, collection):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     flags = ["--config", tmp_path / "config.yaml", "--dataset_name", collection, "--output_dir", tmp_path / "run"]
     flags += ["--max_train_samples", 64, "--num_validation_images", 0, "--max_train_steps", 250, "--no-random_flip"]
-    launch("train_autoencoder.py", *flags, threads=2)
+    launch("train_autoencoder.py", *flags)
     losses = [event.value for event in read_log(tmp_path / "run").Scalars("train/mse")]
     assert sum(losses[-3:]) < sum(losses[:3]) / 3
     images = ImageCollection(load_collection(collection, max_images=64), 64)
