@@ -30,14 +30,8 @@ from brics_diffusers.data import (
 )
 from brics_diffusers.evaluation import reconstruction_metrics
 from brics_diffusers.losses import load_lpips, lpips_is_cached, reconstruction_loss
-from brics_diffusers.training_utils import (
-    averaged_weights,
-    build_lr_scheduler,
-    build_optimizer,
-    ema_half_life_decay,
-    load_splits,
-    positive,
-)
+from brics_diffusers.optimization import build_lr_scheduler, build_optimizer
+from brics_diffusers.training_utils import averaged_weights, ema_half_life_decay, load_splits, positive
 
 
 # LDM's weight of the KL divergence; a few percent of the loss here.

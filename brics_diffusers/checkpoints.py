@@ -118,13 +118,16 @@ def clean_up(output_dir: str | os.PathLike) -> None:
         _restore(old)
 
 
-def check_shared_folder(accelerator: Accelerator, output_dir: str | os.PathLike, patience: float = 30.0) -> None:
+def check_shared_folder(
+    accelerator: Accelerator, output_dir: str | os.PathLike, flag: str = "--output_dir", patience: float = 30.0
+) -> None:
     r"""
     Makes sure that all processes see the same folder. Call on every process; the folder must exist on the first.
 
     Args:
         accelerator (`Accelerator`): The run's accelerator.
         output_dir (`str`): Folder of the run.
+        flag (`str`, defaults to `"--output_dir"`): What names it on the command line.
         patience (`float`, defaults to 30.0): Seconds in which a network file system has to show a new file.
 
     Raises:
@@ -149,7 +152,7 @@ def check_shared_folder(accelerator: Accelerator, output_dir: str | os.PathLike,
     if not all(seen):
         blind = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
         raise OSError(
-            f"{output_dir} of process {blind} is not that of process 0; name an --output_dir that all machines share."
+            f"{output_dir} of process {blind} is not that of process 0; name one with {flag} that all machines share."
         )
 
 

@@ -15,11 +15,10 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from .checkpoints import RunState, check_shared_folder, checkpoint_step, clean_up, list_checkpoints, resume
+from .checkpoints import RunState, check_shared_folder, clean_up, list_checkpoints, resume
 from .data import load_collection
 from .hub import add_hub_arguments, add_license_argument, open_repository
 from .models import BricsAutoencoder
@@ -290,23 +289,6 @@ def load_splits(args: argparse.Namespace):
     return train, validation.select(range(min(args.num_validation_images, len(validation))))
 
 
-def build_optimizer(model: torch.nn.Module, learning_rate: float, beta1: float, beta2: float, epsilon: float):
-    """Adam, one fused kernel a step, for the parameters of a model that are not frozen."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.Adam(parameters, lr=learning_rate, betas=(beta1, beta2), eps=epsilon, fused=True)
-
-
-def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer):
-    """The schedule of the flags `lr_scheduler`, `lr_warmup_steps` and `max_train_steps`."""
-    name = args.lr_scheduler
-    return get_scheduler(
-        "constant_with_warmup" if name == "constant" and args.lr_warmup_steps > 0 else name,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
-
-
 def resume_run(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -357,98 +339,6 @@ def run_settings(args: argparse.Namespace, accelerator: Accelerator, num_images:
         del settings["max_train_steps"]  # no schedule bends to it
     processes = {"number of processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     return settings | processes | {"number of training images": num_images}
-
-
-def set_adam(optimizer, learning_rate: float | None = None, beta1: float | None = None) -> None:
-    """Changes Adam's learning rate or momentum from the next step on."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["lr"] if learning_rate is None else learning_rate
-        group["betas"] = group["betas"] if beta1 is None else (beta1, group["betas"][1])
-
-
-def step_if_finite(
-    accelerator: Accelerator, optimizers: list, max_grad_norm: float | None, loss: torch.Tensor
-) -> bool:
-    r"""
-    Takes a step of each optimizer whose gradients are all finite, if the loss is, and drops the gradients. They are
-    summed over the processes by then, and so is the loss, so all come to the same decision.
-
-    Args:
-        accelerator (`Accelerator`): The run's accelerator.
-        optimizers (`list`): All that share the accelerator's loss scale; prepared by it.
-        max_grad_norm (`float`, *optional*): Clip each optimizer's gradients to this norm.
-        loss (`torch.Tensor`): Scalar, the sum of this process's losses since the last step; detached.
-
-    Returns:
-        `bool`: Whether all steps were taken.
-    """
-    # accelerate's own clipping unscales the gradients of all optimizers at every call, and its optimizers change the
-    # loss scale at every step: with two of them, gradients would be divided twice, or by another scale than theirs.
-    scaler = accelerator.scaler
-    finite_loss = bool(accelerator.reduce(loss, reduction="sum").isfinite())
-    all_finite = True
-    for optimizer in optimizers:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if scaler is not None:
-            scaler.unscale_(optimizer.optimizer)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        finite = finite_loss and bool(torch.isfinite(norm))
-        if finite and max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-        if finite:
-            optimizer.step() if scaler is None else scaler.step(optimizer.optimizer)
-        optimizer.zero_grad()
-        all_finite &= finite
-    if scaler is not None:
-        scaler.update()
-    return all_finite
-
-
-def count_skipped(state: RunState, finite: bool, limit: int, output_dir: str | Path) -> None:
-    r"""
-    Counts steps that were skipped for gradients that are not finite.
-
-    Args:
-        state (`RunState`): Holds the counts.
-        finite (`bool`): Whether the step was taken.
-        limit (`int`): Skipped steps in a row that end the run.
-        output_dir (`str`): Folder of the run.
-
-    Raises:
-        `FloatingPointError`: If the limit is reached; names the last checkpoint.
-    """
-    state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
-    state.skipped_steps += not finite
-    if state.skipped_in_a_row >= limit:
-        fault = f"the loss or its gradient was not finite in {limit} steps in a row, up to step {state.global_step}"
-        # Weights are known to be good if the step after them was: leave out a checkpoint right before the first fault.
-        raise _not_finite(fault, output_dir, state.global_step - limit)
-
-
-def check_weights(networks: list[torch.nn.Module], state: RunState, output_dir: str | Path) -> None:
-    r"""
-    Keeps weights that are not finite out of checkpoints and validation.
-
-    Args:
-        networks (`list[nn.Module]`): What is trained.
-        state (`RunState`): Knows the step.
-        output_dir (`str`): Folder of the run.
-
-    Raises:
-        `FloatingPointError`: If a weight is not finite; names the last checkpoint.
-    """
-    weights = [parameter.detach() for network in networks for parameter in network.parameters()]
-    if not torch.nn.utils.get_total_norm(weights, norm_type=float("inf")).isfinite():
-        raise _not_finite(f"a weight is not finite at step {state.global_step}", output_dir, state.global_step)
-
-
-def _not_finite(fault: str, output_dir: str | Path, before: int) -> FloatingPointError:
-    good = [path for path in list_checkpoints(output_dir) if checkpoint_step(path) < before]
-    return FloatingPointError(
-        f"{fault}; lower --learning_rate or use --mixed_precision no or bf16, and resume from "
-        f"{good[-1] if good else 'the start, as no checkpoint is known to be good'}."
-    )
 
 
 def peak_memory(device: torch.device) -> float:

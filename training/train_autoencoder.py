@@ -31,24 +31,26 @@ from brics_diffusers.losses import (
     lpips_is_cached,
     reconstruction_loss,
 )
+from brics_diffusers.optimization import (
+    build_lr_scheduler,
+    build_optimizer,
+    check_weights,
+    count_skipped,
+    set_adam,
+    step_if_finite,
+)
 from brics_diffusers.run_record import finish_run, summarize_run
 from brics_diffusers.training_utils import (
     StepLog,
     add_common_arguments,
     averaged_weights,
-    build_lr_scheduler,
-    build_optimizer,
-    check_weights,
-    count_skipped,
     ema_half_life_decay,
     load_autoencoder,
     load_splits,
     parse_arguments,
     resume_run,
     run_settings,
-    set_adam,
     start_run,
-    step_if_finite,
     tensorboard,
 )
 from brics_diffusers.visualization import side_by_side

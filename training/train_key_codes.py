@@ -20,6 +20,7 @@ from diffusers.training_utils import EMAModel
 from torchvision.transforms.functional import to_tensor
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
+from brics_diffusers.caching import weights_digest
 from brics_diffusers.checkpoints import (
     RunState,
     TerminationSignal,
@@ -38,6 +39,13 @@ from brics_diffusers.key_code_store import (
     write_key_codes,
 )
 from brics_diffusers.losses import denoising_loss
+from brics_diffusers.optimization import (
+    build_lr_scheduler,
+    build_optimizer,
+    check_weights,
+    count_skipped,
+    step_if_finite,
+)
 from brics_diffusers.pipelines.pipeline_brics_key_code import key_codes_to_latents
 from brics_diffusers.run_record import finish_run, summarize_run
 from brics_diffusers.schedulers.scheduling_cosine_variant import min_snr_weights
@@ -45,17 +53,12 @@ from brics_diffusers.training_utils import (
     StepLog,
     add_common_arguments,
     averaged_weights,
-    build_lr_scheduler,
-    build_optimizer,
-    check_weights,
-    count_skipped,
     load_autoencoder,
     parse_arguments,
     positive,
     resume_run,
     run_settings,
     start_run,
-    step_if_finite,
     tensorboard,
 )
 from brics_diffusers.visualization import image_grid
@@ -90,12 +93,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def fingerprint(autoencoder: BricsAutoencoder, dataset, args) -> str:
     """Changes with the autoencoder's weights, the collection and how images are read."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(autoencoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
-    digest.update(repr((collection_fingerprint(dataset), args.random_flip, args.shard_size)).encode())
-    return digest.hexdigest()
+    parts = weights_digest({"autoencoder": autoencoder}), collection_fingerprint(dataset)
+    return hashlib.sha256(repr((*parts, args.random_flip, args.shard_size)).encode()).hexdigest()
 
 
 def encode_collection(args, accelerator, autoencoder, dataset) -> KeyCodeDataset:
@@ -104,7 +103,7 @@ def encode_collection(args, accelerator, autoencoder, dataset) -> KeyCodeDataset
     mark = fingerprint(autoencoder, dataset, args)
     with accelerator.main_process_first():
         complete = open_key_codes(folder, mark)
-    check_shared_folder(accelerator, folder)
+    check_shared_folder(accelerator, folder, "--key_codes_dir")
     if not broadcast_object_list([complete])[0]:
         write_key_codes(
             autoencoder,

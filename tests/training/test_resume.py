@@ -163,7 +163,9 @@ def test_two_machines(flags_of, tmp_path, shared):
         assert len(list((tmp_path / "a/checkpoint-2").glob("random_states_*.pkl"))) == 2
     else:
         assert all(run.returncode != 0 for run in runs)
-        assert "b of process 1 is not that of process 0; name an --output_dir that all machines share" in errors[1]
+        assert (
+            "b of process 1 is not that of process 0; name one with --output_dir that all machines share" in errors[1]
+        )
 
 
 def test_other_settings_are_named(stage_one, flags_of, tmp_path, run_here):

@@ -7,14 +7,8 @@ from accelerate import Accelerator
 from launching import CONFIG, assert_same_movement
 
 from brics_diffusers.checkpoints import RunState
-from brics_diffusers.training_utils import (
-    StepLog,
-    build_lr_scheduler,
-    check_weights,
-    count_skipped,
-    load_autoencoder,
-    step_if_finite,
-)
+from brics_diffusers.optimization import build_lr_scheduler, check_weights, count_skipped, step_if_finite
+from brics_diffusers.training_utils import StepLog, load_autoencoder
 from brics_diffusers.visualization import image_grid, side_by_side
 
 
