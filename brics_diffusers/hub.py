@@ -9,13 +9,13 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError
 
-from .model_card import CARD, make_card, metric_files, without_folders
+from .model_card import CARD, CURVES, PICTURES, make_card, metric_files, without_folders
 
 
 logger = logging.getLogger(__name__)
 
 # Of a run's own folder, besides metrics and the folders of models. Checkpoints, key codes and logs are not among them.
-RUN_FILES = ("training_config.json", "training_summary.json", "samples.png", "reconstructions.png")
+RUN_FILES = ("training_config.json", "training_summary.json", *PICTURES, CURVES)
 MODEL_SUFFIXES = (".json", ".safetensors")
 
 

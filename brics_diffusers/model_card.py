@@ -27,6 +27,13 @@ CITATION = """\
   year    = {2023}
 }
 ```"""
+# Pictures in a run's folder or its `reports`, with what their captions say.
+PICTURES = {
+    "samples.png": "Samples, not selected",
+    "reconstructions.png": "Held-out images above their reconstructions",
+    "reports/nearest-neighbours-grid.png": "Samples (left) and the nearest training images, with their distances",
+}
+CURVES = "curves.png"
 # Settings of a run that its card lists; all others are in training_config.json.
 SETTINGS = ("train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "seed", "random_flip")
 
@@ -78,7 +85,7 @@ def read_facts(folder: str | os.PathLike) -> dict:
     configs = {name: config for name, config in configs.items() if config}
     if "autoencoder" not in configs:
         raise FileNotFoundError(f"{folder} has no autoencoder/config.json; name a finished run or a saved pipeline.")
-    pictures = [name for name in ("samples.png", "reconstructions.png") if (folder / name).is_file()]
+    pictures = [name for name in (*PICTURES, CURVES) if (folder / name).is_file()]
     return without_folders(
         {
             "models": configs,
@@ -200,8 +207,7 @@ def _about(facts: dict, name: str) -> str:
         f"{config['key_channels']} numbers in [0, 1], looks features up with it in grids and decodes them"
         + ("; a diffusion model generates key codes." if facts["is_pipeline"] else ".")
     )
-    pictures = {"samples.png": "Samples, not selected", "reconstructions.png": "Held-out images above reconstructions"}
-    shown = [f"![{pictures[picture]}]({picture})\n\n{pictures[picture]}." for picture in facts["pictures"]]
+    shown = [f"![{text}]({name})\n\n{text}." for name, text in PICTURES.items() if name in facts["pictures"]]
     return "\n\n".join([text, *([markdown_table(rows).strip()] if rows else []), *shown])
 
 
@@ -280,6 +286,8 @@ def _training(facts: dict, name: str) -> str:
     earlier = facts["summary"].get("autoencoder_training")
     if earlier:
         parts += ["The autoencoder:", _training_table(earlier.get("config", {}), earlier)]
+    if CURVES in facts["pictures"]:
+        parts.append(f"![Curves of the training]({CURVES})")
     parts.append("All settings are in `training_config.json`.")
     return "\n\n".join(part.strip() for part in parts)
 
@@ -292,6 +300,7 @@ def _training_table(config: dict, summary: dict) -> str:
         "training images": summary.get("training_images"),
         "steps": summary.get("steps"),
         "images seen": summary.get("images_seen"),
+        "hours": summary.get("hours"),
         **{setting.replace("_", " "): config.get(setting) for setting in SETTINGS},
         "processes": summary.get("num_processes"),
         "mixed precision": summary.get("mixed_precision"),

@@ -6,6 +6,7 @@ import torch
 
 from .code_statistics import PRECISION_DECADES
 from .models.feature_grids import FeatureGrids
+from .training_curves import BOOKKEEPING
 from .visualization import image_grid
 
 
@@ -188,4 +189,29 @@ def cost_plot(parameters: dict[str, float], multiply_adds: dict[str, float]):
         axes.tick_params(labelsize=8)
         axes.invert_yaxis()
     right.set_yticks([])
+    return figure
+
+
+def training_plot(runs: dict[str, dict[str, list[tuple[int, float]]]]):
+    r"""
+    Losses of runs, and PSNR on held-out images or, for a run without any, the learning rate.
+
+    Args:
+        runs (`dict[str, dict]`): Curves by the title of the run, see `read_curves`.
+
+    Returns:
+        `matplotlib.figure.Figure`.
+    """
+    figure, rows = new_figure(2, len(runs))
+    for (left, right), (title, curves) in zip(rows, runs.items(), strict=True):
+        parts = {name.removeprefix("train/"): name for name in curves if name.startswith("train/")}
+        losses = {part: name for part, name in parts.items() if part not in BOOKKEEPING}
+        for color, (part, name) in zip(COLORS * len(losses), losses.items(), strict=False):
+            left.plot(*zip(*curves[name], strict=True), color=color, linewidth=1, label=part)
+        left.set(title=f"{title}: training", xlabel="step", ylabel="loss", yscale="log")
+        left.legend(fontsize=8)
+        measured = "validation/psnr" if "validation/psnr" in curves else "train/learning_rate"
+        right.plot(*zip(*curves[measured], strict=True), color=COLORS[0], marker="." if "psnr" in measured else None)
+        label = "PSNR (dB)" if "psnr" in measured else "learning rate"
+        right.set(title=f"{title}: held-out images" if "psnr" in measured else title, xlabel="step", ylabel=label)
     return figure

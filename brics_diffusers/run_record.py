@@ -11,8 +11,10 @@ from accelerate import Accelerator
 
 from .checkpoints import RunState
 from .hub import first_line, push
-from .model_card import write_card
+from .model_card import CURVES, write_card
+from .plots import training_plot
 from .reports import machine
+from .training_curves import read_curves
 
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ def summarize_run(
     summary = {
         "steps": state.global_step,
         "images_seen": state.images_seen,
+        "hours": round(read_curves(args.output_dir)[1], 2),
         "skipped_steps": state.skipped_steps,
         "training_images": num_images,
         "dataset_on_hub": not os.path.exists(args.dataset_name),
@@ -57,8 +60,8 @@ def summarize_run(
 
 def finish_run(args: argparse.Namespace, summary: dict) -> None:
     r"""
-    Writes the summary and the card into the run's folder, and pushes if `--push_to_hub` asks for it. Call on the main
-    process, when everything else is saved.
+    Writes the summary, the curves and the card into the run's folder, and pushes if `--push_to_hub` asks for it. Call
+    on the main process, when everything else is saved.
 
     Args:
         args (`argparse.Namespace`): Flags of the run.
@@ -69,6 +72,7 @@ def finish_run(args: argparse.Namespace, summary: dict) -> None:
     """
     output_dir = Path(args.output_dir)
     (output_dir / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    draw_curves(output_dir, getattr(args, "autoencoder_name_or_path", None))
     write_card(output_dir, args.hub_license)
     if not args.push_to_hub:
         return
@@ -79,3 +83,24 @@ def finish_run(args: argparse.Namespace, summary: dict) -> None:
             f"the run in {output_dir} is complete, but its push to {args.hub_model_id} failed ({first_line(error)}); "
             f"repeat it with `brics-diffusers card {output_dir} --push_to_hub --hub_model_id {args.hub_model_id}`."
         ) from error
+
+
+def draw_curves(output_dir: str | os.PathLike, autoencoder_dir: str | os.PathLike | None = None) -> None:
+    r"""
+    Writes `curves.png` into a run's folder, from what it and stage one have logged; nothing where there are no logs or
+    matplotlib is not installed.
+
+    Args:
+        output_dir (`str`): Folder of the run.
+        autoencoder_dir (`str`, *optional*): Output folder of stage one, for a run of stage two.
+    """
+    folders = {"autoencoder": autoencoder_dir or output_dir}
+    if autoencoder_dir is not None:
+        folders["diffusion model"] = output_dir
+    runs = {title: read_curves(folder)[0] for title, folder in folders.items()}
+    runs = {title: curves for title, curves in runs.items() if curves}
+    try:
+        if runs:
+            training_plot(runs).savefig(Path(output_dir) / CURVES, dpi=100)
+    except ImportError as error:
+        logger.info("No %s: %s", CURVES, error)

@@ -66,6 +66,8 @@ from brics_diffusers.visualization import image_grid
 
 logger = logging.getLogger("train_key_codes")
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Flags of this script, and the models of its config."""
@@ -83,6 +85,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--snr_gamma", type=float, help="Min-SNR weighting with this limit, 5 in the paper; none by default.")
     add("--ema_max_decay", type=float, default=0.9999, help="Decay of the averaged weights after its warm-up.")
     add("--num_validation_images", type=int, default=16, help="Images sampled at each validation, of all processes.")
+    add("--save_dtype", choices=DTYPES, default="fp32", help="Numbers of the saved pipeline; checkpoints stay fp32.")
     add("--num_inference_steps", type=positive, default=20, help="DPM-Solver++ steps of these samples.")
     parser.set_defaults(lr_scheduler="cosine", output_dir="runs/pipeline")
     args = parse_arguments(parser, "train_key_codes", ("unet", "scheduler"), argv)
@@ -291,7 +294,8 @@ def main(argv=None):
 
     if accelerator.is_main_process:
         with averaged_weights(bare, ema), naming_the_last_checkpoint(output_dir, "the pipeline"):
-            save_pipeline(BricsKeyCodePipeline(autoencoder, bare, scheduler), output_dir)
+            pipeline = BricsKeyCodePipeline(autoencoder, bare, scheduler)  # the models have done their work
+            save_pipeline(pipeline.to(DTYPES[args.save_dtype]), output_dir)
         logger.info("The pipeline is in %s", output_dir)
         finish_run(args, summarize_run(args, accelerator, state, len(dataset), bare))
     accelerator.end_training()

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import torch
 import train_key_codes
 from launching import assert_same_movement, launch, movement
 from PIL import Image
+from safetensors.torch import load_file
 
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data import ImageCollection, load_collection
@@ -19,6 +21,26 @@ def test_a_whole_pipeline_is_saved(stage_two):
     assert images.shape == (2, 3, 32, 32) and images.isfinite().all()
     assert Image.open(output_dir / "samples.png").width > 32
     assert (output_dir / "checkpoint-4").is_dir()
+
+
+def test_half_precision_is_for_what_is_saved(stage_one, stage_two, image_folder, write_config, tmp_path, run_here):
+    output_dir = shutil.copytree(stage_two[0], tmp_path / "run")
+    flags = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", output_dir, "--random_flip"]
+    flags += ["--autoencoder_name_or_path", stage_one[0], "--resume_from_checkpoint", "latest"]
+    run_here(train_key_codes.main, *flags, "--save_dtype", "fp16")
+    for name in ("autoencoder", "unet"):
+        (path,) = (output_dir / name).glob("*.safetensors")
+        expected = load_file(stage_two[0] / name / path.name)
+        for key, weight in load_file(path).items():
+            assert weight.dtype == torch.float16
+            torch.testing.assert_close(weight, expected[key].half(), rtol=0, atol=0)
+
+
+def test_a_run_draws_its_curves(stage_two):
+    summary = json.loads((stage_two[0] / "training_summary.json").read_text())
+    assert summary["hours"] >= 0
+    assert Image.open(stage_two[0] / "curves.png").height == 720  # stage one above stage two
+    assert "![Curves of the training](curves.png)" in (stage_two[0] / "README.md").read_text()
 
 
 def test_key_codes_are_those_of_the_autoencoder(stage_two, image_folder):

@@ -1,0 +1,45 @@
+"""Curves of a run, read back from its TensorBoard logs."""
+
+import os
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+LOGS = "logs/tensorboard"
+# What the training scripts log beside losses.
+BOOKKEEPING = ("learning_rate", "grid_usage", "skipped_steps", "images_per_second", "peak_memory_mib")
+
+
+def read_curves(output_dir: str | os.PathLike) -> tuple[dict[str, list[tuple[int, float]]], float]:
+    r"""
+    Scalars that a run has logged, and how long it trained.
+
+    Args:
+        output_dir (`str`): Output folder of either training script.
+
+    Returns:
+        `tuple`: Points (step, value) by name, such as `"train/mse"` or `"validation/psnr"`, in the order of the steps,
+        and the hours from the first entry to the last, summed over the pieces of a run that was interrupted. Where a
+        run went on from an older checkpoint, what it logged before and did again is left out. Without logs: `{}`, 0.
+    """
+    curves, seconds = {}, 0.0
+    for path in sorted(Path(output_dir, LOGS).glob("events.out.tfevents.*"), key=_first_time):
+        accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 1, "histograms": 1})
+        accumulator.Reload()
+        pieces = {name: accumulator.Scalars(name) for name in accumulator.Tags()["scalars"]}
+        if not pieces:
+            continue
+        times = [event.wall_time for events in pieces.values() for event in events]
+        seconds += max(times) - min(times)
+        start = min(events[0].step for events in pieces.values())
+        for name in curves:
+            curves[name] = [point for point in curves[name] if point[0] < start]
+        for name, events in pieces.items():
+            curves.setdefault(name, []).extend((event.step, event.value) for event in events)
+    return curves, seconds / 3600
+
+
+def _first_time(path: Path) -> int:
+    """Time in a file's name, `events.out.tfevents.TIME.HOST...`."""
+    return int(path.name.split(".")[3])
