@@ -75,7 +75,7 @@ def host_synchronisation(pipe, scheduler, num_steps: int) -> str:
     if device.type != "cuda":
         return "not applicable"
     pipe.scheduler = scheduler
-    scheduler.set_timesteps(num_steps, device=device)
+    scheduler.set_timesteps(num_steps)
     latents = torch.randn(1, *pipe.autoencoder.key_code_shape, device=device, dtype=pipe.unet.dtype)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -87,7 +87,7 @@ def finish_run(args: argparse.Namespace, summary: dict) -> None:
 
 def draw_curves(output_dir: str | os.PathLike, autoencoder_dir: str | os.PathLike | None = None) -> None:
     r"""
-    Writes `curves.png` into a run's folder, from what it and stage one have logged; nothing where there are no logs or
+    Writes `curves.png` into a run's folder, from what it and stage one have logged; nothing where no step was logged or
     matplotlib is not installed.
 
     Args:
@@ -98,7 +98,7 @@ def draw_curves(output_dir: str | os.PathLike, autoencoder_dir: str | os.PathLik
     if autoencoder_dir is not None:
         folders["diffusion model"] = output_dir
     runs = {title: read_curves(folder)[0] for title, folder in folders.items()}
-    runs = {title: curves for title, curves in runs.items() if curves}
+    runs = {title: curves for title, curves in runs.items() if "train/learning_rate" in curves}
     try:
         if runs:
             training_plot(runs).savefig(Path(output_dir) / CURVES, dpi=100)

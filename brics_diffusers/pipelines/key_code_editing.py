@@ -41,21 +41,18 @@ class KeyCodeEditingMixin:
                 f"{name}: {height}x{width} pixels, but the diffusion model makes {size}x{size}; crop or resize it."
             )
 
-    def get_timesteps(
-        self, num_inference_steps: int, strength: float, device: str | torch.device | None = None
-    ) -> torch.Tensor:
+    def get_timesteps(self, num_inference_steps: int, strength: float) -> torch.Tensor:
         r"""
         Sets the scheduler's timesteps, and where among them to begin.
 
         Args:
             num_inference_steps (`int`): Denoising steps from pure noise to a clean sample.
             strength (`float`): Share of these steps to take, in [0, 1]; the number is rounded down.
-            device (`str` or `torch.device`, *optional*): Where the timesteps are to lie.
 
         Returns:
-            `torch.Tensor`: The last of the scheduler's timesteps; empty if no step is to be taken.
+            `torch.Tensor`: The last of the scheduler's timesteps, on the CPU; empty if no step is to be taken.
         """
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.scheduler.set_timesteps(num_inference_steps)
         timesteps = self.scheduler.timesteps
         order = self.scheduler.order  # calls of the model a step; the last step can have fewer
         num_steps = math.ceil(len(timesteps) / order)
@@ -66,7 +63,7 @@ class KeyCodeEditingMixin:
 
     def _add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         # In float32: bfloat16 rounds an alpha-bar of 0.9999 to 1.
-        noised = self.scheduler.add_noise(clean.float(), noise.float(), timestep.repeat(len(clean)))
+        noised = self.scheduler.add_noise(clean.float(), noise.float(), timestep.repeat(len(clean)).to(clean.device))
         return noised.to(clean.dtype)
 
     def _renew(
@@ -81,7 +78,7 @@ class KeyCodeEditingMixin:
         renewed: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Noises clean latents and denoises them; where `renewed` (B, 1, H_z, W_z) is false they stay as they are."""
-        timesteps = self.get_timesteps(num_inference_steps, strength, clean.device)
+        timesteps = self.get_timesteps(num_inference_steps, strength)
         if len(timesteps) == 0:
             return clean
         noise = randn_tensor(clean.shape, generator=generator, device=clean.device, dtype=clean.dtype)

@@ -108,12 +108,17 @@ class BricsKeyCodePipeline(SafePipelineMixin, KeyCodeEditingMixin, DiffusionPipe
         tensor_inputs: list[str],
         after_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Latents at the noise level of the first of `timesteps` to clean ones; `after_step` may change them."""
+        """Latents at the noise level of the first of `timesteps` to clean ones; `after_step` may change them.
+
+        The scheduler looks coefficients up with `timesteps`: on the CPU, where they come from, it need not wait for a
+        GPU in every step.
+        """
         extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
+        unet_timesteps = timesteps.to(latents.device, non_blocking=True)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for index, timestep in enumerate(timesteps):
                 model_input = self.scheduler.scale_model_input(latents, timestep)
-                noise = self.unet(model_input, timestep).sample
+                noise = self.unet(model_input, unet_timesteps[index]).sample
                 latents = self.scheduler.step(noise, timestep, latents, **extra_step_kwargs).prev_sample
                 if after_step is not None:
                     latents = after_step(index, latents)
@@ -188,7 +193,7 @@ class BricsKeyCodePipeline(SafePipelineMixin, KeyCodeEditingMixin, DiffusionPipe
         if latents is None:
             shape = (batch_size, *self.autoencoder.key_code_shape)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.scheduler.set_timesteps(num_inference_steps)
         latents = latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
         latents = self._denoise(latents, self.scheduler.timesteps, generator, eta, callback_on_step_end, tensor_inputs)
         return self._output(latents, output_type, return_dict)
