@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError
 
-from .model_card import CARD, CURVES, PICTURES, make_card, metric_files, without_folders
+from .model_card import CARD, CURVES, PICTURES, make_card, metric_files, read_facts, without_folders, write_card
 
 
 logger = logging.getLogger(__name__)
@@ -155,6 +155,35 @@ def push(
     folder = Path(folder)
     _merge_card(folder, repo_id, license_name)
     return commit_folder(folder, repo_id, public_files(folder), message)
+
+
+def export(folder: str | os.PathLike, target: str | os.PathLike, license_name: str | None = None) -> Path:
+    r"""
+    Copies what a push would publish to another folder, and makes or renews the card there. Other files stay.
+
+    Args:
+        folder (`str`): Folder of the run or pipeline.
+        target (`str`): The other folder, made if it does not exist; its name is the model's.
+        license_name (`str`, *optional*): License of the weights for a card that names none.
+
+    Returns:
+        `Path`: The card.
+
+    Raises:
+        `FileNotFoundError`: If the folder holds no model.
+        `ValueError`: If both folders are one.
+    """
+    folder, target = Path(folder), Path(target)
+    read_facts(folder)
+    if folder.resolve() == target.resolve():
+        raise ValueError(f"{folder} would be copied onto itself; name another folder.")
+    for name in public_files(folder):
+        if name == CARD:
+            continue
+        path, content = target / name, _content(folder / name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    return write_card(target, license_name)
 
 
 def commit_folder(

@@ -87,8 +87,8 @@ def finish_run(args: argparse.Namespace, summary: dict) -> None:
 
 def draw_curves(output_dir: str | os.PathLike, autoencoder_dir: str | os.PathLike | None = None) -> None:
     r"""
-    Writes `curves.png` into a run's folder, from what it and stage one have logged; nothing where no step was logged or
-    matplotlib is not installed.
+    Writes `curves.png` into a run's folder, from what it and stage one have logged; nothing where no step was logged
+    or matplotlib is not installed.
 
     Args:
         output_dir (`str`): Folder of the run.

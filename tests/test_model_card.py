@@ -4,6 +4,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from brics_diffusers import BricsKeyCodePipeline
+from brics_diffusers.commands import main
+from brics_diffusers.hub import export, public_files
 from brics_diffusers.model_card import PAPER, make_card, metadata, read_facts, without_folders, write_card
 
 
@@ -167,3 +170,36 @@ class TestEdits:
 )
 def test_without_folders(value, expected):
     assert without_folders(value) == expected
+
+
+class TestExport:
+    def test_only_what_is_published_is_copied(self, trained, tmp_path):
+        (trained / "checkpoint-4").mkdir()
+        (trained / "checkpoint-4/optimizer.bin").write_bytes(b"state")
+        (trained / "README.md").write_text("a card of the run")
+        target = tmp_path / "named"
+        (target / "reports").mkdir(parents=True)
+        (target / "pictures.png").write_bytes(b"mine")
+        main(["card", str(trained), "--export_dir", str(target), "--hub_license", "apache-2.0"])
+        files = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+        assert files == {*public_files(trained), "README.md", "pictures.png"}
+        assert "reports/generation-metrics.json" in files and "checkpoint-4/optimizer.bin" not in files
+        card = (target / "README.md").read_text()
+        assert "license: apache-2.0" in card and 'from_pretrained("named")' in card and "a card of the run" not in card
+        assert "/home/me" not in (target / "training_config.json").read_text()
+        assert BricsKeyCodePipeline.from_pretrained(target).unet.config.sample_size
+
+    def test_edits_of_the_exported_card_survive(self, trained, tmp_path):
+        path = export(trained, tmp_path / "named")
+        path.write_text(path.read_text().replace("# named\n", "# named\n\nMine.\n"))
+        assert export(trained, tmp_path / "named").read_text().count("Mine.") == 1
+
+    @pytest.mark.parametrize("flags, message", [((), "onto itself"), (("--push_to_hub",), "exclude each other")])
+    def test_refusals(self, trained, flags, message):
+        with pytest.raises(SystemExit, match=message):
+            main(["card", str(trained), "--export_dir", str(trained), *flags])
+
+    def test_no_model(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="has no autoencoder/config.json"):
+            export(tmp_path, tmp_path / "named")
+        assert not (tmp_path / "named").exists()

@@ -8,19 +8,25 @@ within it: give `reconstruct-metrics` and `generation-metrics` that --output_dir
 import argparse
 from pathlib import Path
 
-from ..hub import add_hub_arguments, add_license_argument, open_repository, push
+from ..hub import add_hub_arguments, add_license_argument, export, open_repository, push
 from ..model_card import read_facts, write_card
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this subcommand."""
     parser.add_argument("folder", help="Output folder of either training script, or a saved pipeline.")
+    parser.add_argument("--export_dir", help="Copy what a push would hold to this folder, and make the card there.")
     add_hub_arguments(parser)
     add_license_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes `README.md`, and pushes."""
+    """Writes `README.md`, and copies or pushes."""
+    if args.push_to_hub and args.export_dir is not None:
+        raise ValueError("--export_dir and --push_to_hub exclude each other; push the run itself.")
+    if args.export_dir is not None:
+        print(export(args.folder, args.export_dir, args.hub_license))
+        return
     if not args.push_to_hub:
         print(write_card(args.folder, args.hub_license))
         return

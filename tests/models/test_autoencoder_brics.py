@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from brics_diffusers import BricsAutoencoder
+from brics_diffusers.models import autoencoder_brics
 
 
 SMALL = {
@@ -175,6 +176,22 @@ class TestInterface:
             hook.remove()
         for name in whole.keys():
             torch.testing.assert_close(sliced[name], whole[name], **SAME)
+
+    @pytest.mark.parametrize("images_at_once, sizes", [(1, [1, 1, 1]), (2, [2, 1]), (3, [3]), (0.5, [1, 1, 1])])
+    def test_a_cpu_decodes_slices_of_bounded_size(self, any_model, images, monkeypatch, images_at_once, sizes):
+        codes = any_model.encode(images).key_codes
+        whole = any_model.decode(codes).sample  # with gradients, at once
+        channels = any_model.config.decoder_block_out_channels[-1]
+        limit = int(4 * channels * images[0, 0].numel() * images_at_once)
+        monkeypatch.setattr(autoencoder_brics, "SLICE_BYTES", limit)
+        seen = []
+        handle = any_model.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+        with torch.no_grad():
+            sliced = any_model.decode(codes).sample
+        any_model.decode(codes)
+        handle.remove()
+        assert seen == [*sizes, 3]
+        torch.testing.assert_close(sliced, whole, **SAME)
 
 
 class TestNoise:
