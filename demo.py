@@ -1,4 +1,5 @@
-"""Trains both stages small on photographs that ship with scikit-image, and shows what comes out.
+"""Shows what the trained model of this repository makes, then trains both stages small on photographs that ship with
+scikit-image, and shows what comes out of that.
 
 Run by `make demo`. Everything is written to one folder, which is named at the end.
 """
@@ -15,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import skimage.data
 import torch
-from PIL import Image
+from diffusers import DPMSolverMultistepScheduler
+from PIL import Image, ImageOps
 
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data import evaluation_loader, load_collection
@@ -24,6 +26,7 @@ from brics_diffusers.visualization import image_grid, side_by_side
 
 
 ROOT = Path(__file__).parent
+TRAINED = ROOT / "model_cards/brics-noto-emoji-64"
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle")
 CROPS = {"train": 160, "validation": 12}  # of each photograph
 SIZE = 64
@@ -53,6 +56,20 @@ def write_crops(folder: Path, seed: int) -> None:
                 crop.save(folder / split / f"{name}-{index:03d}.png")
 
 
+def show_trained_model(output_dir: Path, seed: int) -> None:
+    """Samples of the model that ships with this repository, and photographs above its reconstructions of them."""
+    pipe = BricsKeyCodePipeline.from_pretrained(TRAINED)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    generator = torch.Generator().manual_seed(seed)
+    samples = pipe(batch_size=16, num_inference_steps=50, generator=generator, output_type="pt").images
+    image_grid(2 * samples - 1).save(output_dir / "emoji-samples.png")
+    size = (pipe.autoencoder.config.sample_size,) * 2
+    photographs = [ImageOps.fit(load_photograph(name), size, Image.Resampling.LANCZOS) for name in PHOTOGRAPHS]
+    reconstructions = pipe.reconstruct(photographs, output_type="pt").images
+    targets = pipe.image_processor.preprocess(photographs)
+    side_by_side(targets, 2 * reconstructions - 1).save(output_dir / "emoji-reconstructions.png")
+
+
 def launch(script: str, *arguments: str) -> None:
     """Runs a training script as a user would."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--mixed_precision", "no"]
@@ -71,6 +88,9 @@ def main():
     photos, stage_one, pipeline = (output_dir / name for name in ("photos", "stage-one", "pipeline"))
     for folder in (photos, stage_one, pipeline):  # of an earlier demo
         shutil.rmtree(folder, ignore_errors=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    show_trained_model(output_dir, args.seed)
+    print(f"Samples and reconstructions of the trained model after {time.monotonic() - started:.0f} s: {output_dir}")
     write_crops(photos, args.seed)
 
     common = ["--config", str(ROOT / "training/configs/photos-demo.yaml"), "--dataset_name", str(photos)]

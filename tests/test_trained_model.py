@@ -1,0 +1,73 @@
+"""The model that ships with the repository: what its card promises."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from brics_diffusers import BricsKeyCodePipeline
+from brics_diffusers.data import evaluation_loader, load_collection
+from brics_diffusers.evaluation import reconstruction_metrics
+
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "model_cards/brics-noto-emoji-64"
+IMAGES = ROOT.parent / "shared/data/noto-emoji-64"
+
+
+@pytest.fixture(scope="module")
+def trained():
+    pipe = BricsKeyCodePipeline.from_pretrained(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def report():
+    return json.loads((MODEL / "reports/reconstruct-metrics-standard.json").read_text())
+
+
+def test_size():
+    sizes = {path.name: path.stat().st_size for path in MODEL.rglob("*") if path.is_file()}
+    assert sum(sizes.values()) <= 30e6 and max(sizes.values()) <= 15e6
+    assert not [name for name in sizes if Path(name).suffix in (".bin", ".pt", ".ckpt", ".pkl", ".npy")]
+
+
+def test_samples(trained):
+    trained.scheduler = DPMSolverMultistepScheduler.from_config(trained.scheduler.config, use_karras_sigmas=True)
+    draw = {"num_inference_steps": 10, "output_type": "pt"}
+    images, again = (trained(4, generator=torch.Generator().manual_seed(0), **draw).images for _ in range(2))
+    assert images.shape == (4, 3, 64, 64) and torch.equal(images, again)
+    # Emoji stand on white: the corners of most, and not their middle.
+    corners = images[:, :, :4, :4].mean(dim=(1, 2, 3))
+    assert corners.median() > 0.9 and images[:, :, 24:40, 24:40].mean() < 0.85
+
+
+def test_card(report):
+    card = ModelCard.load(MODEL / "README.md")
+    assert card.data.license == "apache-2.0" and card.data.library_name == "diffusers"
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    assert f"{report['metrics']['psnr']['mean']:.4f} ± " in card.text
+    assert "arXiv preprint arXiv:2305.18601" in card.text and "| hours |" in card.text
+    pictures = re.findall(r"\]\(([\w/-]+\.png)\)", card.text)
+    assert len(pictures) >= 5
+    for name in pictures:
+        assert Image.open(MODEL / name).size > (200, 100)
+
+
+def test_held_out_reconstructions_are_good(report):
+    assert report["metrics"]["psnr"]["mean"] > 24
+    assert (report["split"], report["protocol"]) == ("validation", "standard")
+
+
+@pytest.mark.skipif(not IMAGES.is_dir(), reason=f"{IMAGES.name} is not beside the repository")
+def test_reported_metrics_are_the_models(trained, report):
+    loader = evaluation_loader(load_collection(IMAGES, "validation"), 64, batch_size=16)
+    metrics = reconstruction_metrics(trained.autoencoder.eval(), loader)
+    for name in ("psnr", "ssim"):
+        assert metrics[name].mean().item() == pytest.approx(report["metrics"][name]["mean"], abs=0.01)
