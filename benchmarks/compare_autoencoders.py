@@ -79,6 +79,16 @@ CLASSES = {"BricsAutoencoder": BricsAutoencoder, "AutoencoderKL": AutoencoderKL,
 # 15.63, 15.65, 15.36 and 14.49 dB for AutoencoderKL, 12.47, 12.53, 12.35 and 11.83 dB for VQModel.
 LEARNING_RATES = {"BricsAutoencoder": 2e-3, "AutoencoderKL": 1e-3, "VQModel": 1e-3}
 SWEEP = (2e-3, 1e-3, 5e-4, 2e-4)
+# What BRICS' result may hang on, one change at a time: learning rate and arguments.
+ABLATIONS = {
+    "BricsAutoencoder": (2e-3, {}),
+    "learning rate 5e-3": (5e-3, {}),
+    "learning rate 1e-3": (1e-3, {}),
+    "codes without noise": (2e-3, {"regularization": "none"}),
+    "grids without coordinates": (2e-3, {"use_coordinates": False}),
+    "encoder twice as wide": (2e-3, {"encoder_block_out_channels": (32, 64, 128)}),
+    "decoder as costly as a peer": (2e-3, {"decoder_block_out_channels": (80, 40)}),
+}
 # The paper's, and Adam's usual one.
 ADAM_EPSILON = {"BricsAutoencoder": 1e-15, "AutoencoderKL": 1e-8, "VQModel": 1e-8}
 
@@ -94,6 +104,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--num_validation_images", type=positive, default=256, help="Held-out images to use at most.")
     add("--output_dir", default="runs/comparison", help="Folder for the report, and for states to go on from.")
     add("--sweep", action="store_true", help=f"Train the peers alone, with learning rates {SWEEP}.")
+    add("--ablate", action="store_true", help="Train BRICS with single changes, beside AutoencoderKL.")
+    add(
+        "--show_images",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Held-out images above their reconstructions in the picture; not for those that must not be passed on.",
+    )
     add("--peer_channels", type=positive, nargs="+", help="Widths of the peers' blocks, instead of the config's.")
     add("--max_train_steps", type=positive, default=3000, help="Steps of each model.")
     add("--validation_steps", type=positive, default=250, help="Steps from one validation to the next.")
@@ -113,11 +130,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def planned_runs(args) -> dict[str, tuple[str, float]]:
-    """Class and learning rate of every run, by the run's name."""
+def planned_runs(args) -> dict[str, tuple[str, float, dict]]:
+    """Class, learning rate and changed arguments of every run, by the run's name."""
     if args.sweep:
-        return {f"{name} {rate:g}": (name, rate) for name in ("AutoencoderKL", "VQModel") for rate in SWEEP}
-    return {name: (name, rate) for name, rate in LEARNING_RATES.items()}
+        return {f"{name} {rate:g}": (name, rate, {}) for name in ("AutoencoderKL", "VQModel") for rate in SWEEP}
+    plain = {name: (name, rate, {}) for name, rate in LEARNING_RATES.items()}
+    if args.ablate:
+        changed = {name: ("BricsAutoencoder", rate, changes) for name, (rate, changes) in ABLATIONS.items()}
+        return changed | {"AutoencoderKL": plain["AutoencoderKL"]}
+    return plain
 
 
 def reconstruct(model, images: torch.Tensor):
@@ -133,10 +154,11 @@ def reconstruct(model, images: torch.Tensor):
 class Run:
     """One model in training, with a folder that it can go on from."""
 
-    def __init__(self, args, class_name: str, learning_rate: float, folder: Path, collection: dict):
+    def __init__(self, args, class_name: str, learning_rate: float, changes: dict, folder: Path, collection: dict):
         self.args, self.folder = args, folder
         torch.manual_seed(args.seed)
-        self.model = CLASSES[class_name](**args.preset[class_name]).to(args.device)
+        arguments = args.preset[class_name] | changes
+        self.model = CLASSES[class_name](**arguments).to(args.device)
         self.optimizer = build_optimizer(self.model, learning_rate, 0.9, 0.99, ADAM_EPSILON[class_name])
         self.lr_scheduler = build_lr_scheduler(args, self.optimizer)
         # Half of the average is the last hundredth of the run.
@@ -146,7 +168,7 @@ class Run:
         names = ("max_train_steps", "validation_steps", "num_validation_images", "train_batch_size", "seed")
         names += ("mse_weight", "lpips_weight")
         self.settings = {name: getattr(args, name) for name in names} | collection
-        self.settings |= {"model": repr(args.preset[class_name]), "learning_rate": learning_rate}
+        self.settings |= {"model": repr(arguments), "learning_rate": learning_rate}
         self.seconds, self.curve = 0.0, []
         self.resume()
 
@@ -223,8 +245,7 @@ def main(argv=None):
     collection, folder = {"collection": collection_fingerprint(train_set)}, Path(args.output_dir) / "runs"
     clean_up(folder)
     runs = {
-        name: Run(args, class_name, rate, folder / name.replace(" ", "-"), collection)
-        for name, (class_name, rate) in planned_runs(args).items()
+        name: Run(args, *run, folder / name.replace(" ", "-"), collection) for name, run in planned_runs(args).items()
     }
     turns = range(args.validation_steps, args.max_train_steps, args.validation_steps)
     for last_step in [*turns, args.max_train_steps]:

@@ -73,13 +73,13 @@ def plot_curves(runs: dict):
 
 
 @torch.no_grad()
-def picture(runs: dict, dataset, columns: int = 8):
-    """A row of held-out images, and below it one of reconstructions for every run."""
+def picture(runs: dict, dataset, show_images: bool, columns: int = 8):
+    """A row of held-out images, unless they are not to be shown, and below it one of reconstructions for every run."""
     model = next(iter(runs.values())).model
     rows = range(0, len(dataset), max(len(dataset) // columns, 1))[:columns]
     batch = next(iter(evaluation_loader(dataset, model.config.sample_size, columns, rows=rows)))
     images = batch["pixel_values"].to(model.device)
-    shown = [images]
+    shown = [images] if show_images else []
     for run in runs.values():
         with averaged_weights(run.model, run.ema) as model:
             shown.append(model(images).sample)
@@ -112,7 +112,7 @@ of the training steps (on a CPU: of all its cores), without reading images, in u
 Validation PSNR in dB:
 
 {markdown_table(curves)}
-Rows of the picture: images, then {", ".join(runs)}.
+Rows of the picture: {", ".join([*(["images"] if args.show_images else []), *runs])}.
 """
 
 
@@ -124,5 +124,6 @@ def write_comparison(args, runs: dict, train_set, validation_set) -> None:
     result = {"machine": on, "config": args.config, "num_training_images": len(train_set)}
     result |= {"table": table, "runs": details}
     text = report_text(args, runs, table, on, len(train_set))
-    figures = {"curves": plot_curves(runs), "reconstructions": picture(runs, validation_set)}
-    write_report(args.output_dir, "learning-rates" if args.sweep else "comparison", result, text, figures)
+    figures = {"curves": plot_curves(runs), "reconstructions": picture(runs, validation_set, args.show_images)}
+    name = "learning-rates" if args.sweep else "ablation" if args.ablate else "comparison"
+    write_report(args.output_dir, name, result, text, figures)

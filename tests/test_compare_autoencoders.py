@@ -93,6 +93,16 @@ class TestRuns:
         assert [run["learning_rate"] for run in result["runs"].values()] == [1e-2, 1e-3] * 2
         assert "(8, 16, 16)" in result["runs"]["VQModel 0.01"]["model"]
 
+    def test_ablations(self, compare, monkeypatch, tmp_path):
+        ablations = {"BricsAutoencoder": (2e-3, {}), "wide": (1e-3, {"decoder_block_out_channels": (24, 8)})}
+        monkeypatch.setattr(compare_autoencoders, "ABLATIONS", ablations)
+        result = compare("run", "--ablate", "--no-show_images")
+        assert list(result["runs"]) == ["BricsAutoencoder", "wide", "AutoencoderKL"]
+        assert result["runs"]["wide"]["learning_rate"] == 1e-3
+        decoders = [row["MLPs and decoder M"] for row in result["table"]]
+        assert decoders[1] > decoders[0]
+        assert Image.open(tmp_path / "run/ablation-reconstructions.png").height == 3 * 34 + 2  # no row of images
+
 
 class TestModels:
     @pytest.mark.parametrize("config", compare_autoencoders.PRESETS)
