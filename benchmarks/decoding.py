@@ -22,14 +22,17 @@ BAR = 0.55  # largest share of another decoder's time
 
 
 def make_steps(models: dict, latent_shapes: dict, batch_size: int, device: torch.device, dtype) -> dict:
-    """A decode of every model, from random codes; the first one also by slices where there is more than an image."""
+    """A decode of every model, from random codes. Of several images the first model also has one in the way that is
+    not its own on this device: the whole batch at once on a CPU, one image after the other on a GPU."""
     steps = {}
     for name, model in models.items():
         latents = torch.rand(batch_size, *latent_shapes[name], device=device, dtype=dtype)
         decode = model.decode if isinstance(model, BricsAutoencoder) else model.decoder
         steps[name] = functools.partial(decode, latents)
     name, model = next(iter(models.items()))
-    if batch_size > 1:
+    if batch_size > 1 and device.type == "cpu":
+        steps[f"{name}, whole batch"] = functools.partial(model._decode, steps[name].args[0])
+    elif batch_size > 1:
         steps[f"{name}, by slices"] = functools.partial(by_slices, model, steps[name])
     return steps
 
