@@ -82,8 +82,6 @@ SWEEP = (2e-3, 1e-3, 5e-4, 2e-4)
 # What BRICS' result may hang on, one change at a time: learning rate and arguments.
 ABLATIONS = {
     "BricsAutoencoder": (2e-3, {}),
-    "learning rate 5e-3": (5e-3, {}),
-    "learning rate 1e-3": (1e-3, {}),
     "codes without noise": (2e-3, {"regularization": "none"}),
     "grids without coordinates": (2e-3, {"use_coordinates": False}),
     "encoder twice as wide": (2e-3, {"encoder_block_out_channels": (32, 64, 128)}),
