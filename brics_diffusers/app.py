@@ -15,8 +15,13 @@ from .sampling import SAMPLERS, with_scheduler
 MAX_SEED = 2**53 - 1  # a browser rounds larger whole numbers
 MAX_IMAGES = 16
 USUAL_STEPS = {"DPM-Solver++": 20, "DDIM": 50, "own": 250}
-# A small picture enlarged shows its pixels.
-STYLE = ".pictures img { image-rendering: pixelated; }"
+# Small pictures are enlarged, pixel by pixel; labels of single ones stand above them, not on them.
+STYLE = """
+.picture img, .pictures img { image-rendering: pixelated; object-fit: contain; width: 100%; height: 100%; }
+.picture img { padding: 32px 4px 4px; }
+"""
+# What a computer has: bold letters of Gradio's own font are incomplete.
+FONTS = {"font": ("ui-sans-serif", "system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
 
 
 def import_gradio() -> ModuleType:
@@ -172,7 +177,8 @@ def _handler(pipe: BricsKeyCodePipeline, function: Callable) -> Callable:
         try:
             return function(pipe, *values, callback_on_step_end=show)
         except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            message = str(error)
+            raise gr.Error(message[:1].upper() + message[1:], print_exception=False) from error
 
     return handle
 
@@ -244,9 +250,10 @@ def _gallery(gr: ModuleType, label: str, name: str):
     # PNG: what is shown and downloaded is exactly what the pipeline made.
     return gr.Gallery(
         label=label,
+        show_label=False,
         format="png",
         columns=4,
-        height=460,
+        height="auto",
         object_fit="contain",
         interactive=False,
         buttons=["download", "download_all", "fullscreen"],
@@ -262,12 +269,17 @@ def _sample_tab(gr: ModuleType) -> tuple:
 
 
 def _picture(gr: ModuleType, label: str, name: str, **options):
-    return gr.Image(label=label, format="png", height=300, elem_id=name, elem_classes="pictures", **options)
+    return gr.Image(label=label, format="png", elem_id=name, elem_classes="picture", **options)
 
 
-def _upload(gr: ModuleType, label: str, name: str):
+def _result(gr: ModuleType, label: str, name: str):
+    return _picture(gr, label, name, height=300, interactive=False, buttons=["download", "fullscreen"])
+
+
+def _upload(gr: ModuleType, label: str, name: str, height: int):
     # The file itself: the package reads images in its own way, whatever their mode and orientation.
-    return _picture(gr, label, name, type="filepath", image_mode=None, sources=["upload", "clipboard"])
+    options = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"], "buttons": []}
+    return _picture(gr, label, name, height=height, **options)
 
 
 def _reconstruct_tab(gr: ModuleType) -> tuple:
@@ -280,20 +292,21 @@ def _reconstruct_tab(gr: ModuleType) -> tuple:
     )
     button = gr.Button("Reconstruct", variant="primary", elem_id="reconstruct-button")
     with gr.Row():
-        image = _upload(gr, "Image", "reconstruct-image")
-        square = _picture(gr, "Its central square", "reconstruct-square", interactive=False)
-        result = _picture(gr, "Result", "reconstruct-result", interactive=False)
+        image = _upload(gr, "Image", "reconstruct-image", height=300)
+        square = _result(gr, "Its central square", "reconstruct-square")
+        result = _result(gr, "Result", "reconstruct-result")
     return button, [image, strength], [square, result]
 
 
 def _interpolate_tab(gr: ModuleType) -> tuple:
     with gr.Row():
-        images = [_upload(gr, f"{which} image", f"interpolate-{which.lower()}") for which in ("First", "Second")]
+        first = _upload(gr, "First image", "interpolate-first", height=230)
+        second = _upload(gr, "Second image", "interpolate-second", height=230)
     with gr.Row():
-        between = gr.Slider(1, MAX_IMAGES - 2, 6, step=1, label="Steps between", info="Images between the two.")
+        between = gr.Slider(1, MAX_IMAGES - 2, 6, step=1, label="Images between", info="The ends come on top.")
         strength = gr.Slider(0, 1, 0.3, label="Strength", info="0 mixes key codes without the diffusion model.")
     button = gr.Button("Interpolate", variant="primary", elem_id="interpolate-button")
-    return button, [*images, between, strength], [_gallery(gr, "From the first to the second", "interpolate")]
+    return button, [first, second, between, strength], [_gallery(gr, "From the first to the second", "interpolate")]
 
 
 def launch(app, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> str:
@@ -323,7 +336,7 @@ def launch(app, host: str = "127.0.0.1", port: int | None = None, share: bool = 
         ssr_mode=False,
         run_history=False,
         footer_links=[],
-        theme=gr.themes.Default(),  # its fonts come with Gradio
+        theme=gr.themes.Default(**FONTS),
         css=STYLE,
     )
     return public or local
