@@ -242,7 +242,8 @@ def _settings(gr: ModuleType, pipe: BricsKeyCodePipeline) -> list:
         info="A choice of sampler sets what is usual for it.",
         elem_id="steps",
     )
-    sampler.input(USUAL_STEPS.get, sampler, steps, queue=False, show_progress="hidden", api_visibility="private")
+    # `change`: `input` fires as well when the field is left as it was, and would undo a choice of steps.
+    sampler.change(USUAL_STEPS.get, sampler, steps, queue=False, show_progress="hidden", api_visibility="private")
     return [seed, steps, sampler]
 
 
