@@ -10,21 +10,22 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from timing import interleaved, medians, seconds
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
 from brics_diffusers.data import load_collection
 from brics_diffusers.generation_metrics import generation_metrics, load_extractors
 from brics_diffusers.reports import markdown_table
+from brics_diffusers.sampling import SAMPLERS as SCHEDULERS
 from brics_diffusers.sampling import load_pipeline, sample_images_to_folder
 
 
 # Name, class (the pipeline's own for `None`), options and steps; the last is the one to beat.
 SAMPLERS = (
-    ("DPM-Solver++", DPMSolverMultistepScheduler, {"use_karras_sigmas": True}, 20),
-    ("DDIM", DDIMScheduler, {}, 50),
-    ("ancestral", None, {}, 1000),
+    ("DPM-Solver++", *SCHEDULERS["DPM-Solver++"], 20),
+    ("DDIM", *SCHEDULERS["DDIM"], 50),
+    ("ancestral", *SCHEDULERS["own"], 1000),
 )
 # Those of training/configs/noto-emoji-64.yaml.
 SMALL_AUTOENCODER = {

@@ -16,6 +16,7 @@ from brics_diffusers.sampling import (
     sample_is_complete,
     sample_path,
     sampling_settings,
+    with_scheduler,
 )
 
 
@@ -141,3 +142,12 @@ def test_pipelines_and_schedulers(pipe, tmp_path):
     for name in (tmp_path, tmp_path / "missing", "missing"):
         with pytest.raises(FileNotFoundError, match="holds no model_index.json"):
             load_pipeline(name)
+
+
+def test_schedulers_of_their_own(pipe):
+    own, other = with_scheduler(pipe), with_scheduler(pipe, DDIMScheduler, {"timestep_spacing": "trailing"})
+    assert type(own.scheduler) is type(pipe.scheduler) and own.scheduler is not pipe.scheduler
+    assert isinstance(other.scheduler, DDIMScheduler) and other.scheduler.config.timestep_spacing == "trailing"
+    assert other.unet is pipe.unet and other.config.scheduler == ("diffusers", "DDIMScheduler")
+    assert pipe.config.scheduler == ("brics_diffusers", "CosineVariantScheduler")
+    torch.testing.assert_close(other.scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod)

@@ -17,6 +17,7 @@ COMMANDS = (
     "nearest_neighbours",
     "card",
     "remote_code",
+    "app",
 )
 
 
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         `SystemExit`: With status 2 for a wrong command line, with a sentence for input that a command can't use.
     """
     parser = argparse.ArgumentParser(
-        prog="brics-diffusers", description="Measures, analyses and publishes BRICS models."
+        prog="brics-diffusers", description="Measures, analyses, publishes and tries BRICS models."
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name in COMMANDS:

@@ -45,8 +45,13 @@ def add_run_arguments(parser: argparse.ArgumentParser, seed: str | None = None) 
     """Adds the flags for where to compute and where to write, and `--seed` if something is drawn."""
     if seed is not None:
         parser.add_argument("--seed", type=int, default=0, help=f"Seed of {seed}.")
-    parser.add_argument("--device", help="For instance cpu or cuda:1; by default what accelerate chooses.")
+    add_device_argument(parser)
     parser.add_argument("--output_dir", default="runs/reports", help="Folder for the report. Default: %(default)s.")
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--device`, which [`choose_device`] reads."""
+    parser.add_argument("--device", help="For instance cpu or cuda:1; by default what accelerate chooses.")
 
 
 def choose_device(name: str | None) -> torch.device:
