@@ -6,7 +6,7 @@ images=$1
 runs=runs/noto-emoji-64
 card=model_cards/brics-noto-emoji-64
 launch="accelerate launch --num_processes 1 --num_machines 1 --dynamo_backend no --mixed_precision"
-few_steps="--scheduler DPMSolverMultistepScheduler --scheduler_options {\"use_karras_sigmas\":true} --num_inference_steps 50"
+few_steps="--scheduler DPMSolverMultistepScheduler --scheduler_options {\"use_karras_sigmas\":true} --num_inference_steps 25"
 common="--config training/configs/noto-emoji-64.yaml --dataset_name $images --seed 0 --resume_from_checkpoint latest"
 
 $launch no training/train_autoencoder.py $common --output_dir $runs/autoencoder
@@ -15,7 +15,7 @@ $launch bf16 training/train_key_codes.py $common --autoencoder_name_or_path $run
 
 brics-diffusers reconstruct-metrics $runs/pipeline --dataset_name "$images" --protocol standard --no_lpips \
     --output_dir $runs/pipeline/reports
-brics-diffusers generation-metrics --generated $runs/pipeline --dataset_name "$images" --num_samples 1000 $few_steps \
+brics-diffusers generation-metrics --generated $runs/pipeline --dataset_name "$images" --num_samples 500 $few_steps \
     --feature_extractor random-conv --metrics fid precision-recall --output_dir $runs/generated
 mkdir -p $runs/pipeline/reports
 cp $runs/generated/generation-metrics.json $runs/pipeline/reports
