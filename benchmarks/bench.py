@@ -42,7 +42,7 @@ TINY_AUTOENCODER = {
     "style_dim": 16,
     "decoder_block_out_channels": (16, 8),
 }
-TINY_UNET = sampling.SMALL_UNET | {"block_out_channels": (16, 32), "norm_num_groups": 4, "attention_head_dim": 16}
+TINY_UNET = sampling.SMALL_UNET | {"block_out_channels": (16, 16, 32), "norm_num_groups": 4, "attention_head_dim": 16}
 # Arguments of `measure` that show within seconds whether everything runs; the numbers mean nothing.
 TINY = {
     "retrieval": {"batch_sizes": (1,), "rounds": 1},

@@ -101,8 +101,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--max_train_samples", type=positive, help="Use the first images only.")
     add("--num_validation_images", type=positive, default=256, help="Held-out images to use at most.")
     add("--output_dir", default="runs/comparison", help="Folder for the report, and for states to go on from.")
-    add("--sweep", action="store_true", help=f"Train the peers alone, with learning rates {SWEEP}.")
-    add("--ablate", action="store_true", help="Train BRICS with single changes, beside AutoencoderKL.")
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead("--sweep", action="store_true", help=f"Train the peers alone, with learning rates {SWEEP}.")
+    instead("--ablate", action="store_true", help="Train BRICS with single changes, beside AutoencoderKL.")
     add(
         "--show_images",
         action=argparse.BooleanOptionalAction,

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import yaml
 from diffusers import UNet2DModel
 from timing import interleaved, medians, seconds
 
@@ -27,27 +28,8 @@ SAMPLERS = (
     ("DDIM", *SCHEDULERS["DDIM"], 50),
     ("ancestral", *SCHEDULERS["own"], 1000),
 )
-# Those of training/configs/noto-emoji-64.yaml.
-SMALL_AUTOENCODER = {
-    "sample_size": 64,
-    "encoder_block_out_channels": (16, 32, 64),
-    "encoder_layers_per_block": 1,
-    "norm_num_groups": 16,
-    "feature_size": 32,
-    "feature_channels": 64,
-    "num_levels": 8,
-    "min_resolution": 4,
-    "max_resolution": 32,
-    "style_dim": 64,
-    "decoder_block_out_channels": (64, 32),
-}
-SMALL_UNET = {
-    "block_out_channels": (64, 96),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": 32,
-}
+CONFIG = yaml.safe_load((Path(__file__).parents[1] / "training/configs/noto-emoji-64.yaml").read_text())
+SMALL_AUTOENCODER, SMALL_UNET = CONFIG["autoencoder"], CONFIG["unet"]
 
 
 def untrained_pipeline(autoencoder: dict, unet: dict) -> BricsKeyCodePipeline:

@@ -219,7 +219,7 @@ def build_app(pipe: BricsKeyCodePipeline):
                 with gr.Tab("Interpolate", id="interpolate"):
                     tab = _interpolate_tab(gr)
                     _connect(pipe, interpolate, settings, *tab, one_at_a_time)
-    return app.queue(default_concurrency_limit=1)
+    return app.queue(default_concurrency_limit=1, api_open=False)  # nor past the queue, by plain requests
 
 
 def _connect(pipe, function: Callable, settings: list, button, inputs: list, outputs: list, limits: dict) -> None:
@@ -312,7 +312,7 @@ def _interpolate_tab(gr: ModuleType) -> tuple:
 
 def launch(app, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> str:
     r"""
-    Opens the page, and returns at once. Nothing is fetched from the network for it.
+    Opens the page, and returns at once. Unless it is shared, nothing is fetched from the network.
 
     Args:
         app (`gradio.Blocks`): Result of [`build_app`].

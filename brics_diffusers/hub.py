@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError
 
-from .model_card import CARD, CURVES, PICTURES, make_card, metric_files, read_facts, without_folders, write_card
+from .model_card import CARD, CURVES, PICTURES, make_card, metric_files, read_facts, without_folders
 
 
 logger = logging.getLogger(__name__)
@@ -159,11 +159,13 @@ def push(
 
 def export(folder: str | os.PathLike, target: str | os.PathLike, license_name: str | None = None) -> Path:
     r"""
-    Copies what a push would publish to another folder, and makes or renews the card there. Other files stay.
+    Makes another folder hold what a push would publish, the card renewed: a card that is there keeps its edits, and
+    otherwise the run's card is the first. Published files of an earlier export that the run lacks are removed; other
+    files stay.
 
     Args:
         folder (`str`): Folder of the run or pipeline.
-        target (`str`): The other folder, made if it does not exist; its name is the model's.
+        target (`str`): The other folder, made if it does not exist; its name is the model's in the card.
         license_name (`str`, *optional*): License of the weights for a card that names none.
 
     Returns:
@@ -177,13 +179,24 @@ def export(folder: str | os.PathLike, target: str | os.PathLike, license_name: s
     read_facts(folder)
     if folder.resolve() == target.resolve():
         raise ValueError(f"{folder} would be copied onto itself; name another folder.")
-    for name in public_files(folder):
-        if name == CARD:
-            continue
+    names = [name for name in public_files(folder) if name != CARD]
+    for name in {*public_files(target), *_files_of(target, {Path(name).parts[0] for name in names if "/" in name})}:
+        if name not in (*names, CARD):
+            (target / name).unlink()
+    for name in names:
         path, content = target / name, _content(folder / name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-    return write_card(target, license_name)
+    card = next((path for path in (target / CARD, folder / CARD) if path.is_file()), None)
+    text = make_card(target, card and card.read_text(encoding="utf-8"), target.resolve().name, license_name)
+    (target / CARD).write_text(text, encoding="utf-8")
+    return target / CARD
+
+
+def _files_of(folder: Path, names: set[str]) -> list[str]:
+    """Models' and reports' files in folders within `folder`, as paths within it."""
+    paths = [path for name in names for path in (folder / name).glob("*") if path.suffix in MODEL_SUFFIXES]
+    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def commit_folder(

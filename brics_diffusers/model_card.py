@@ -27,11 +27,10 @@ CITATION = """\
   year    = {2023}
 }
 ```"""
-# Pictures in a run's folder or its `reports`, with what their captions say.
+# Pictures in a run's folder, with what their captions say.
 PICTURES = {
     "samples.png": "Samples, not selected",
     "reconstructions.png": "Held-out images above their reconstructions",
-    "reports/nearest-neighbours-grid.png": "Samples (left) and the nearest training images, with their distances",
 }
 CURVES = "curves.png"
 # Settings of a run that its card lists; all others are in training_config.json.

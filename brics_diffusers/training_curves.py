@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 
 LOGS = "logs/tensorboard"
 # What the training scripts log beside losses.
@@ -21,8 +19,11 @@ def read_curves(output_dir: str | os.PathLike) -> tuple[dict[str, list[tuple[int
     Returns:
         `tuple`: Points (step, value) by name, such as `"train/mse"` or `"validation/psnr"`, in the order of the steps,
         and the hours from the first entry to the last, summed over the pieces of a run that was interrupted. Where a
-        run went on from an older checkpoint, what it logged before and did again is left out. Without logs: `{}`, 0.
+        run went on from an older checkpoint, points that it made again are left out, but not their hours; where it
+        began afresh, nothing of what was before counts. Without logs: `{}`, 0.
     """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes a second
+
     curves, seconds = {}, 0.0
     for path in sorted(Path(output_dir, LOGS).glob("events.out.tfevents.*"), key=_first_time):
         accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 1, "histograms": 1})
@@ -31,10 +32,10 @@ def read_curves(output_dir: str | os.PathLike) -> tuple[dict[str, list[tuple[int
         if not pieces:
             continue
         times = [event.wall_time for events in pieces.values() for event in events]
-        seconds += max(times) - min(times)
         start = min(events[0].step for events in pieces.values())
-        for name in curves:
-            curves[name] = [point for point in curves[name] if point[0] < start]
+        curves = {name: [point for point in points if point[0] < start] for name, points in curves.items()}
+        curves = {name: points for name, points in curves.items() if points}
+        seconds = (seconds if curves else 0) + max(times) - min(times)
         for name, events in pieces.items():
             curves.setdefault(name, []).extend((event.step, event.value) for event in events)
     return curves, seconds / 3600

@@ -176,7 +176,6 @@ class TestExport:
     def test_only_what_is_published_is_copied(self, trained, tmp_path):
         (trained / "checkpoint-4").mkdir()
         (trained / "checkpoint-4/optimizer.bin").write_bytes(b"state")
-        (trained / "README.md").write_text("a card of the run")
         target = tmp_path / "named"
         (target / "reports").mkdir(parents=True)
         (target / "pictures.png").write_bytes(b"mine")
@@ -185,7 +184,7 @@ class TestExport:
         assert files == {*public_files(trained), "README.md", "pictures.png"}
         assert "reports/generation-metrics.json" in files and "checkpoint-4/optimizer.bin" not in files
         card = (target / "README.md").read_text()
-        assert "license: apache-2.0" in card and 'from_pretrained("named")' in card and "a card of the run" not in card
+        assert "license: apache-2.0" in card and 'from_pretrained("named")' in card
         assert "/home/me" not in (target / "training_config.json").read_text()
         assert BricsKeyCodePipeline.from_pretrained(target).unet.config.sample_size
 
@@ -193,6 +192,22 @@ class TestExport:
         path = export(trained, tmp_path / "named")
         path.write_text(path.read_text().replace("# named\n", "# named\n\nMine.\n"))
         assert export(trained, tmp_path / "named").read_text().count("Mine.") == 1
+
+    def test_the_runs_card_is_the_first(self, trained, tmp_path):
+        path = write_card(trained)
+        path.write_text(path.read_text().replace("<!-- begin limits -->", "Of mine.\n\n<!-- begin limits -->"))
+        card = export(trained, tmp_path / "named").read_text()
+        assert "Of mine." in card and 'from_pretrained("named")' in card
+
+    def test_nothing_is_left_of_an_earlier_export(self, trained, tmp_path):
+        target = tmp_path / "named"
+        export(trained, target)
+        (target / "unet/diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+        (target / "unet/notes.txt").write_text("mine")
+        (trained / "reports/generation-metrics.json").unlink()
+        assert "random-conv" not in export(trained, target).read_text()
+        assert not (target / "reports/generation-metrics.json").exists() and (target / "unet/notes.txt").exists()
+        assert BricsKeyCodePipeline.from_pretrained(target).unet.config.sample_size
 
     @pytest.mark.parametrize("flags, message", [((), "onto itself"), (("--push_to_hub",), "exclude each other")])
     def test_refusals(self, trained, flags, message):

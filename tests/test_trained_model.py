@@ -57,7 +57,8 @@ def test_card(report):
     pictures = re.findall(r"\]\(([\w/-]+\.png)\)", card.text)
     assert len(pictures) >= 5
     for name in pictures:
-        assert Image.open(MODEL / name).size > (200, 100)
+        width, height = Image.open(MODEL / name).size
+        assert width > 200 and height > 100
 
 
 def test_held_out_reconstructions_are_good(report):

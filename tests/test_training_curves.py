@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
@@ -30,6 +32,19 @@ def test_pieces_of_a_run_are_joined(interrupted):
     assert curves["train/mse"] == [(10, 10.0), (20, 20.0), (30, 1030.0), (40, 1040.0), (50, 1050.0)]
     assert curves.keys() == {"train/mse", "train/learning_rate", "validation/psnr"}
     assert hours == pytest.approx((3 * 600 + 2 * 600) / 3600)
+
+
+def test_an_abandoned_run_does_not_count(tmp_path):
+    log(tmp_path, (10, 20, 30), start=100_000, value=1000.0)
+    log(tmp_path, (10, 20), start=200_000, value=0.0)
+    curves, hours = read_curves(tmp_path)
+    assert curves["train/mse"] == [(10, 10.0), (20, 20.0)] and hours == pytest.approx(1 / 6)
+
+
+def test_without_matplotlib(interrupted, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    draw_curves(interrupted)
+    assert not (interrupted / "curves.png").exists()
 
 
 def test_a_folder_without_logs(tmp_path):

@@ -294,8 +294,9 @@ def main(argv=None):
 
     if accelerator.is_main_process:
         with averaged_weights(bare, ema), naming_the_last_checkpoint(output_dir, "the pipeline"):
-            pipeline = BricsKeyCodePipeline(autoencoder, bare, scheduler)  # the models have done their work
-            save_pipeline(pipeline.to(DTYPES[args.save_dtype]), output_dir)
+            for model in (autoencoder, bare):  # which have done their work; diffusers' own `to` warns of any type
+                torch.nn.Module.to(model, DTYPES[args.save_dtype])
+            save_pipeline(BricsKeyCodePipeline(autoencoder, bare, scheduler), output_dir)
         logger.info("The pipeline is in %s", output_dir)
         finish_run(args, summarize_run(args, accelerator, state, len(dataset), bare))
     accelerator.end_training()

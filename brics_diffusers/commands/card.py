@@ -1,4 +1,4 @@
-"""Makes or renews the model card of a run or a saved pipeline, and pushes it with the model if asked to.
+"""Makes or renews the model card of a run or a saved pipeline; pushes or copies it with the model if asked to.
 
 Generated parts stand between comments, `<!-- begin NAME -->` and `<!-- end NAME -->`. Only they are replaced; all
 other text stays, and so do metadata that are there. Metrics are taken from reports in the folder and in `reports`
@@ -15,7 +15,7 @@ from ..model_card import read_facts, write_card
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this subcommand."""
     parser.add_argument("folder", help="Output folder of either training script, or a saved pipeline.")
-    parser.add_argument("--export_dir", help="Copy what a push would hold to this folder, and make the card there.")
+    parser.add_argument("--export_dir", help="Copy what a push would hold to this folder, named as the model.")
     add_hub_arguments(parser)
     add_license_argument(parser)
 

@@ -18,8 +18,9 @@ from .style_decoder import StyleDecoder
 
 DECODER_TYPES = ("style", "vqgan", "movq")
 REGULARIZATIONS = ("noise", "kl", "none")
-# Inference on a CPU decodes slices whose largest activation takes no more. Measured with 64 x 64 to 256 x 256 images:
-# above, an image at a time is faster (modulation scales its weights instead of activations), below a whole batch is.
+# Inference on a CPU decodes as many images at once as have activations of this size after the style decoder's last
+# block, at least one. Measured with 64 x 64 to 256 x 256 images: above, one image at a time is faster (modulation
+# scales its weights instead of activations), below a whole batch is.
 SLICE_BYTES = 2**23
 
 
@@ -328,7 +329,8 @@ class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
         """How many images to decode at once."""
         if self.use_slicing and not self.training:
             return 1
-        if key_codes.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        whole = self.config.decoder_type != "style" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if whole or key_codes.device.type != "cpu":
             return max(len(key_codes), 1)
         height, width = key_codes.shape[2:]
         pixels = height * width * self.encoder_factor**2  # of an image, which the last block has features for
@@ -344,9 +346,9 @@ class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
     @apply_forward_hook
     def decode(self, key_codes: torch.Tensor, return_dict: bool = True) -> BricsDecoderOutput | tuple:
         r"""
-        Decodes key codes to images (Sec. 3.2-3.3). On a CPU without gradients, large images are decoded a few at a
-        time, which is faster and bounds the memory; elsewhere [`~AutoencoderMixin.enable_slicing`] decodes one at a
-        time.
+        Decodes key codes to images (Sec. 3.2-3.3). On a CPU without gradients, the style decoder works on large
+        images a few at a time, which is faster and takes less memory; elsewhere [`~AutoencoderMixin.enable_slicing`]
+        decodes one at a time.
 
         Args:
             key_codes (`torch.Tensor` of shape (B, C_z, H_z, W_z)): Key codes in [0, 1].

@@ -179,6 +179,8 @@ class TestInterface:
 
     @pytest.mark.parametrize("images_at_once, sizes", [(1, [1, 1, 1]), (2, [2, 1]), (3, [3]), (0.5, [1, 1, 1])])
     def test_a_cpu_decodes_slices_of_bounded_size(self, any_model, images, monkeypatch, images_at_once, sizes):
+        if any_model.config.decoder_type != "style":
+            sizes = [3]
         codes = any_model.encode(images).key_codes
         whole = any_model.decode(codes).sample  # with gradients, at once
         channels = any_model.config.decoder_block_out_channels[-1]
