@@ -187,9 +187,14 @@ def export(folder: str | os.PathLike, target: str | os.PathLike, license_name: s
         path, content = target / name, _content(folder / name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-    card = next((path for path in (target / CARD, folder / CARD) if path.is_file()), None)
-    text = make_card(target, card and card.read_text(encoding="utf-8"), target.resolve().name, license_name)
-    (target / CARD).write_text(text, encoding="utf-8")
+    card, name = None, target.resolve().name
+    if (target / CARD).is_file():
+        card = (target / CARD).read_text(encoding="utf-8")
+    elif (folder / CARD).is_file():
+        card = (
+            (folder / CARD).read_text(encoding="utf-8").replace(f"\n# {folder.resolve().name}\n", f"\n# {name}\n", 1)
+        )
+    (target / CARD).write_text(make_card(target, card, name, license_name), encoding="utf-8")
     return target / CARD
 
 

@@ -181,7 +181,8 @@ def _split(card: str) -> tuple[str, str]:
 
 
 def _complete(front: str, generated: dict) -> str:
-    """A card's YAML as it is, with the generated keys that it lacks."""
+    """A card's YAML as it is, with the generated keys that it lacks; a license that was unknown may be known now."""
+    front = re.sub(r"^license: unknown$", f"license: {generated['license']}", front, flags=re.MULTILINE)
     try:
         there = yaml.safe_load(front) or {}
     except yaml.YAMLError as error:

@@ -59,6 +59,10 @@ class Pictures:
         """Every fourth held-out image, reconstructed."""
         return image_grid(2 * self.reconstruct(self.held_out[::4]) - 1)
 
+    def ancestral_samples(self):
+        """The first samples that there are, as the pipeline's own sampler makes them."""
+        return image_grid(2 * self.pipe(batch_size=32, **self.noise).images - 1)
+
     def nearest_neighbours(self, count: int = 8):
         """Samples, each followed by its nearest training images, two samples a row."""
         report = json.loads(Path(self.args.neighbours).read_text())
@@ -99,7 +103,8 @@ def main():
     args = parse_args()
     pictures, folder = Pictures(args), Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("held_out_reconstructions", "nearest_neighbours", "vary", "interpolate", "inpaint"):
+    names = ("ancestral_samples", "held_out_reconstructions", "nearest_neighbours", "vary", "interpolate", "inpaint")
+    for name in names:
         getattr(pictures, name)().save(folder / f"{name.replace('_', '-')}.png")
 
 

@@ -196,7 +196,8 @@ class TestExport:
     def test_the_runs_card_is_the_first(self, trained, tmp_path):
         path = write_card(trained)
         path.write_text(path.read_text().replace("<!-- begin limits -->", "Of mine.\n\n<!-- begin limits -->"))
-        card = export(trained, tmp_path / "named").read_text()
+        card = export(trained, tmp_path / "named", "apache-2.0").read_text()
+        assert "license: apache-2.0" in card and "# named\n" in card and "# emoji-model\n" not in card
         assert "Of mine." in card and 'from_pretrained("named")' in card
 
     def test_nothing_is_left_of_an_earlier_export(self, trained, tmp_path):
