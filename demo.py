@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import skimage.data
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from PIL import Image, ImageOps
 
 from brics_diffusers import BricsKeyCodePipeline
@@ -59,9 +58,8 @@ def write_crops(folder: Path, seed: int) -> None:
 def show_trained_model(output_dir: Path, seed: int) -> None:
     """Samples of the model that ships with this repository, and photographs above its reconstructions of them."""
     pipe = BricsKeyCodePipeline.from_pretrained(TRAINED)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
     generator = torch.Generator().manual_seed(seed)
-    samples = pipe(batch_size=16, num_inference_steps=50, generator=generator, output_type="pt").images
+    samples = pipe(batch_size=16, num_inference_steps=100, generator=generator, output_type="pt").images
     image_grid(2 * samples - 1).save(output_dir / "emoji-samples.png")
     size = (pipe.autoencoder.config.sample_size,) * 2
     photographs = [ImageOps.fit(load_photograph(name), size, Image.Resampling.LANCZOS) for name in PHOTOGRAPHS]

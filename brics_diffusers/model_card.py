@@ -265,9 +265,12 @@ def _report_rows(report: dict) -> list[dict]:
         values = {key.upper(): f"{value['mean']:.4f} ± {value['two_std']:.4f}" for key, value in _finite(report)}
     else:
         generated, real = report["input1"], report["input2"]
-        extractors = " and ".join(sorted({facts["name"] for facts in report["extractors"].values()}))
+        extractors = {f"{facts['name']} ({facts['weights']})" for facts in report["extractors"].values()}
         counts = f"{generated['num_images']} generated and {real['num_images']} real images"
-        measured = f"{counts} of {real['source']} ({real['split']}), {extractors}"
+        measured = f"{counts} of {real['source']} ({real['split']}); {' and '.join(sorted(extractors))}"
+        sampling = generated.get("sampling")
+        if sampling:
+            measured += f"; {sampling['num_inference_steps']} steps of {sampling['scheduler']}"
         values = {key: value for key, value in report["metrics"].items() if value is not None}
     return [{"metric": key, "value": value, "measured": measured} for key, value in values.items()]
 
@@ -280,16 +283,23 @@ def _training(facts: dict, name: str) -> str:
     if not facts["summary"] and not facts["config"]:
         return "## Training\n\nThis folder has no record of the training."
     parts = ["## Training", _training_table(facts["config"], facts["summary"])]
-    machine = facts["summary"].get("machine", {})
-    if "command" in machine:
-        parts.append(f"```bash\n{machine['command']}\n```")
+    parts += _command(facts["summary"])
     earlier = facts["summary"].get("autoencoder_training")
     if earlier:
-        parts += ["The autoencoder:", _training_table(earlier.get("config", {}), earlier)]
+        parts += ["The autoencoder:", _training_table(earlier.get("config", {}), earlier), *_command(earlier)]
     if CURVES in facts["pictures"]:
         parts.append(f"![Curves of the training]({CURVES})")
     parts.append("All settings are in `training_config.json`.")
     return "\n\n".join(part.strip() for part in parts)
+
+
+def _command(summary: dict) -> list[str]:
+    """The line that launches such a run."""
+    command = summary.get("machine", {}).get("command")
+    if command is None:
+        return []
+    precision = summary.get("mixed_precision", "no")
+    return [f"```bash\naccelerate launch --mixed_precision {precision} training/{command}\n```"]
 
 
 def _training_table(config: dict, summary: dict) -> str:

@@ -37,7 +37,7 @@ RECONSTRUCTION = {
 GENERATION = {
     "input1": {"num_images": 50},
     "input2": {"num_images": 800, "source": "/home/me/emoji", "split": "train"},
-    "extractors": {"fid": {"name": "random-conv"}},
+    "extractors": {"fid": {"name": "random-conv", "weights": "not trained"}},
     "metrics": {"fid": 12.5, "inception_score": None},
 }
 

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -13,6 +14,7 @@ from PIL import Image
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data import evaluation_loader, load_collection
 from brics_diffusers.evaluation import reconstruction_metrics
+from demo import show_trained_model
 
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +48,14 @@ def test_samples(trained):
     # Emoji stand on white: the corners of most, and not their middle.
     corners = images[:, :, :4, :4].mean(dim=(1, 2, 3))
     assert corners.median() > 0.9 and images[:, :, 24:40, 24:40].mean() < 0.85
+
+
+def test_the_demo_begins_with_it(tmp_path):
+    show_trained_model(tmp_path, seed=0)
+    samples, photographs = (Image.open(tmp_path / f"emoji-{name}.png") for name in ("samples", "reconstructions"))
+    assert samples.size == (8 * 66 + 2, 2 * 66 + 2) and photographs.size == (5 * 66 + 2, 2 * 66 + 2)
+    corner = np.asarray(samples)[4:8, 4:8]  # of the first sample, which stands on white
+    assert corner.mean() > 230
 
 
 def test_card(report):

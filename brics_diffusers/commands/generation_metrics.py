@@ -20,7 +20,7 @@ from ..generation_metrics import (
     generation_metrics,
     load_extractors,
 )
-from ..reports import machine, markdown_table, write_report
+from ..reports import machine, markdown_table
 from ..visualization import image_grid
 from .generated import (
     add_generated_arguments,
@@ -28,7 +28,7 @@ from .generated import (
     load_generated,
     make_samples,
 )
-from .shared import add_collection_arguments, add_run_arguments, choose_device, read_collection
+from .shared import add_collection_arguments, add_run_arguments, choose_device, publish, read_collection
 
 
 SHOWN = 32  # images of each kind in the pictures
@@ -93,14 +93,19 @@ def run(args: argparse.Namespace) -> None:
     result["settings"] = {"neighbours": NEIGHBOURS, "splits": SPLITS}
     result["machine"] = machine(device) | {"torch-fidelity": metadata.version("torch-fidelity")}
     resolution = result["input1"]["resolution"]
-    figures = {name: _picture(images, resolution) for name, images in (("generated", generated), ("real", real))}
-    write_report(args.output_dir, "generation-metrics", result, _describe(result), figures)
+
+    def draw() -> dict:
+        pictures = {"generated": _picture(generated, resolution), "real": _picture(real, resolution)}
+        return {name: picture for name, picture in pictures.items() if picture is not None}
+
+    publish(args, "generation-metrics", result, _describe(result), draw)
 
 
 def _picture(dataset, resolution: int):
+    """The first images in a grid; nothing if none of them is readable."""
     rows = range(min(SHOWN, len(dataset)))
     (batch,) = evaluation_loader(dataset, resolution, batch_size=SHOWN, rows=rows)
-    return image_grid(batch["pixel_values"])
+    return image_grid(batch["pixel_values"]) if len(batch["pixel_values"]) else None
 
 
 def _describe(result: dict) -> str:

@@ -12,13 +12,13 @@ from accelerate import PartialState
 from ..data import evaluation_loader, image_name
 from ..image_features import common_image_size, to_uint8
 from ..nearest_neighbours import load_embedding, nearest_in_collection, neighbour_grid
-from ..reports import machine, markdown_table, write_report
+from ..reports import markdown_table
 from .generated import (
     add_generated_arguments,
     load_generated,
     make_samples,
 )
-from .shared import add_collection_arguments, add_run_arguments, choose_device, read_collection
+from .shared import add_collection_arguments, add_run_arguments, choose_device, publish, read_collection
 
 
 SHOWN = 32  # generated images in the picture
@@ -76,11 +76,10 @@ def run(args: argparse.Namespace) -> None:
             "num_unreadable": unreadable.count,
             "resizing": f"central square, then Pillow's Lanczos, to {resolution} x {resolution}",
         },
-        "machine": machine(device),
     }
     neighbours = torch.stack([_read(training.select(row), resolution)[0] for row in indices[:SHOWN].tolist()])
-    figures = {"grid": neighbour_grid(queries[:SHOWN], neighbours, distances)}
-    write_report(args.output_dir, "nearest-neighbours", result, _describe(result), figures)
+    grid = neighbour_grid(queries[:SHOWN], neighbours, distances)
+    publish(args, "nearest-neighbours", result, _describe(result), lambda: {"grid": grid}, device)
 
 
 def _read(dataset, resolution: int) -> tuple[torch.Tensor, list[int]]:

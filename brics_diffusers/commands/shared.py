@@ -124,7 +124,7 @@ def publish(
     Args:
         args (`argparse.Namespace`): Flags of [`add_run_arguments`].
         name (`str`): Name of the report.
-        result (`dict`): What goes into the JSON file.
+        result (`dict`): What goes into the JSON file; with `"machine"`, if it has more to say of it.
         text (`str`): The Markdown file.
         draw (`Callable`): Returns the figures by name. If matplotlib is missing, the rest is written without them.
         device (`torch.device`, defaults to `"cpu"`): What did the work.
@@ -134,6 +134,6 @@ def publish(
     except ImportError as error:
         logger.warning("No plots: %s", error)
         figures = {}
-    write_report(args.output_dir, name, result | {"machine": machine(device)}, text, figures)
+    write_report(args.output_dir, name, {"machine": machine(device)} | result, text, figures)
     print(text)
     print(f"Written to {args.output_dir}/{name}.*", file=sys.stderr)

@@ -48,7 +48,7 @@ def test_both_stages(hub, train, tmp_path):
     models = ["autoencoder/config.json", "autoencoder/diffusion_pytorch_model.safetensors"]
     records = ["training_config.json", "training_summary.json"]
     assert repository.private
-    assert sorted(repository.files()) == sorted(["README.md", *models, *records, "reconstructions.png"])
+    assert sorted(repository.files()) == sorted(["README.md", *models, *records, "curves.png", "reconstructions.png"])
     card = repository.files()["README.md"].decode()
     assert "| steps | 4 |" in card and "validation of the run, step 4" in card and "# my-autoencoder" in card
 
@@ -59,7 +59,7 @@ def test_both_stages(hub, train, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     files = hub.repositories["user/faces"].files()
     models += ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"]
-    assert sorted(files) == sorted(["README.md", "model_index.json", *models, *records, "samples.png"])
+    assert sorted(files) == sorted(["README.md", "model_index.json", *models, *records, "curves.png", "samples.png"])
     assert yaml.safe_load(files["README.md"].decode().split("---\n")[1])["license"] == "cc0-1.0"
     assert not any(str(tmp_path).encode() in content for content in files.values())
     assert {path.name for path in pipeline.iterdir()} > {"checkpoint-4", "key_codes", "logs"}  # which stayed here
