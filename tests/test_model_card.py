@@ -71,11 +71,15 @@ class TestContent:
             "| train batch size | 8 |",
             "| device | A Processor, 2 cores, 2 threads |",
             "| PSNR | 25.2500 ± 3.5000 | reconstruction, protocol standard, 60 images of emoji (validation) |",
-            "| fid | 12.5 | 50 generated and 800 real images of emoji (train), random-conv |",
+            "| fid | 12.5 | 50 generated and 800 real images of emoji (train); random-conv (not trained) |",
             "| PSNR | 25.5 | validation of the run, step 560 |",
         ):
             assert row in text
-        assert "train_autoencoder.py --config small.yaml --dataset_name=emoji" in text and "/home/me" not in text
+        assert (
+            "launch --mixed_precision bf16 training/train_autoencoder.py --config small.yaml --dataset_name=emoji"
+            in text
+            and "/home/me" not in text
+        )
         assert "generates 32 x 32 images" in text and "key code of 8 x 8 x 4 numbers" in text
 
     def test_nothing_is_made_up(self, pipeline):
