@@ -180,7 +180,7 @@ def export(folder: str | os.PathLike, target: str | os.PathLike, license_name: s
     if folder.resolve() == target.resolve():
         raise ValueError(f"{folder} would be copied onto itself; name another folder.")
     names = [name for name in public_files(folder) if name != CARD]
-    for name in {*public_files(target), *_files_of(target, {Path(name).parts[0] for name in names if "/" in name})}:
+    for name in public_files(target):
         if name not in (*names, CARD):
             (target / name).unlink()
     for name in names:
@@ -191,17 +191,10 @@ def export(folder: str | os.PathLike, target: str | os.PathLike, license_name: s
     if (target / CARD).is_file():
         card = (target / CARD).read_text(encoding="utf-8")
     elif (folder / CARD).is_file():
-        card = (
-            (folder / CARD).read_text(encoding="utf-8").replace(f"\n# {folder.resolve().name}\n", f"\n# {name}\n", 1)
-        )
+        card = (folder / CARD).read_text(encoding="utf-8")
+        card = card.replace(f"\n# {folder.resolve().name}\n", f"\n# {name}\n", 1)
     (target / CARD).write_text(make_card(target, card, name, license_name), encoding="utf-8")
     return target / CARD
-
-
-def _files_of(folder: Path, names: set[str]) -> list[str]:
-    """Models' and reports' files in folders within `folder`, as paths within it."""
-    paths = [path for name in names for path in (folder / name).glob("*") if path.suffix in MODEL_SUFFIXES]
-    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def commit_folder(
