@@ -1,6 +1,6 @@
 """Everything that is claimed about speed, in one run: `make bench`.
 
-    python benchmarks/bench.py [--parts decoding growth] [--pipeline FOLDER --dataset_name IMAGES]
+    python benchmarks/bench.py [--parts decoding growth] [--dataset_name IMAGES]
 
 Writes `speed.json`, `speed.md` and plots into `benchmarks/results/<device>`. Figures compare only within one run. On a
 CPU they are times that the process computes on one thread, which other work on the machine hardly changes.
@@ -29,6 +29,7 @@ TITLES = {
     "training": "Training",
     "growth": "Growth of time and memory",
 }
+EMOJI = Path(__file__).parents[1] / "model_cards/brics-noto-emoji-64"
 TINY_AUTOENCODER = {
     "sample_size": 32,
     "encoder_block_out_channels": (8, 16, 16),
@@ -73,15 +74,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="What to measure.")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to work.")
     add("--threads", type=int, default=1, help="Threads of a CPU.")
-    add("--pipeline", help="Folder of a trained pipeline, whose sampling is to be measured.")
+    add("--pipeline", default=EMOJI, help="Folder of a trained pipeline, whose sampling is measured; default: emoji.")
     add("--dataset_name", help="The images it was trained on, for the quality of its samples.")
     add("--num_images", type=int, default=64, help="Samples whose quality is measured, of every sampler.")
     add("--compile", action="store_true", help="Time torch.compile too; it needs a C++ compiler on a CPU.")
     add("--tiny", action="store_true", help="Tiny models: whether it all runs, without meaning.")
     add("--output_dir", help="Folder of the report; default: benchmarks/results/<device>.")
     args = parser.parse_args(argv)
-    if args.dataset_name and not args.pipeline:
-        parser.error("--dataset_name is for the samples of a trained pipeline; give --pipeline too.")
+    if args.tiny:
+        args.pipeline = None
     if args.output_dir is None:
         args.output_dir = Path(__file__).parent / "results" / torch.device(args.device).type
     return args

@@ -42,8 +42,9 @@ def test_decoding(report):
 
 def test_sampling_without_a_pipeline(report):
     found = report["parts"]["sampling"]
-    assert [row["sampler"] for row in found["samplers"]] == ["DPM-Solver++", "DDIM", "ancestral"]
-    assert [row["steps"] for row in found["samplers"]] == [2, 3, 4]
+    assert [row["sampler"] for row in found["samplers"]] == ["DPM-Solver++", "DDIM", "ancestral"] * 2
+    assert [row["steps"] for row in found["samplers"]] == [2, 3, 4] * 2
+    assert [row["dtype"] for row in found["samplers"]] == ["float32"] * 3 + ["bfloat16"] * 3
     for row in found["samplers"]:
         assert row["seconds an image"] > 0 and row["Fréchet distance"] is None
         assert row["host synchronisation"] == "not applicable"
@@ -55,7 +56,9 @@ def test_sampling_with_a_pipeline(pipe, image_folder, tmp_path):
     pipe.save_pretrained(tmp_path / "pipeline")
     options = bench.TINY["sampling"] | {"pipeline": str(tmp_path / "pipeline"), "dataset_name": str(image_folder)}
     found = bench.sampling.measure(**options, num_images=4)
-    assert all(row["Fréchet distance"] > 0 for row in found["samplers"])
+    # Quality is that of one dtype.
+    assert [row["Fréchet distance"] is None for row in found["samplers"]] == [True] * 3 + [False] * 3
+    assert all(row["Fréchet distance"] > 0 for row in found["samplers"][3:])
     assert "Fréchet distance of 4 samples" in bench.sampling.describe(found)
 
 
@@ -89,7 +92,6 @@ def test_slope_and_peak():
     assert peak_bytes(step, torch.device("cpu")) == pytest.approx(8000, rel=0.01)  # and scalars
 
 
-def test_a_dataset_needs_a_pipeline(capsys):
-    with pytest.raises(SystemExit):
-        bench.parse_args(["--dataset_name", "images"])
-    assert "give --pipeline too" in capsys.readouterr().err
+def test_the_emoji_model_is_what_is_sampled_from():
+    assert (bench.parse_args([]).pipeline / "model_index.json").is_file()
+    assert bench.parse_args(["--tiny"]).pipeline is None
