@@ -113,8 +113,9 @@ def scatter(
 
 @lookup.register_fake
 def _(keys, entries, resolutions, level_entries, grid_type, with_slopes, implementation):
-    shape = (len(entries), entries.shape[2] * len(resolutions), len(keys), keys.shape[2] * keys.shape[3])
-    key_length = keys.shape[1] // len(entries) if with_slopes else 0
+    # `len` of a tensor would be a constant of the compiled code, which then serves one batch size only.
+    shape = (entries.shape[0], entries.shape[2] * len(resolutions), keys.shape[0], keys.shape[2] * keys.shape[3])
+    key_length = keys.shape[1] // entries.shape[0] if with_slopes else 0
     return entries.new_empty(shape), keys.new_empty(key_length, *shape)
 
 
@@ -130,7 +131,12 @@ def _keep(ctx, inputs, output):
     ctx.save_for_backward(keys, entries, output[1])
 
 
-def _backward(ctx, grad_features, _):
+def _backward(ctx, grad_features, grad_slopes):
+    if grad_slopes is not None:
+        raise RuntimeError(
+            "A second derivative through the lookup was asked for, which only its plain form has; call retrieve with "
+            "implementation='reference'."
+        )
     if grad_features is None:
         return (None,) * 7
     keys, entries, slopes = ctx.saved_tensors

@@ -62,10 +62,8 @@ class KeyCodeEditingMixin:
         return timesteps[begin:]
 
     def _add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        # In float32: bfloat16 rounds an alpha-bar of 0.9999 to 1.
         timesteps = timestep.repeat(len(clean)).to(clean.device, non_blocking=True)
-        noised = self.scheduler.add_noise(clean.float(), noise.float(), timesteps)
-        return noised.to(clean.dtype)
+        return self.scheduler.add_noise(clean, noise, timesteps)
 
     def _renew(
         self,

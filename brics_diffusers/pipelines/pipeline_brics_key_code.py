@@ -94,9 +94,14 @@ class BricsKeyCodePipeline(SafePipelineMixin, KeyCodeEditingMixin, DiffusionPipe
         self.check_images(images, name)
         return self.image_processor.preprocess(images).to(self._execution_device, self.autoencoder.dtype)
 
+    @property
+    def _latents_dtype(self) -> torch.dtype:
+        """At least float32: a step of a thousand changes less than what half precision rounds away."""
+        return torch.promote_types(self.unet.dtype, torch.float32)
+
     def _encode(self, sample: torch.Tensor) -> torch.Tensor:
-        """Images in [-1, 1] to clean latents of the diffusion model's type."""
-        return key_codes_to_latents(self.autoencoder.encode(sample).key_codes).to(self.unet.dtype)
+        """Images in [-1, 1] to clean latents."""
+        return key_codes_to_latents(self.autoencoder.encode(sample).key_codes.to(self._latents_dtype))
 
     def _denoise(
         self,
@@ -118,7 +123,7 @@ class BricsKeyCodePipeline(SafePipelineMixin, KeyCodeEditingMixin, DiffusionPipe
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for index, timestep in enumerate(timesteps):
                 model_input = self.scheduler.scale_model_input(latents, timestep)
-                noise = self.unet(model_input, unet_timesteps[index]).sample
+                noise = self.unet(model_input.to(self.unet.dtype), unet_timesteps[index]).sample.to(latents.dtype)
                 latents = self.scheduler.step(noise, timestep, latents, **extra_step_kwargs).prev_sample
                 if after_step is not None:
                     latents = after_step(index, latents)
@@ -162,8 +167,8 @@ class BricsKeyCodePipeline(SafePipelineMixin, KeyCodeEditingMixin, DiffusionPipe
                 however they are split into batches; a list holds one an image.
             latents (`torch.Tensor` of shape (B, C_z, H_z, W_z), *optional*): Gaussian noise to start from.
             output_type (`str`, defaults to `"pil"`):
-                `"pil"`; `"np"` (B, H, W, 3) in [0, 1]; `"pt"` (B, 3, H, W) in [0, 1]; or `"latent"`: denoised latents,
-                nominally in [-1, 1], whose key codes are `latents / 2 + 0.5`, clipped.
+                `"pil"`; `"np"` (B, H, W, 3) in [0, 1]; `"pt"` (B, 3, H, W) in [0, 1]; or `"latent"`: denoised latents
+                in float32, nominally in [-1, 1], whose key codes are `latents / 2 + 0.5`, clipped.
             return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipeline, step, timestep, tensors)` after every step; may return changed tensors.
@@ -192,9 +197,9 @@ class BricsKeyCodePipeline(SafePipelineMixin, KeyCodeEditingMixin, DiffusionPipe
         generator = generators_per_image(generator, batch_size)
         if latents is None:
             shape = (batch_size, *self.autoencoder.key_code_shape)
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=self._latents_dtype)
         self.scheduler.set_timesteps(num_inference_steps)
-        latents = latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
+        latents = latents.to(device, self._latents_dtype) * self.scheduler.init_noise_sigma
         latents = self._denoise(latents, self.scheduler.timesteps, generator, eta, callback_on_step_end, tensor_inputs)
         return self._output(latents, output_type, return_dict)
 

@@ -10,6 +10,7 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     UNet2DModel,
 )
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 
 from brics_diffusers import BricsKeyCodePipeline, CosineVariantScheduler
@@ -102,6 +103,28 @@ class TestCall:
     def test_errors(self, pipe, options, message):
         with pytest.raises(ValueError, match=message):
             pipe(**options)
+
+
+class GaussianDenoiser:
+    """What a perfect diffusion model of data from N(0, 0.3 ** 2) says."""
+
+    def __call__(self, sample, timestep):
+        alpha_bar = CosineVariantScheduler().alphas_cumprod[int(timestep)].double()
+        noise = (1 - alpha_bar).sqrt() / (0.09 * alpha_bar + 1 - alpha_bar) * sample.double()
+        return UNet2DOutput(sample=noise.to(sample.dtype))
+
+
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, CosineVariantScheduler])
+def test_half_precision_does_not_round_the_steps(pipe, monkeypatch, scheduler_class):
+    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
+    monkeypatch.setattr(pipe.unet, "forward", GaussianDenoiser())
+
+    def spread():
+        return pipe(16, 100, generator=seeded(), output_type="latent").images.std().item()
+
+    exact = spread()
+    pipe.to(torch.bfloat16)
+    assert spread() == pytest.approx(exact, rel=0.003)
 
 
 class TestReconstruct:
