@@ -2,9 +2,11 @@
 
 The candidates take turns in one process. Ours starts from key codes: lookup, MLPs and style decoder. Of the others
 only the decoder is run, without what comes before it (nearest codes, 1x1 convolution). LDM's KL-f16 is not listed: its
-decoder is VQGAN f16's but for the first convolution.
+decoder is VQGAN f16's but for the first convolution. All run as they come. Ours then computes channels-last and, on
+a CPU, one image at a time; the first of the others is also run in this way, which a user would have to program.
 """
 
+import copy
 import functools
 import statistics
 
@@ -19,35 +21,43 @@ from brics_diffusers.reports import markdown_table
 
 PRESET = "church-64x64x4"
 BAR = 0.55  # largest share of another decoder's time
+TUNED = ", run as ours is"
+# On a CPU several images take so long that one turn must do.
+BATCH_ROUNDS = {"cpu": ((1, 3), (8, 0)), "cuda": ((1, 20), (8, 20))}
 
 
 def make_steps(models: dict, latent_shapes: dict, batch_size: int, device: torch.device, dtype) -> dict:
-    """A decode of every model, from random codes. Of several images the first model also has one in the way that is
-    not its own on this device: the whole batch at once on a CPU, one image after the other on a GPU."""
+    """
+    A decode of every model, from random codes, as it comes. Of several images ours is also decoded in the way that is
+    not its own on this device: the whole batch at once on a CPU, one image after the other on a GPU.
+    """
     steps = {}
     for name, model in models.items():
         latents = torch.rand(batch_size, *latent_shapes[name], device=device, dtype=dtype)
         decode = model.decode if isinstance(model, BricsAutoencoder) else model.decoder
         steps[name] = functools.partial(decode, latents)
-    name, model = next(iter(models.items()))
+    (name, ours), (peer_name, peer) = list(models.items())[:2]
     if batch_size > 1 and device.type == "cpu":
-        steps[f"{name}, whole batch"] = functools.partial(model._decode, steps[name].args[0])
+        steps[f"{name}, whole batch"] = functools.partial(ours._decode, steps[name].args[0])
     elif batch_size > 1:
-        steps[f"{name}, by slices"] = functools.partial(by_slices, model, steps[name])
+        steps[f"{name}, one at a time"] = functools.partial(one_at_a_time, ours.decode, steps[name].args[0])
+    tuned = copy.deepcopy(peer.decoder).to(memory_format=torch.channels_last)
+    if batch_size > 1 and device.type == "cpu":
+        tuned = functools.partial(one_at_a_time, tuned)
+    steps[f"{peer_name}{TUNED}"] = functools.partial(tuned, steps[peer_name].args[0])
     return steps
 
 
-def by_slices(model: BricsAutoencoder, decode) -> None:
+def one_at_a_time(decode, latents: torch.Tensor) -> None:
     """A decode of one image after the other."""
-    model.enable_slicing()
-    decode()
-    model.disable_slicing()
+    for one in latents.split(1):
+        decode(one)
 
 
 @torch.no_grad()
 def measure(
     device: str = "cpu",
-    batch_rounds: tuple[tuple[int, int], ...] = ((1, 3), (8, 0)),
+    batch_rounds: tuple[tuple[int, int], ...] | None = None,
     config: dict | None = None,
     peers: dict | None = None,
 ) -> dict:
@@ -56,7 +66,9 @@ def measure(
 
     Args:
         device (`str`, defaults to `"cpu"`): Where to decode.
-        batch_rounds (`tuple`): Batch sizes, each with its number of rounds after the warm-up, as in `time_and_memory`.
+        batch_rounds (`tuple`, *optional*):
+            Batch sizes, each with its number of rounds after the warm-up, as in `time_and_memory`; those of
+            `BATCH_ROUNDS` by default.
         config (`dict`, *optional*): Arguments of [`BricsAutoencoder`]; those of `PRESET` by default.
         peers (`dict`, *optional*): Arguments of `peer_autoencoder` by name; `PEERS` by default.
 
@@ -75,7 +87,7 @@ def measure(
             model.to(dtype)
     latent_shapes = {"BRICS": ours.key_code_shape} | {name: peer[1] for name, peer in peers.items()}
     result = {"dtype": str(dtype).removeprefix("torch.")}
-    for batch_size, rounds in batch_rounds:
+    for batch_size, rounds in batch_rounds or BATCH_ROUNDS[device.type]:
         rows = time_and_memory(make_steps(models, latent_shapes, batch_size, device, dtype), device, rounds)
         for row in rows.values():
             row["images_per_second"] = batch_size / row["seconds"]
@@ -99,9 +111,14 @@ def describe(result: dict) -> str:
             for decoder, row in rows.items()
         ]
         text += f"\n{markdown_table(table)}"
-    ratios = [row["ours / it"] for rows in batches.values() for key, row in rows.items() if "BRICS" not in key]
-    largest = f"largest {max(ratios):.2f}, median {statistics.median(ratios):.2f}"
-    return (
-        text
-        + f"\nOf the others' time at most {BAR} is wanted: {'met' if max(ratios) <= BAR else 'missed'}, {largest}.\n"
-    )
+    as_they_come, tuned = [], []
+    for rows in batches.values():
+        for decoder, row in rows.items():
+            if "BRICS" not in decoder:
+                (tuned if decoder.endswith(TUNED) else as_they_come).append(row["ours / it"])
+    met = "met" if max(as_they_come) <= BAR else "missed"
+    return f"""{text}
+Of the others' time at most {BAR} is wanted: {met}, largest {max(as_they_come):.2f} and median
+{statistics.median(as_they_come):.2f} of decoders as they come. Of the first one's, run as ours is (channels-last, and
+one image at a time where ours is), {" and ".join(f"{ratio:.2f}" for ratio in tuned)}.
+"""

@@ -3,7 +3,8 @@
 Samples of all samplers begin with the same noise. Quality is the Fréchet distance of features of a small network with
 random weights (`random-conv`), which needs no download and whose numbers compare only with each other. A CPU works in
 float32 and bfloat16, and quality is that of bfloat16, which is faster where a processor has AMX. A GPU works in
-float16 too, and its denoising loop also runs with PyTorch's check for host synchronisation.
+float16 too, and its denoising loop also runs with PyTorch's check for host synchronisation, with a generator of the
+GPU's (noise from one of the CPU's would be copied).
 """
 
 import functools
@@ -45,8 +46,8 @@ def untrained_pipeline(autoencoder: dict, unet: dict) -> BricsKeyCodePipeline:
 
 
 def sample(pipe, num_steps: int, batch_size: int) -> None:
-    """One batch, up to the pixels."""
-    pipe(batch_size, num_steps, generator=torch.Generator().manual_seed(0), output_type="pt")
+    """One batch, up to the pixels; noise is drawn where the pipeline works."""
+    pipe(batch_size, num_steps, generator=torch.Generator(pipe.device).manual_seed(0), output_type="pt")
 
 
 def host_synchronisation(pipe, num_steps: int) -> str:
@@ -55,11 +56,12 @@ def host_synchronisation(pipe, num_steps: int) -> str:
     if device.type != "cuda":
         return "not applicable"
     pipe.scheduler.set_timesteps(num_steps)
-    latents = torch.randn(1, *pipe.autoencoder.key_code_shape, device=device, dtype=pipe.unet.dtype)
+    latents = torch.randn(1, *pipe.autoencoder.key_code_shape, device=device)
+    generator = [torch.Generator(device).manual_seed(0)]
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.no_grad():
-            pipe._denoise(latents, pipe.scheduler.timesteps, None, 0.0, None, [])
+            pipe._denoise(latents, pipe.scheduler.timesteps, generator, 0.0, None, [])
     except RuntimeError as error:
         return str(error).splitlines()[0]
     finally:
@@ -123,19 +125,17 @@ def measure(
         autoencoder, unet (`dict`, *optional*): Arguments of the models of random weights.
 
     Returns:
-        `dict`: `"samplers"` (rows), `"trained"`, `"batch"`, and `"compiled"` (ratios) where asked for.
+        `dict`: `"samplers"` (rows), `"pipeline"` (its name), `"batch"`, and `"compiled"` (ratios) where asked for.
     """
     device = torch.device(device)
-    pipe = (
-        load_pipeline(pipeline)
-        if pipeline
-        else untrained_pipeline(autoencoder or SMALL_AUTOENCODER, unet or SMALL_UNET)
-    )
-    pipe.to(device).set_progress_bar_config(disable=True)
     dataset = load_collection(dataset_name) if pipeline and dataset_name else None
     rows = []
-    # float32 comes first: nothing brings back what half precision has rounded.
     for dtype in DTYPES[device.type]:
+        if pipeline:
+            pipe = load_pipeline(pipeline, device=device)
+        else:
+            pipe = untrained_pipeline(autoencoder or SMALL_AUTOENCODER, unet or SMALL_UNET).to(device)
+        pipe.set_progress_bar_config(disable=True)
         if dtype != torch.float32:  # diffusers warns of any conversion
             pipe.to(dtype)
         pipes = {name: with_scheduler(pipe, kind, options) for name, kind, options, _ in samplers}
@@ -157,7 +157,7 @@ def measure(
                     "host synchronisation": host_synchronisation(pipes[name], num_steps),
                 }
             )
-    result = {"samplers": rows, "trained": pipeline is not None, "batch": batch_size}
+    result = {"samplers": rows, "pipeline": Path(pipeline).name if pipeline else None, "batch": batch_size}
     if dataset is not None:
         result["num_images"] = num_images
     if compiled:
@@ -167,7 +167,7 @@ def measure(
 
 def describe(result: dict) -> str:
     """The part of the report."""
-    weights = "A trained pipeline" if result["trained"] else "A small pipeline of random weights"
+    weights = f"`{result['pipeline']}`" if result["pipeline"] else "A small pipeline of random weights"
     if "num_images" in result:
         measured = f"Fréchet distance of {result['num_images']} samples from the images, features `random-conv`"
     else:

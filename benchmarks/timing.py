@@ -13,13 +13,14 @@ from torch.profiler import ProfilerActivity, profile
 
 def seconds(step: Callable, device: torch.device) -> float:
     """
-    Duration of a step. On a CPU it is the time that the process computes, of all its threads together, which other
-    work on the machine does not lengthen; on a GPU the time until everything that the step started is done.
+    Duration of a step. On one thread of a CPU it is the time that the process computes, which other work on the
+    machine hardly lengthens; on several the time on the clock; on a GPU that until all that the step started is done.
     """
     if device.type != "cuda":
-        start = time.process_time()
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        start = clock()
         step()
-        return time.process_time() - start
+        return clock() - start
     torch.cuda.synchronize(device)
     start = time.perf_counter()
     step()

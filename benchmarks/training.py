@@ -15,7 +15,7 @@ from compare_autoencoders import reconstruct
 from diffusers import UNet2DModel, VQModel
 from diffusers.models.autoencoders.vae import Encoder
 from PIL import Image
-from sampling import SMALL_UNET
+from sampling import SMALL_AUTOENCODER, SMALL_UNET
 from timing import interleaved, medians
 
 from brics_diffusers import BricsAutoencoder
@@ -28,6 +28,8 @@ from brics_diffusers.reports import markdown_table
 
 # The preset with images of half the side: two cores get through some steps.
 AUTOENCODER = PRESETS["church-64x64x4"] | {"sample_size": 128, "feature_size": 32}
+# Shape of the key codes that the UNet of the emoji model is made for.
+EMOJI_CODES = (SMALL_AUTOENCODER["key_channels"], *[SMALL_AUTOENCODER["sample_size"] // 4] * 2)
 NUM_CODES = 8192  # LDM's VQ models
 # Their squares are denormal numbers, as they become in Adam's second moments of entries that are rarely hit.
 FAINT_GRADIENT = 1e-21
@@ -117,7 +119,7 @@ def time_stages(device, rounds, batch_size, autoencoder, unet, unet_batch_size) 
         steps = {"data": reader.read}
         for name, run in runs.items():
             steps |= {f"{name} gradients": run.gradients, f"{name} optimizer": run.optimizer.step}
-        steps["stage two"] = StageTwo(unet, ours.key_code_shape, unet_batch_size, device).step
+        steps["stage two"] = StageTwo(unet, EMOJI_CODES, unet_batch_size, device).step
         interleaved(steps, device, rounds=1)  # warms up, and makes Adam's moments
         return medians(interleaved(steps, device, rounds))
 
@@ -146,7 +148,7 @@ def measure(
     batch_size: int = 2,
     autoencoder: dict | None = None,
     unet: dict | None = None,
-    unet_batch_size: int = 4,
+    unet_batch_size: int = 32,
 ) -> dict:
     """
     Runs everything and returns the numbers.
@@ -156,7 +158,7 @@ def measure(
         rounds (`int`, defaults to 3): Steps of everything; one more warms up.
         batch_size (`int`, defaults to 2): Images in a step of stage one.
         autoencoder, unet (`dict`, *optional*): Arguments of the models; `AUTOENCODER` and `SMALL_UNET` by default.
-        unet_batch_size (`int`, defaults to 4): Key codes in a step of stage two.
+        unet_batch_size (`int`, defaults to 32): Key codes in a step of stage two.
 
     Returns:
         `dict`: `"images_per_second"` by model, `"VQModel / BRICS"` (time of a step), `"data_share"`,
@@ -177,6 +179,7 @@ def measure(
         "adam": time_adam(entries, rounds),
         "size": autoencoder["sample_size"],
         "batch": batch_size,
+        "unet_batch": unet_batch_size,
     }
 
 
@@ -188,7 +191,8 @@ def describe(result: dict) -> str:
         for row in result["adam"]
     ]
     size, batch = result["size"], result["batch"]
-    return f"""Stage one on images of {size} x {size}, batch {batch}; stage two with the UNet of `noto-emoji-64`.
+    return f"""Stage one on images of {size} x {size}, batch {batch}; stage two with the UNet of `noto-emoji-64`
+and its key codes, batch {result["unet_batch"]}.
 
 {markdown_table(rows)}
 A step of the VQModel takes {result["VQModel / BRICS"]:.2f} of the time of one of BRICS. Of a step with its data,

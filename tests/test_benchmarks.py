@@ -26,6 +26,11 @@ def test_report_is_written(report):
 def test_retrieval(report):
     found = report["parts"]["retrieval"]
     assert found["batch 1"]["loop over corners / retrieve"] > 1
+    # Features alone are read or written three times: 4 groups of 64 features at 64 x 64 pixels.
+    assert found["batch 1"]["MB that must move"] > 3 * 4 * 4 * 64 * 64**2 / 1e6
+    assert {"corners only / retrieve", "lattice only / retrieve", "copy of its bytes / retrieve"} < set(
+        found["batch 1"]
+    )
     assert 0 < found["memory"]["MB for each further image"] < found["memory"]["MB at batch 1"]
 
 
@@ -36,6 +41,9 @@ def test_decoding(report):
         for row in rows.values():
             assert row["images_per_second"] == pytest.approx(size / row["seconds"])
             assert row["peak_mb"] > 0 and row["ours / it"] > 0
+        assert set(rows) >= {"BRICS", "VQ", "VQ, run as ours is"}
+    text = bench.decoding.describe(report["parts"]["decoding"])
+    assert "run as ours is (channels-last" in text
     # Images as small as these are decoded together; either way is at hand.
     assert rows["BRICS, whole batch"]["peak_mb"] == pytest.approx(rows["BRICS"]["peak_mb"], rel=0.05)
 
@@ -90,6 +98,12 @@ def test_slope_and_peak():
         return second * 2
 
     assert peak_bytes(step, torch.device("cpu")) == pytest.approx(8000, rel=0.01)  # and scalars
+
+
+def test_parts_do_not_replace_the_whole_report():
+    whole = bench.parse_args(["--device", "cpu"]).output_dir
+    assert whole == bench.EMOJI.parents[1] / "benchmarks/results/cpu"
+    assert bench.parse_args(["--parts", "growth"]).output_dir != whole
 
 
 def test_the_emoji_model_is_what_is_sampled_from():
