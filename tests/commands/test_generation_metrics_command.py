@@ -7,9 +7,11 @@ import pytest
 from launching import launch_subcommand
 from PIL import Image
 from small_models import ROOT
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from brics_diffusers import feature_extractors
 from brics_diffusers.commands import main
+from brics_diffusers.generation_metrics import INCEPTION, NEIGHBOURS, SPLITS
 from brics_diffusers.sampling import sample_path
 
 
@@ -44,6 +46,27 @@ def test_two_processes_give_the_report_of_one(flags, tmp_path):
     assert "| FID |" in text and "| input1 | generated |" in text and "2 steps, seed 0, float32" in text
     assert Image.open(one / "generation-metrics-generated.png").width == 6 * 34 + 2
     assert Image.open(one / "generation-metrics-real.png").height == 3 * 34 + 2
+
+
+def test_help_says_what_is_computed(capsys):
+    with pytest.raises(SystemExit):
+        main(["generation-metrics", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    inception, vgg = (FEATURE_EXTRACTORS_REGISTRY[name] for name in (INCEPTION, "vgg16"))
+    features = inception.get_default_feature_layer_for_metric("fid")
+    assert vgg.get_default_feature_layer_for_metric("prc") == "fc2_relu"
+    size, clip_size = inception.INPUT_IMAGE_SIZE, feature_extractors.CLIP_SIZE
+    for words in (
+        "`input1` is the generated images (--num_samples)",
+        "`input2` is the real ones (all of the split, or --max_images)",
+        "to use of a folder. Default: 50000.",
+        f"{features} features of {INCEPTION} (images resized to {size} x {size}, bilinear as in TensorFlow 1)",
+        f"{INCEPTION}'s logits without bias, of the generated images, shuffled, in {SPLITS} splits",
+        "4096 features of vgg16 after the ReLU of fc2 (images resized to 224 x 224, as for FID)",
+        f"512 image embeddings of CLIP ViT-B/32 (float32, not normalised), images resized to {clip_size} x",
+        f"share of input2 within input1's; {NEIGHBOURS} neighbours.",
+    ):
+        assert words in text
 
 
 def test_folder_of_images(flags, image_folder, tmp_path):
