@@ -1,9 +1,11 @@
 import ast
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
+import torch
 from launching import launch_subcommand
 from PIL import Image
 from small_models import ROOT
@@ -27,25 +29,32 @@ def pixels(folder):
     return np.stack([np.array(Image.open(sample_path(folder, index))) for index in range(6)]).astype(int)
 
 
-def test_two_processes_give_the_report_of_one(flags, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
+def test_two_processes_give_the_report_of_one(flags, pipe, image_folder, tmp_path):
+    one, two, real = tmp_path / "one", tmp_path / "two", tmp_path / "real"
+    shutil.copytree(image_folder, real)
+    samples = pipe(4, num_inference_steps=2, generator=torch.Generator().manual_seed(1)).images
+    for index, image in enumerate(samples):  # so that some of the generated images lie within their neighbourhoods
+        image.save(real / f"sample-{index}.png")
+    flags += ["--dataset_name", str(real)]
     main([*flags, "--output_dir", str(one)])
     launch_subcommand(*flags, "--output_dir", two, "--batch_size", 2, processes=2)
     assert np.abs(pixels(one / "samples") - pixels(two / "samples")).max() <= 1  # rounding to 8 bits
     first, second = (json.loads((folder / "generation-metrics.json").read_text()) for folder in (one, two))
     assert first["metrics"]["fid"] == pytest.approx(second["metrics"]["fid"], rel=1e-2)
+    for name in ("precision", "recall"):
+        assert 0 < first["metrics"][name] == second["metrics"][name] < 1
     assert not first["extractors"]["fid"]["real_features_cached"]
     assert second["extractors"]["fid"]["real_features_cached"]
 
     assert set(first["metrics"]) == {"fid", "precision", "recall", "f1"} and first["metrics"]["fid"] > 0
     assert first["input1"]["num_images"] == 6 and first["input1"]["sampling"]["num_inference_steps"] == 2
     assert first["input1"]["sampling"]["scheduler"] == "CosineVariantScheduler"
-    assert first["input2"]["num_images"] == 24 and first["input2"]["num_unreadable"] == 1
+    assert first["input2"]["num_images"] == 28 and first["input2"]["num_unreadable"] == 1
     assert first["machine"]["torch-fidelity"].startswith("0.4")
     text = (one / "generation-metrics.md").read_text()
     assert "| FID |" in text and "| input1 | generated |" in text and "2 steps, seed 0, float32" in text
     assert Image.open(one / "generation-metrics-generated.png").width == 6 * 34 + 2
-    assert Image.open(one / "generation-metrics-real.png").height == 3 * 34 + 2
+    assert Image.open(one / "generation-metrics-real.png").height == 4 * 34 + 2
 
 
 def test_help_says_what_is_computed(capsys):
