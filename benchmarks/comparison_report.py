@@ -5,6 +5,7 @@ from diffusers import VQModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from brics_diffusers.data import evaluation_loader
+from brics_diffusers.losses import LPIPS_WEIGHTS
 from brics_diffusers.reports import machine, markdown_table, write_report
 from brics_diffusers.training_utils import averaged_weights
 from brics_diffusers.visualization import image_grid
@@ -95,6 +96,7 @@ def report_text(args, runs: dict, table: list[dict], on: dict, num_images: int) 
         for index, point in enumerate(reference.curve)
     ]
     loss = f"{args.mse_weight:g} MSE" + (f" + {args.lpips_weight:g} LPIPS (VGG)" if args.lpips_weight > 0 else "")
+    unmeasured = f"LPIPS was not measured: torch's cache has no `{LPIPS_WEIGHTS['vgg']}`, its backbone's weights.\n"
     return f"""# BRICS beside diffusers' autoencoders: {args.config}
 
 `{on["command"]}`
@@ -104,7 +106,7 @@ def report_text(args, runs: dict, table: list[dict], on: dict, num_images: int) 
 {last["step"]} steps of {args.train_batch_size} images, mirrored at random, out of {num_images}; loss {loss} and each
 model's own regularizer; seed {args.seed}. Validation: {last["images"]} held-out images of {size} x {size}, averaged
 weights, protocol `standard`, mean ± two standard deviations over the images.
-
+{"" if "lpips" in last else unmeasured}
 {markdown_table(table)}
 M: million parameters. G: 10⁹ multiply-adds of decoding one image; lookups in grids and codebook are not counted. Time
 of the training steps (on a CPU: of all its cores), without reading images, in units of the first row's.

@@ -11,6 +11,10 @@ from .models.feature_grids import FeatureGrids
 from .models.reference_retrieval import pixel_centers
 
 
+# Of log10(hits / mean hits), in quarters of a decade.
+HISTOGRAM_EDGES = [quarter / 4 for quarter in range(-16, 13)]
+
+
 class GridUsage:
     r"""
     Remembers which entries of the grids ever received a gradient.
@@ -126,24 +130,29 @@ def collection_codebook_hits(vq_model: VQModel, batches: Iterable[tuple]) -> tor
     return hits
 
 
-def hit_statistics(hits: torch.Tensor) -> dict[str, float]:
+def hit_statistics(hits: torch.Tensor) -> dict:
     r"""
-    Hits in three figures.
+    Hits in three figures and a histogram.
 
     Args:
         hits (`torch.Tensor` of any shape, int64): Hits of some entries, not all zero.
 
     Returns:
-        `dict`: `"entries"`; `"used"`, the share of them that were hit at all; `"mean_hits"`; and `"variance"`, that of
-        hits divided by their mean, so that grids and codebooks of any size compare: 0 if all are hit alike.
+        `dict`: `"entries"`; `"used"`, the share of them that were hit at all; `"mean_hits"`; `"variance"`, that of
+        hits divided by their mean, so that grids and codebooks of any size compare: 0 if all are hit alike; and
+        `"histogram"`, counts of the used entries by log10(hits / mean hits) between `HISTOGRAM_EDGES`, in whose outer
+        bins is all that lies beyond.
     """
     hits = hits.double()
     mean = hits.mean()
+    edges = torch.tensor(HISTOGRAM_EDGES, dtype=torch.float64)
+    decades = (hits[hits > 0] / mean).log10().clamp(edges[0], edges[-1])
     return {
         "entries": hits.numel(),
         "used": (hits > 0).double().mean().item(),
         "mean_hits": mean.item(),
         "variance": (hits / mean).var(correction=0).item(),
+        "histogram": torch.histogram(decades, edges).hist.long().tolist(),
     }
 
 
@@ -156,9 +165,10 @@ def usage_by_group_and_level(grids: FeatureGrids, hits: torch.Tensor) -> dict:
         hits (`torch.Tensor` of shape (g, entries of all levels)): Result of [`collection_entry_hits`].
 
     Returns:
-        `dict`: `"total"`, and lists `"groups"`, `"levels"` and `"groups_and_levels"` of [`hit_statistics`] with the
-        keys `"group"`, and `"level"`, `"resolution"`, `"nodes"` (of one group), `"shared"` (whether nodes share
-        entries). Levels differ in their mean hits; `"total"` and `"groups"` count that as variance, too.
+        `dict`: `"histogram_edges"`, `"total"`, and lists `"groups"`, `"levels"` and `"groups_and_levels"` of
+        [`hit_statistics`] with the keys `"group"`, and `"level"`, `"resolution"`, `"nodes"` (of one group), `"shared"`
+        (whether nodes share entries). Levels differ in their mean hits; `"total"` and `"groups"` count that as
+        variance, too.
     """
     parts = hits.split(grids.level_entries, dim=1)
     facts = [
@@ -169,6 +179,7 @@ def usage_by_group_and_level(grids: FeatureGrids, hits: torch.Tensor) -> dict:
     ]
     groups = range(grids.num_groups)
     return {
+        "histogram_edges": HISTOGRAM_EDGES,
         "total": hit_statistics(hits),
         "groups": [{"group": group} | hit_statistics(hits[group]) for group in groups],
         "levels": [fact | hit_statistics(part) for fact, part in zip(facts, parts, strict=True)],

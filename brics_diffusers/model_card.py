@@ -298,8 +298,9 @@ def _command(summary: dict) -> list[str]:
     command = summary.get("machine", {}).get("command")
     if command is None:
         return []
+    variables, script = re.fullmatch(r"((?:OMP_NUM_THREADS=\S+ )?)(.*)", command, re.DOTALL).groups()
     precision = summary.get("mixed_precision", "no")
-    return [f"```bash\naccelerate launch --mixed_precision {precision} training/{command}\n```"]
+    return [f"```bash\n{variables}accelerate launch --mixed_precision {precision} training/{script}\n```"]
 
 
 def _training_table(config: dict, summary: dict) -> str:

@@ -5,7 +5,6 @@ import math
 import torch
 
 from .code_statistics import PRECISION_DECADES
-from .models.feature_grids import FeatureGrids
 from .training_curves import BOOKKEEPING
 from .visualization import image_grid
 
@@ -37,48 +36,40 @@ def new_figure(columns: int = 1, rows: int = 1, width: float = 5.0, height: floa
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def usage_plot(grids: FeatureGrids, hits: torch.Tensor, usage: dict, codebook_hits: torch.Tensor | None = None):
+def usage_plot(usage: dict, codebook: dict | None = None):
     r"""
     Share of used entries and variance of hits by group and level, and histograms of hits.
 
     Args:
-        grids ([`FeatureGrids`]): The grids.
-        hits (`torch.Tensor` of shape (g, entries of all levels)): Hits of their entries.
         usage (`dict`): Result of `usage_by_group_and_level`.
-        codebook_hits (`torch.Tensor` of shape (entries,), *optional*): Hits of a VQ codebook.
+        codebook (`dict`, *optional*): Result of `hit_statistics` for a VQ codebook.
 
     Returns:
         `matplotlib.figure.Figure`.
     """
     figure, ((left, middle, right),) = new_figure(3)
+    resolutions, num_groups = [level["resolution"] for level in usage["levels"]], len(usage["groups"])
     for axes, name, title in (
         (left, "used", "share of entries used"),
         (middle, "variance", "variance of hits / mean"),
     ):
-        values = torch.tensor([row[name] for row in usage["groups_and_levels"]]).view(grids.num_groups, -1)
+        values = torch.tensor([row[name] for row in usage["groups_and_levels"]]).view(num_groups, -1)
         top = 1 if name == "used" else None
         image = axes.imshow(values, vmin=0, vmax=top, cmap="viridis", aspect="auto", interpolation="nearest")
         axes.set(title=title, xlabel="cells per axis of the level", ylabel="group")
-        axes.set_xticks(range(len(grids.resolutions)), grids.resolutions, fontsize=7)
-        axes.set_yticks(range(grids.num_groups))
+        axes.set_xticks(range(len(resolutions)), resolutions, fontsize=7)
+        axes.set_yticks(range(num_groups))
         figure.colorbar(image, ax=axes)
 
-    finest = hits.split(grids.level_entries, dim=1)[-1]
-    kinds = {"all levels": hits, "finest level": finest, "VQ codebook": codebook_hits}
-    for color, (name, values) in zip(COLORS, kinds.items(), strict=False):
-        if values is not None:
-            _relative_histogram(right, values.flatten().double(), name, color)
+    kinds = {"all levels": usage["total"], "finest level": usage["levels"][-1], "VQ codebook": codebook}
+    for color, (name, statistics) in zip(COLORS, kinds.items(), strict=False):
+        if statistics is not None:
+            shares = torch.tensor(statistics["histogram"]) / statistics["entries"]
+            label = f"{name}: {statistics['used']:.0%} used"
+            right.stairs(shares, usage["histogram_edges"], color=color, label=label)
     right.set(title="histogram of hits", xlabel="log10(hits / mean hits) of used entries", ylabel="share of entries")
     right.legend(fontsize=8)
     return figure
-
-
-def _relative_histogram(axes, hits: torch.Tensor, name: str, color: str) -> None:
-    used = hits[hits > 0]
-    values = (used / hits.mean()).log10()
-    weights = torch.full_like(values, 1 / hits.numel())
-    label = f"{name}: {used.numel() / hits.numel():.0%} used"
-    axes.hist(values, bins=60, range=(-4, 3), weights=weights, histtype="step", color=color, label=label)
 
 
 def code_plot(statistics: dict):

@@ -20,7 +20,8 @@ def machine(device: str | torch.device = "cpu") -> dict[str, str]:
 
     Returns:
         `dict`: `"device"` (its name, and the number of cores and threads of a CPU), `"python"`, `"torch"`,
-        `"diffusers"` (versions) and `"command"`, the process's command line.
+        `"diffusers"` (versions) and `"command"`, the process's command line behind `OMP_NUM_THREADS=...` where that
+        is set: sums, and so results, depend on the number of threads.
     """
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -31,8 +32,14 @@ def machine(device: str | torch.device = "cpu") -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command_line(),
     }
+
+
+def _command_line() -> str:
+    threads = os.environ.get("OMP_NUM_THREADS")
+    variables = "" if threads is None else f"OMP_NUM_THREADS={shlex.quote(threads)} "
+    return variables + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _cpu_name() -> str:

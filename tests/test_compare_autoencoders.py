@@ -8,6 +8,7 @@ from PIL import Image
 from small_models import AUTOENCODER
 
 from brics_diffusers.cost import autoencoder_cost
+from brics_diffusers.losses import load_lpips
 
 
 PEER = compare_autoencoders.SMALL_PEER | {"block_out_channels": (8, 8, 16), "sample_size": 32}
@@ -21,7 +22,8 @@ SMALL = {
 
 @pytest.fixture
 def compare(monkeypatch, image_folder, tmp_path):
-    """Runs the comparison of small models and returns its report."""
+    """Runs the comparison of small models, with no weights of LPIPS at hand, and returns its report."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setitem(compare_autoencoders.PRESETS, "noto-emoji-64", SMALL)
     flags = ["--dataset_name", str(image_folder), "--max_train_steps", "4", "--validation_steps", "2"]
 
@@ -52,11 +54,21 @@ class TestRuns:
             assert all(0 < point["psnr"] < 60 and point["images"] == 2 for point in run["curve"])
         picture = Image.open(tmp_path / "run/comparison-reconstructions.png")
         assert picture.size == (2 * 34 + 2, 4 * 34 + 2)  # two held-out images and three reconstructions of each
-        assert "| BricsAutoencoder |" in (tmp_path / "run/comparison.md").read_text()
+        text = (tmp_path / "run/comparison.md").read_text()
+        assert "| BricsAutoencoder |" in text and "LPIPS |" not in text
+        assert "\nLPIPS was not measured: torch's cache has no `vgg16-397923af.pth`" in text
         with pytest.raises(
             ValueError, match="was trained with max_train_steps 4, not 6; give the same flags as before"
         ):
             compare("run", "--max_train_steps", "6")
+
+    def test_lpips_is_measured_where_its_weights_are(self, compare, monkeypatch, tmp_path):
+        monkeypatch.setattr(compare_autoencoders, "lpips_is_cached", lambda: True)
+        monkeypatch.setattr(compare_autoencoders, "load_lpips", lambda: load_lpips("alex", pretrained=False))
+        result = compare("run", "--max_train_steps", "2")
+        assert all(run["curve"][-1]["lpips"] > 0 for run in result["runs"].values())
+        text = (tmp_path / "run/comparison.md").read_text()
+        assert "| LPIPS |" in text and "not measured" not in text
 
     def test_an_interrupted_comparison_ends_alike(self, compare, monkeypatch):
         whole = compare("whole")

@@ -215,11 +215,12 @@ class TestCollections:
         assert result["metrics"]["inception_score"] > 1 and result["not_computed"] == {}
 
     def test_batch_size_does_not_matter(self, folders, tmp_path):
-        extractors = load_extractors(("fid", "precision-recall"), "random-conv")
+        extractors = load_extractors(METRICS, WithLogits(), clip_extractor=ClipFidFeatures(RandomConvFeatures()))
         one, two = (
             self.metrics(folders, tmp_path / str(size), extractors, batch_size=size)["metrics"] for size in (1, 7)
         )
         assert one == pytest.approx(two, rel=1e-5)  # order of sums in convolutions
+        assert {"fid", "inception_score", "precision", "recall", "clip_fid"} < set(one) and one["inception_score"] > 1
 
     def test_unreadable_images_do_not_count(self, folders, tmp_path):
         for path in sorted(folders[0].iterdir())[3:]:

@@ -6,6 +6,7 @@ import torch
 from diffusers import VQModel
 
 from brics_diffusers.grid_usage import (
+    HISTOGRAM_EDGES,
     GridUsage,
     collection_codebook_hits,
     collection_entry_hits,
@@ -94,9 +95,24 @@ def test_codebook_hits():
     assert hits.sum() == 3 * 64
 
 
+def filled_bins(statistics):
+    """Counts of the histogram's bins that are not empty, by their lower edge."""
+    bins = zip(HISTOGRAM_EDGES[:-1], statistics["histogram"], strict=True)
+    return {edge: count for edge, count in bins if count > 0}
+
+
 def test_statistics():
     statistics = hit_statistics(torch.tensor([[0, 2], [2, 4]]))
+    assert filled_bins(statistics) == {0: 2, 0.25: 1}  # once and, log10(2) = 0.30, twice the mean; no bin for 0 hits
+    del statistics["histogram"]
     assert statistics == {"entries": 4, "used": 0.75, "mean_hits": 2.0, "variance": 0.5}
+
+
+def test_outer_bins_hold_what_lies_beyond():
+    hits = torch.zeros(100_000, dtype=torch.int64)
+    hits[7] = 3
+    assert filled_bins(hit_statistics(hits)) == {2.75: 1}
+    assert filled_bins(hit_statistics(torch.tensor([1, 10**6]))) == {-4: 1, 0.25: 1}
 
 
 def test_usage_by_group_and_level():
@@ -110,5 +126,8 @@ def test_usage_by_group_and_level():
         (27, 40, True),
     ]
     assert [row["used"] for row in usage["groups_and_levels"]] == [1 / 8, 0, 0, 5 / 20]
+    # Hits are 8 times the mean of their group and level (log10: 0.90), and 4 times (0.60).
+    assert [filled_bins(row) for row in usage["groups_and_levels"]] == [{0.75: 1}, {}, {}, {0.5: 5}]
+    assert len(usage["histogram_edges"]) == len(usage["total"]["histogram"]) + 1
     assert [row["used"] for row in usage["groups"]] == [1 / 28, 5 / 28]
     assert usage["total"]["entries"] == 56

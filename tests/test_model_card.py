@@ -92,10 +92,14 @@ class TestContent:
 
     def test_both_stages(self, trained):
         stage_one = SUMMARY | {"config": {"learning_rate": 0.125}}
+        stage_one["machine"] = SUMMARY["machine"] | {"command": "OMP_NUM_THREADS=2 train_autoencoder.py --seed 3"}
         summary = SUMMARY | {"validation": None, "autoencoder_training": stage_one}
         (trained / "training_summary.json").write_text(json.dumps(summary))
         text = make_card(trained)
         assert "| learning rate | 0.125 |" in text and "validation of the autoencoder's run, step 560" in text
+        # Where a shell sees it: before the launcher, which hands it on.
+        launch = "OMP_NUM_THREADS=2 accelerate launch --mixed_precision bf16 training/train_autoencoder.py --seed 3"
+        assert f"\n{launch}\n" in text
 
     def test_autoencoder_alone(self, trained):
         (trained / "model_index.json").unlink()

@@ -1,4 +1,5 @@
 import json
+import sys
 
 from PIL import Image
 
@@ -18,3 +19,11 @@ def test_report(tmp_path):
 def test_machine_names_the_device():
     facts = machine()
     assert "cores" in facts["device"] and facts["torch"] and facts["command"]
+
+
+def test_command_line_can_be_run_again(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/brics-diffusers", "grid-usage", "my model"])
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert machine()["command"] == "brics-diffusers grid-usage 'my model'"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert machine()["command"] == "OMP_NUM_THREADS=3 brics-diffusers grid-usage 'my model'"

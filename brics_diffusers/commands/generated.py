@@ -20,12 +20,17 @@ def add_generated_arguments(parser: argparse.ArgumentParser, num_samples: int) -
         required=True,
         help="Pipeline (its folder, or its name on the Hub) to take samples of, or a folder of generated images.",
     )
-    add("--num_samples", type=int, default=num_samples, help="Images to take samples of, or to use of a folder.")
+    add(
+        "--num_samples",
+        type=int,
+        default=num_samples,
+        help="Images to take samples of, or to use of a folder. Default: %(default)s.",
+    )
     add(
         "--samples_dir",
         help="Folder for a pipeline's samples, one for all machines; `samples` in --output_dir by default.",
     )
-    add("--num_inference_steps", type=int, default=250, help="Denoising steps.")
+    add("--num_inference_steps", type=int, default=250, help="Denoising steps. Default: %(default)s.")
     add("--scheduler", help="Class of diffusers in place of the pipeline's scheduler.")
     add(
         "--scheduler_options",

@@ -1,8 +1,18 @@
 """FID, inception score, precision, recall, F1 and CLIP-FID of generated images.
 
 Samples are made on all processes of `accelerate launch -m brics_diffusers.commands generation-metrics ...`, kept as
-PNG files and gone on with after an interruption. The metrics are those of torch-fidelity, with the generated images as
-`input1` and the real ones as `input2`; CLIP-FID has clean-fid's preprocessing.
+PNG files and gone on with after an interruption. The metrics are torch-fidelity's. `input1` is the generated images
+(--num_samples), taken as they are: square and of one size. `input2` is the real ones (all of the split, or
+--max_images), cut to their central square and resized (Lanczos) to the size of the generated ones. Unreadable files
+are left out and counted. By default:
+
+FID: squared Fréchet distance between 2048 features of inception-v3-compat (images resized to 299 x 299, bilinear as in
+TensorFlow 1), covariances unbiased.
+IS: inception-v3-compat's logits without bias, of the generated images, shuffled, in 10 splits.
+Precision, recall, F1: 4096 features of vgg16 after the ReLU of fc2 (images resized to 224 x 224, as for FID), all
+images of both sets.
+CLIP-FID: FID's distance between 512 image embeddings of CLIP ViT-B/32 (float32, not normalised), images resized to 224
+x 224 as clean-fid does (Pillow's bicubic filter, rounded to uint8).
 """
 
 import argparse
@@ -30,6 +40,12 @@ from .generated import (
 )
 from .shared import add_collection_arguments, add_run_arguments, choose_device, publish, read_collection
 
+
+PRECISION_RECALL = (
+    "Precision: share of input1 within input2's neighbourhoods; recall: share of input2 within input1's; "
+    f"{NEIGHBOURS} neighbours."
+)
+__doc__ += f"\n{PRECISION_RECALL}\n"
 
 SHOWN = 32  # images of each kind in the pictures
 TITLES = {
@@ -122,10 +138,7 @@ def _describe(result: dict) -> str:
             f"Samples: {sampling['pipeline']} with {sampling['scheduler']}, {sampling['num_inference_steps']} steps, "
             f"seed {sampling['seed']}, {sampling['dtype']}."
         )
-    parts.append(
-        "Precision: share of input1 within input2's neighbourhoods; recall: share of input2 within input1's; "
-        f"{NEIGHBOURS} neighbours. The pictures show the first images of each."
-    )
+    parts.append(f"{PRECISION_RECALL} The pictures show the first images of each.")
     parts.append(f"{result['machine']['device']}, torch-fidelity {result['machine']['torch-fidelity']}.")
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 

@@ -2,11 +2,11 @@
 
 Images are encoded without perturbation; a pixel hits the corners of its cell that have a weight above zero, at every
 level. Counted are stored entries: where a level shares entries among nodes, an entry has the hits of all its nodes.
-The variance is that of hits divided by their mean.
+The variance is that of hits divided by their mean; the histograms of plot and JSON file count used entries by the
+decimal logarithm of that quotient.
 """
 
 import argparse
-from functools import partial
 
 from diffusers import VQModel
 
@@ -46,16 +46,15 @@ def run(args: argparse.Namespace) -> None:
 
     hits = collection_entry_hits(autoencoder, image_batches(loader, device, unreadable, "Counting entries"))
     usage = usage_by_group_and_level(autoencoder.grids, hits)
-    codebook_hits, codebook = None, None
+    codebook = None
     if vq_model is not None:
-        codebook_hits = collection_codebook_hits(vq_model, image_batches(loader, device, unreadable, "Counting codes"))
-        codebook = hit_statistics(codebook_hits)
+        batches = image_batches(loader, device, unreadable, "Counting codes")
+        codebook = hit_statistics(collection_codebook_hits(vq_model, batches))
 
     facts = collection_facts(args, dataset, resolution, unreadable)
     result = {"model": args.model, "vq_model": args.vq_model, "counted": "entries"} | facts
     result |= {"grid_type": autoencoder.config.grid_type, "grids": usage, "codebook": codebook}
-    plot = partial(usage_plot, autoencoder.grids, hits, usage, codebook_hits)
-    publish(args, "grid-usage", result, as_text(result), lambda: {"plot": plot()}, device)
+    publish(args, "grid-usage", result, as_text(result), lambda: {"plot": usage_plot(usage, codebook)}, device)
 
 
 def as_text(result: dict) -> str:
@@ -69,6 +68,15 @@ def as_text(result: dict) -> str:
         f"Counted by entry; {shared} of {len(usage['levels'])} levels share entries among nodes. The variance is that "
         "of hits divided by their mean.\n"
     )
-    headings = ("# Use of the feature grids\n\n" + collection_sentence(result), note)
-    tables = (markdown_table(totals), markdown_table(usage["levels"]), markdown_table(usage["groups"]))
-    return "\n".join([*headings, *tables])
+    shares = {}
+    for row in usage["groups_and_levels"]:
+        shares.setdefault(row["group"], {"group": row["group"]})[f"level {row['level']}"] = row["used"]
+    paragraphs = ["# Use of the feature grids\n\n" + collection_sentence(result), note]
+    paragraphs += [figures_table(rows) for rows in (totals, usage["levels"], usage["groups"])]
+    paragraphs += ["Share of the entries used:\n", markdown_table(list(shares.values()))]
+    return "\n".join(paragraphs)
+
+
+def figures_table(rows: list[dict]) -> str:
+    """A table of everything but the histograms."""
+    return markdown_table([{name: row[name] for name in row if name != "histogram"} for row in rows])

@@ -104,6 +104,8 @@ def as_text(result: dict) -> str:
         row[TITLES[name]] = None if values["mean"] is None else f"{values['mean']:.4f} ± {values['two_std']:.4f}"
     left_out = {TITLES[name]: values["left_out"] for name, values in result["metrics"].items() if values["left_out"]}
     notes = [f"{count} images have no finite {name} and are left out of it." for name, count in left_out.items()]
+    if result["lpips_network"] is None:
+        notes.append("LPIPS was not measured: `--no_lpips` left it out.")
     heading = f"# Reconstruction, protocol {result['protocol']}\n\nMean ± two standard deviations over images. "
     paragraphs = [heading + collection_sentence(result), markdown_table([row]), *notes, result["description"]]
     return "\n".join(paragraphs) + "\n"

@@ -1,15 +1,19 @@
 import ast
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
+import torch
 from launching import launch_subcommand
 from PIL import Image
 from small_models import ROOT
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from brics_diffusers import feature_extractors
 from brics_diffusers.commands import main
+from brics_diffusers.generation_metrics import INCEPTION, NEIGHBOURS, SPLITS
 from brics_diffusers.sampling import sample_path
 
 
@@ -25,25 +29,53 @@ def pixels(folder):
     return np.stack([np.array(Image.open(sample_path(folder, index))) for index in range(6)]).astype(int)
 
 
-def test_two_processes_give_the_report_of_one(flags, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
+def test_two_processes_give_the_report_of_one(flags, pipe, image_folder, tmp_path):
+    one, two, real = tmp_path / "one", tmp_path / "two", tmp_path / "real"
+    shutil.copytree(image_folder, real)
+    samples = pipe(4, num_inference_steps=2, generator=torch.Generator().manual_seed(1)).images
+    for index, image in enumerate(samples):  # so that some of the generated images lie within their neighbourhoods
+        image.save(real / f"sample-{index}.png")
+    flags += ["--dataset_name", str(real)]
     main([*flags, "--output_dir", str(one)])
     launch_subcommand(*flags, "--output_dir", two, "--batch_size", 2, processes=2)
     assert np.abs(pixels(one / "samples") - pixels(two / "samples")).max() <= 1  # rounding to 8 bits
     first, second = (json.loads((folder / "generation-metrics.json").read_text()) for folder in (one, two))
     assert first["metrics"]["fid"] == pytest.approx(second["metrics"]["fid"], rel=1e-2)
+    for name in ("precision", "recall"):
+        assert 0 < first["metrics"][name] == second["metrics"][name] < 1
     assert not first["extractors"]["fid"]["real_features_cached"]
     assert second["extractors"]["fid"]["real_features_cached"]
 
     assert set(first["metrics"]) == {"fid", "precision", "recall", "f1"} and first["metrics"]["fid"] > 0
     assert first["input1"]["num_images"] == 6 and first["input1"]["sampling"]["num_inference_steps"] == 2
     assert first["input1"]["sampling"]["scheduler"] == "CosineVariantScheduler"
-    assert first["input2"]["num_images"] == 24 and first["input2"]["num_unreadable"] == 1
+    assert first["input2"]["num_images"] == 28 and first["input2"]["num_unreadable"] == 1
     assert first["machine"]["torch-fidelity"].startswith("0.4")
     text = (one / "generation-metrics.md").read_text()
     assert "| FID |" in text and "| input1 | generated |" in text and "2 steps, seed 0, float32" in text
     assert Image.open(one / "generation-metrics-generated.png").width == 6 * 34 + 2
-    assert Image.open(one / "generation-metrics-real.png").height == 3 * 34 + 2
+    assert Image.open(one / "generation-metrics-real.png").height == 4 * 34 + 2
+
+
+def test_help_says_what_is_computed(capsys):
+    with pytest.raises(SystemExit):
+        main(["generation-metrics", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    inception, vgg = (FEATURE_EXTRACTORS_REGISTRY[name] for name in (INCEPTION, "vgg16"))
+    features = inception.get_default_feature_layer_for_metric("fid")
+    assert vgg.get_default_feature_layer_for_metric("prc") == "fc2_relu"
+    size, clip_size = inception.INPUT_IMAGE_SIZE, feature_extractors.CLIP_SIZE
+    for words in (
+        "`input1` is the generated images (--num_samples)",
+        "`input2` is the real ones (all of the split, or --max_images)",
+        "to use of a folder. Default: 50000.",
+        f"{features} features of {INCEPTION} (images resized to {size} x {size}, bilinear as in TensorFlow 1)",
+        f"{INCEPTION}'s logits without bias, of the generated images, shuffled, in {SPLITS} splits",
+        "4096 features of vgg16 after the ReLU of fc2 (images resized to 224 x 224, as for FID)",
+        f"512 image embeddings of CLIP ViT-B/32 (float32, not normalised), images resized to {clip_size} x",
+        f"share of input2 within input1's; {NEIGHBOURS} neighbours.",
+    ):
+        assert words in text
 
 
 def test_folder_of_images(flags, image_folder, tmp_path):

@@ -16,6 +16,12 @@ def test_report(run_command, model_folder, image_folder, tmp_path):
     # Every pixel of the feature block reads one cell, which has at most eight corners.
     coarsest = usage["levels"][0]
     assert 0 < coarsest["mean_hits"] * coarsest["entries"] <= 24 * 4 * 16 * 16 * 8
+    header = "| group | level 0 | level 1 | level 2 | level 3 |\n| --- | --- | --- | --- | --- |\n"
+    shares = [row["used"] for row in usage["groups_and_levels"]]
+    rows = [f"| {group} | {' | '.join(f'{share:.4g}' for share in shares[4 * group :][:4])} |" for group in range(4)]
+    assert header + "\n".join(rows) in text and len(set(shares)) > 4
+    for row in [*usage["groups_and_levels"], result["codebook"]]:
+        assert sum(row["histogram"]) == pytest.approx(row["used"] * row["entries"])
     assert "Counted by entry" in text and "VQ codebook" in text and "1 file was unreadable" in text
     assert Image.open(folder / "grid-usage-plot.png").width > 600
 

@@ -19,6 +19,7 @@ def test_report(run_command, model_folder, image_folder, monkeypatch, protocol):
     (result, text, folder), other = results[0], results[1][0]
     assert result["images"] == 24 and result["unreadable"] == [str(image_folder / "broken.png")]
     assert "24 images" in text and "1 file was unreadable and skipped" in text and result["description"] in text
+    assert "not measured" not in text
     for metric in ("lpips", "ssim", "psnr"):
         assert result["metrics"][metric]["images"] == 24 and result["metrics"][metric]["two_std"] > 0
         for value in ("mean", "two_std"):
@@ -38,7 +39,8 @@ def test_number_of_processes_does_not_matter(run_command, model_folder, image_fo
         "paper",
         "--no_lpips",
     ]
-    one, _, _ = run_command("reconstruct-metrics", *flags, report="reconstruct-metrics-paper")
+    one, text, _ = run_command("reconstruct-metrics", *flags, report="reconstruct-metrics-paper")
+    assert "\nLPIPS was not measured: `--no_lpips` left it out.\n" in text
     output = tmp_path / "two"
     done = launch_subcommand("reconstruct-metrics", *flags, "--output_dir", output, "--batch_size", 3, processes=2)
     two = json.loads((output / "reconstruct-metrics-paper.json").read_text())

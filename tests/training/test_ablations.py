@@ -23,7 +23,6 @@ STAGE_TWO = [row for row in ROWS if "scheduler." in row]
 SMALL = {
     "autoencoder.feature_size": ["autoencoder.feature_size=8", "autoencoder.decoder_block_out_channels=[16,16,8]"],
     "movq": ["autoencoder.decoder_block_out_channels=[32,32]"],
-    "autoencoder.max_entries": ["autoencoder.max_entries=1000"],  # the finest of the small grids has 4,913 nodes
 }
 
 
@@ -64,20 +63,40 @@ def test_autoencoder_at_full_size(row):
     assert shape == (1, 3, 256, 256)
 
 
+@pytest.fixture
+def train_small(write_config, accelerator):
+    """Trains a small autoencoder for two steps with a row's flags, and returns it."""
+
+    def train(row: str) -> BricsAutoencoder:
+        flags = ["--config", str(write_config()), "--dataset_name", "x", "--adversarial_weight", "0"]
+        torch.manual_seed(0)
+        trainer = train_autoencoder.Trainer(train_autoencoder.parse_args([*flags, *small_flags(row)]), accelerator)
+        images = torch.rand(4, 3, 32, 32) * 2 - 1
+
+        def take_steps():
+            for step in range(2):
+                parts, finite = trainer.step(images, step)
+                assert finite and parts["mse"].isfinite()
+                assert ("kl" in parts) == ("kl" in row)
+
+        assert share_that_moves(trainer.bare, take_steps) >= 0.9
+        return trainer.bare
+
+    return train
+
+
 @pytest.mark.parametrize("row", STAGE_ONE)
-def test_autoencoder_trains(row, write_config, accelerator):
-    flags = ["--config", str(write_config()), "--dataset_name", "x", "--adversarial_weight", "0", *small_flags(row)]
-    torch.manual_seed(0)
-    trainer = train_autoencoder.Trainer(train_autoencoder.parse_args(flags), accelerator)
-    images = torch.rand(4, 3, 32, 32) * 2 - 1
+def test_autoencoder_trains(row, train_small):
+    train_small(row)
 
-    def take_steps():
-        for step in range(2):
-            parts, finite = trainer.step(images, step)
-            assert finite and parts["mse"].isfinite()
-            assert ("kl" in parts) == ("kl" in row)
 
-    assert share_that_moves(trainer.bare, take_steps) >= 0.9
+@pytest.mark.parametrize("power", (12, 14, 16, 18))
+def test_table_sizes_train(power, train_small):
+    """Fig. 14. The paper's finest grid has 65**3 nodes, more than 2**18, so every size binds."""
+    flags = f"--set autoencoder.max_entries={2**power} autoencoder.max_resolution=64"
+    grids = train_small(flags).grids
+    entries = [min((resolution + 1) ** 3, 2**power) for resolution in grids.resolutions]
+    assert grids.entries.shape[1] == sum(entries) and entries[-1] == 2**power
 
 
 @pytest.mark.parametrize("row", STAGE_TWO)
