@@ -79,19 +79,17 @@ CLASSES = {"BricsAutoencoder": BricsAutoencoder, "AutoencoderKL": AutoencoderKL,
 # 15.63, 15.65, 15.36 and 14.49 dB for AutoencoderKL, 12.47, 12.53, 12.35 and 11.83 dB for VQModel.
 LEARNING_RATES = {"BricsAutoencoder": 2e-3, "AutoencoderKL": 1e-3, "VQModel": 1e-3}
 SWEEP = (2e-3, 1e-3, 5e-4, 2e-4)
-# What BRICS' result may hang on, one change at a time: learning rate and arguments. In the last two the decoder begins
-# at the resolution of the key code, as the peers' does: BRICS' own, longer by a resolution, and that of the peers.
+# What BRICS' result may hang on, one change at a time: learning rate and arguments. Coarse grids have the noise of the
+# fine ones. The peers' decoder begins at the resolution of the key code, as it does there.
 ABLATIONS = {
     "BricsAutoencoder": (2e-3, {}),
-    "learning rate 5e-3": (5e-3, {}),
     "learning rate 1e-3": (1e-3, {}),
-    "codes without noise": (2e-3, {"regularization": "none"}),
     "decoder as costly as a peer": (2e-3, {"decoder_block_out_channels": (80, 40)}),
-    "decoder from the code's size": (2e-3, {"feature_size": 16, "decoder_block_out_channels": (64, 64, 32)}),
     "decoder of a peer": (
         2e-3,
         {"feature_size": 16, "decoder_type": "vqgan", "decoder_block_out_channels": (64, 32, 16)},
     ),
+    "coarse grids": (2e-3, {"min_resolution": 1, "max_resolution": 8, "key_noise_scale": 1 / 128}),
 }
 # The paper's, and Adam's usual one.
 ADAM_EPSILON = {"BricsAutoencoder": 1e-15, "AutoencoderKL": 1e-8, "VQModel": 1e-8}
