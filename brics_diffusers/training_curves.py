@@ -6,7 +6,14 @@ from pathlib import Path
 
 LOGS = "logs/tensorboard"
 # What the training scripts log beside losses.
-BOOKKEEPING = ("learning_rate", "grid_usage", "skipped_steps", "images_per_second", "peak_memory_mib")
+BOOKKEEPING = (
+    "learning_rate",
+    "grid_usage",
+    "skipped_steps",
+    "images_per_second",
+    "data_wait_share",
+    "peak_memory_mib",
+)
 
 
 def read_curves(output_dir: str | os.PathLike) -> tuple[dict[str, list[tuple[int, float]]], float]:

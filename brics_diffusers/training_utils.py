@@ -351,7 +351,7 @@ def peak_memory(device: torch.device) -> float:
 class StepLog:
     r"""
     Progress bar on the terminal, and curves in TensorBoard: losses averaged over processes and steps, skipped steps,
-    images a second and peak memory.
+    images a second, the share of time that the main process waits for data, and peak memory.
 
     Args:
         accelerator (`Accelerator`): The run's accelerator.
@@ -373,7 +373,14 @@ class StepLog:
 
     def restart_clock(self) -> None:
         """Leaves the time since the last entry out of images a second, for instance after a validation."""
-        self.started, self.steps = time.monotonic(), 0
+        self.started, self.steps, self.waited = time.monotonic(), 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Put around what fetches a batch: the time is that of waiting for data."""
+        started = time.monotonic()
+        yield
+        self.waited += time.monotonic() - started
 
     def add(self, losses: dict[str, torch.Tensor]) -> None:
         """Call after every batch, with detached scalars of this process; the same names on every process."""
@@ -390,9 +397,11 @@ class StepLog:
         means = {name: self.accelerator.reduce(mean, reduction="mean").item() for name, mean in means.items()}
         self.losses.clear()
         values = means | values
+        seconds = time.monotonic() - self.started
         values |= {
             "skipped_steps": self.state.skipped_steps,
-            "images_per_second": self.steps * self.images_per_step / (time.monotonic() - self.started),
+            "images_per_second": self.steps * self.images_per_step / seconds,
+            "data_wait_share": self.waited / seconds,
             "peak_memory_mib": peak_memory(self.accelerator.device),
         }
         self.accelerator.log({f"train/{k}": v for k, v in values.items()}, step=self.state.global_step)

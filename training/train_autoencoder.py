@@ -304,7 +304,8 @@ def main(argv=None):
     batches, due = iter(loader), False
     bare.train()
     while state.global_step < args.max_train_steps:
-        batch = next(batches)
+        with log.waiting():
+            batch = next(batches)
         unreadable.add(batch["unreadable"])
         images = batch["pixel_values"].to(accelerator.device, non_blocking=True)
         parts, finite = trainer.step(images, state.global_step)

@@ -250,7 +250,8 @@ def main(argv=None):
     batches = enumerate(loader, start=start)
     unet.train()
     while state.global_step < args.max_train_steps:
-        number, key_code_batch = next(batches)
+        with log.waiting():
+            number, key_code_batch = next(batches)
         latents = key_codes_to_latents(key_code_batch.to(accelerator.device, non_blocking=True))
         noise, timesteps = draw_noise(
             latents.shape, args.seed, number, accelerator, scheduler.config.num_train_timesteps

@@ -1,4 +1,5 @@
 import argparse
+import time
 
 import pytest
 import torch
@@ -120,11 +121,15 @@ def test_step_log_averages_and_keeps_rare_losses():
     log = StepLog(accelerator, state, total=4, images_per_step=8, interval=2)
     for step in range(1, 5):
         state.global_step = step
+        with log.waiting():
+            time.sleep(0.1 if step > 2 else 0)
         log.add({"mse": torch.tensor(float(step))} | ({"r1": torch.tensor(7.0)} if step == 1 else {}))
         log.step({"learning_rate": 0.5})
     assert logged[2]["train/mse"] == 1.5 and logged[4]["train/mse"] == 3.5
     assert logged[2]["train/r1"] == 7 and "train/r1" not in logged[4]
     assert logged[4]["train/images_per_second"] > 0 and logged[4]["train/peak_memory_mib"] > 0
+    # The second interval of two steps is hardly more than its pauses, the first hardly less than what is not.
+    assert 0 <= logged[2]["train/data_wait_share"] < logged[4]["train/data_wait_share"] <= 1
 
 
 def test_missing_autoencoder_is_named(tmp_path):
