@@ -3,7 +3,9 @@
 # card outside its generated parts, the pictures among it, stays.
 #   bash model_cards/make_noto_emoji_64.sh PATH/TO/noto-emoji-64
 set -eu
-images=$1
+images=$(realpath "$1")
+cd "$(dirname "$0")/.."
+PATH=$PWD/.venv/bin:$PATH # the environment of `make`, if it was made
 runs=runs/noto-emoji-64
 card=model_cards/brics-noto-emoji-64
 train() {
@@ -17,6 +19,7 @@ train() {
 train no train_autoencoder.py --output_dir $runs/autoencoder
 train bf16 train_key_codes.py --autoencoder_name_or_path $runs/autoencoder --output_dir $runs/pipeline
 
+rm -rf $runs/generated $runs/neighbours # they may be of fewer steps
 brics-diffusers reconstruct-metrics $runs/pipeline --dataset_name "$images" --protocol standard --no_lpips \
     --output_dir $runs/pipeline/reports
 brics-diffusers generation-metrics --generated $runs/pipeline --dataset_name "$images" --num_samples 500 \
