@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.commands import main
 from brics_diffusers.hub import export, public_files
-from brics_diffusers.model_card import PAPER, make_card, metadata, read_facts, without_folders, write_card
+from brics_diffusers.model_card import PAPER, make_card, metadata, read_facts, retitled, without_folders, write_card
 
 
 SUMMARY = {
@@ -154,6 +154,29 @@ class TestEdits:
         mine = "# chosen with care\nlicense: mit\ntags: [faces]   # only this\ndatasets: null\n"
         front = make_card(trained, f"---\n{mine}---\nHello.\n", license_name="apache-2.0").split("---\n")[1]
         assert front == mine + "library_name: diffusers\npipeline_tag: unconditional-image-generation\n"
+
+    def test_a_card_of_metadata_alone_gets_a_title(self, trained):
+        text = make_card(trained, "---\nlicense: mit\n---\n")
+        assert text.split("---\n")[2].startswith("\n# emoji-model\n\n<!-- begin about -->")
+
+    def test_title_of_another_name(self, trained):
+        made, edited = "---\na: b\n---\n\n# emoji-model\n\n# emoji-model\n", "# Emoji\n\n# emoji-model\n"
+        assert retitled(made, trained, "me/faces") == made.replace("# emoji-model", "# faces", 1)
+        assert retitled(edited, trained, "me/faces") == edited
+        (trained / "training_config.json").write_text(json.dumps(CONFIG | {"hub_model_id": "me/heads"}))
+        assert retitled("# heads\n", trained, "named") == "# named\n"
+
+    @pytest.mark.parametrize("name", ["no", "1.0", r"\1x", "apache-2.0"])
+    def test_license(self, trained, name):
+        for existing in (None, "---\nlicense: unknown\n---\n", "---\nlicense: 'unknown' # todo\n---\n"):
+            front = make_card(trained, existing, license_name=name).split("---\n")[1]
+            assert yaml.safe_load(front)["license"] == name and ("# todo" in front) == ("todo" in (existing or ""))
+
+    @pytest.mark.parametrize(
+        "front", ["license: unknown-2\n", "license: mit # not unknown\n", "a:\n  license: unknown\n"]
+    )
+    def test_license_that_is_known(self, trained, front):
+        assert front in make_card(trained, f"---\n{front}---\n", license_name="apache-2.0")
 
     @pytest.mark.parametrize("front", ["a: [", "- a list"])
     def test_metadata_that_are_none(self, trained, front):
