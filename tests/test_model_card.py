@@ -6,8 +6,9 @@ from huggingface_hub import ModelCard
 
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.commands import main
-from brics_diffusers.hub import export, public_files
+from brics_diffusers.hub import export
 from brics_diffusers.model_card import PAPER, make_card, metadata, read_facts, retitled, without_folders, write_card
+from brics_diffusers.published_files import LIST, public_files
 
 
 SUMMARY = {
@@ -208,7 +209,7 @@ class TestExport:
         (target / "pictures.png").write_bytes(b"mine")
         main(["card", str(trained), "--export_dir", str(target), "--hub_license", "apache-2.0"])
         files = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
-        assert files == {*public_files(trained), "README.md", "pictures.png"}
+        assert files == {*public_files(trained), "README.md", LIST, "pictures.png"}
         assert "reports/generation-metrics.json" in files and "checkpoint-4/optimizer.bin" not in files
         card = (target / "README.md").read_text()
         assert "license: apache-2.0" in card and 'from_pretrained("named")' in card
@@ -231,11 +232,23 @@ class TestExport:
         target = tmp_path / "named"
         export(trained, target)
         (target / "unet/diffusion_pytorch_model.safetensors.index.json").write_text("{}")
-        (target / "unet/notes.txt").write_text("mine")
+        for name in ("unet/notes.json", "unet/diffusion_pytorch_model.fp16.safetensors", "curves.png"):
+            (target / name).write_text("mine")
         (trained / "reports/generation-metrics.json").unlink()
         assert "random-conv" not in export(trained, target).read_text()
-        assert not (target / "reports/generation-metrics.json").exists() and (target / "unet/notes.txt").exists()
+        files = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+        mine = {"unet/notes.json", "unet/diffusion_pytorch_model.fp16.safetensors", "curves.png"}
+        assert files == {*public_files(trained), "README.md", LIST, *mine}
         assert BricsKeyCodePipeline.from_pretrained(target).unet.config.sample_size
+
+    def test_a_list_that_leads_elsewhere(self, trained, tmp_path):
+        for name in ("kept.txt", "named/kept.txt"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("mine")
+        names = ["../kept.txt", str(tmp_path / "kept.txt"), "reports", "missing.json"]
+        (tmp_path / "named" / LIST).write_text(json.dumps(names))
+        export(trained, tmp_path / "named")
+        assert (tmp_path / "kept.txt").exists() and (tmp_path / "named/kept.txt").exists()
 
     @pytest.mark.parametrize("flags, message", [((), "onto itself"), (("--push_to_hub",), "exclude each other")])
     def test_refusals(self, trained, flags, message):
