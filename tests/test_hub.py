@@ -179,6 +179,7 @@ class TestPush:
         assert set(repository.files("remote-code")) == MODEL_FILES | CODE_FILES | {"notes.txt"}
         assert repository.messages[1] == "Push by brics-diffusers"
         assert f"{hub.endpoint}/user/model/commit/{repository.branches['main']}" in online[1]
+        assert "HTTP Request" not in online[1]
 
     def test_nothing_says_where_files_lie(self, hub, commits, saved):
         folder = str(saved[0]).encode()
