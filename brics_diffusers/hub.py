@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 from http import HTTPStatus
 from pathlib import Path
 
@@ -48,8 +49,19 @@ def add_license_argument(parser: argparse.ArgumentParser) -> None:
     """Adds `--hub_license`, for what makes a card."""
     parser.add_argument(
         "--hub_license",
+        type=license_identifier,
         help="License of the weights for a card that names none, such as apache-2.0 or cc-by-4.0; default: unknown.",
     )
+
+
+def license_identifier(text: str) -> str:
+    """A license as the Hub writes it."""
+    if not re.fullmatch(r"[a-z0-9.-]+", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no identifier of a license; give lower case letters, digits, dots and hyphens, for instance "
+            "apache-2.0."
+        )
+    return text
 
 
 def open_repository(name: str, private: bool) -> str:

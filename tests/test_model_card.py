@@ -173,6 +173,14 @@ class TestEdits:
             front = make_card(trained, existing, license_name=name).split("---\n")[1]
             assert yaml.safe_load(front)["license"] == name and ("# todo" in front) == ("todo" in (existing or ""))
 
+    @pytest.mark.parametrize("name", ["Apache-2.0", "cc by", "", r"\1"])
+    def test_license_that_is_none(self, trained, name, capsys):
+        with pytest.raises(SystemExit):
+            main(["card", str(trained), "--hub_license", name])
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"argument --hub_license: {name!r} is no identifier of a license" in error
+        assert error.endswith("for instance apache-2.0.") and not (trained / "README.md").exists()
+
     @pytest.mark.parametrize(
         "front", ["license: unknown-2\n", "license: mit # not unknown\n", "a:\n  license: unknown\n"]
     )
