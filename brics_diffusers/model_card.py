@@ -33,6 +33,8 @@ PICTURES = {
     "reconstructions.png": "Held-out images above their reconstructions",
 }
 CURVES = "curves.png"
+# How a path begins that says where files lie; with a user's name too, as in ~me/.
+ABSOLUTE = r"(?:file:/|~[\w.-]*)?/"
 # Settings of a run that its card lists; all others are in training_config.json.
 SETTINGS = ("train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "seed", "random_flip")
 
@@ -59,9 +61,21 @@ def without_folders(value):
         return [without_folders(item) for item in value]
     if not isinstance(value, str):
         return value
-    if os.path.isabs(value) and "\n" not in value:
-        return value if value.count("/") == 1 else Path(value).name
-    return re.sub(r"(?<![\w./:~-])~?/(?:[^\s/'\",]+/)+([^\s/'\",]+)", r"\1", value)
+    if re.fullmatch(rf"{ABSOLUTE}.*", value):
+        return _last_part(value)
+    value = re.sub(rf"""(?<!\w)(['"])((?:--?[\w-]+=)?)({ABSOLUTE}.+?)\1""", _quoted_last_part, value)
+    return re.sub(rf"""(?<![\w./:~-]){ABSOLUTE}[^\s'",]+""", lambda match: _last_part(match[0]), value)
+
+
+def _quoted_last_part(match: re.Match) -> str:
+    quote, flag, path = match.groups()
+    return f"{quote}{flag}{_last_part(path)}{quote}"
+
+
+def _last_part(path: str) -> str:
+    """`c` of `/a/b/c/` or `file:///a/b/c`; folders of the root, which everybody has, stay as they are."""
+    parts = [part for part in re.sub("^file:", "", path).split("/") if part]
+    return path if len(parts) < 2 else parts[-1]
 
 
 def read_facts(folder: str | os.PathLike) -> dict:
@@ -281,7 +295,8 @@ def _metrics(facts: dict, name: str) -> str:
         rows += [{"metric": key.upper(), "value": value, "measured": measured} for key, value in validation.items()]
     if not rows:
         return "## Metrics\n\nNone were measured."
-    return f"## Metrics\n\n{markdown_table(rows)}".strip()
+    note = "\n± is two standard deviations over images." if any("±" in str(row["value"]) for row in rows) else ""
+    return f"## Metrics\n\n{markdown_table(rows)}{note}".strip()
 
 
 def _report_rows(report: dict) -> list[dict]:

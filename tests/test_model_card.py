@@ -74,6 +74,7 @@ class TestContent:
             "| PSNR | 25.2500 ± 3.5000 | reconstruction, protocol standard, 60 images of emoji (validation) |",
             "| fid | 12.5 | 50 generated and 800 real images of emoji (train); random-conv (not trained) |",
             "| PSNR | 25.5 | validation of the run, step 560 |",
+            "\n\n± is two standard deviations over images.\n<!-- end metrics -->",
         ):
             assert row in text
         assert (
@@ -200,6 +201,16 @@ class TestEdits:
         ("/home/me/my runs/a b", "a b"),
         ("x.py --a=/home/me/b.yaml --c ../d '/home/me/e'", "x.py --a=b.yaml --c ../d 'e'"),
         ("~/secret/data", "data"),
+        ("~/my secret/data", "data"),
+        ("in ~me/secret/data and /x", "in data and /x"),
+        (
+            "x.py '/home/me/my runs/a b' --c '--d=/home/me/my runs/a' \"/home/me/e f\"",
+            "x.py 'a b' --c '--d=a' \"e f\"",
+        ),
+        ("x.py --d=/home/me/ --e /home/me//f/ --g=/data", "x.py --d=me --e f --g=/data"),
+        ("file:///home/me/x", "x"),
+        ("from file:///home/me/x, (/home/me/y)", "from x, (y)"),
+        ("a person's 1/2 / 3/4 of it's s3://a/b and '--c=d/e'", "a person's 1/2 / 3/4 of it's s3://a/b and '--c=d/e'"),
         (f"{PAPER} and/or user/name", f"{PAPER} and/or user/name"),
         ({"a": ["/b/c", 1, None]}, {"a": ["c", 1, None]}),
     ],
