@@ -1,6 +1,7 @@
 """What results on disk are recognised by, and how they get there complete or not at all."""
 
 import hashlib
+import itertools
 import os
 import tempfile
 from collections.abc import Callable
@@ -23,6 +24,12 @@ def weights_digest(modules: dict[str, torch.nn.Module]) -> str:
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def unused(path: Path) -> Path:
+    """The path, or if something is there, the first with a number after its name where nothing is."""
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+    return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
 
 
 def write_atomically(path: str | os.PathLike, write: Callable) -> None:

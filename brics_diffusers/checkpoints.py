@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import itertools
 import logging
 import os
 import shutil
@@ -16,6 +15,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import SCALER_NAME, broadcast_object_list, gather_object
 from safetensors import SafetensorError
+
+from .caching import unused
 
 
 logger = logging.getLogger(__name__)
@@ -288,8 +289,7 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
 
 def _supersede(path: Path) -> None:
     """Sets a checkpoint of a branch that the run leaves aside."""
-    names = (f"superseded-{path.name}" + (f"-{number}" if number else "") for number in itertools.count())
-    target = next(target for target in map(path.with_name, names) if not target.exists())
+    target = unused(path.with_name(f"superseded-{path.name}"))
     os.replace(path, target)
     logger.info("%s is kept as %s", path, target.name)
 

@@ -1,22 +1,30 @@
-"""What goes to the Hub, and how: an allow-list of a run's files, in one commit, with the user's edits of the card."""
+"""To the Hub or into a folder: what may be published of a run, in one commit, with the user's edits of the card."""
 
 import argparse
-import json
 import logging
 import os
+import re
+from http import HTTPStatus
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 
-from .model_card import CARD, CURVES, PICTURES, make_card, metric_files, read_facts, without_folders
+from .caching import unused
+from .model_card import CARD, make_card, read_card, retitled
+from .published_files import (
+    LIST,
+    Place,
+    folder_as_place,
+    public_contents,
+    read_list,
+    stale_files,
+    with_list,
+    write_contents,
+)
 
 
 logger = logging.getLogger(__name__)
-
-# Of a run's own folder, besides metrics and the folders of models. Checkpoints, key codes and logs are not among them.
-RUN_FILES = ("training_config.json", "training_summary.json", *PICTURES, CURVES)
-MODEL_SUFFIXES = (".json", ".safetensors")
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,42 +49,19 @@ def add_license_argument(parser: argparse.ArgumentParser) -> None:
     """Adds `--hub_license`, for what makes a card."""
     parser.add_argument(
         "--hub_license",
+        type=license_identifier,
         help="License of the weights for a card that names none, such as apache-2.0 or cc-by-4.0; default: unknown.",
     )
 
 
-def model_folders(folder: str | os.PathLike) -> list[str]:
-    """Names of the folders in a run's or a pipeline's folder that hold the published models and schedulers."""
-    index = Path(folder) / "model_index.json"
-    if index.is_file():
-        names = [name for name, entry in json.loads(index.read_text()).items() if isinstance(entry, list)]
-        return [name for name in names if (index.parent / name).is_dir()]
-    return ["autoencoder"] if (index.parent / "autoencoder").is_dir() else []
-
-
-def public_files(folder: str | os.PathLike) -> list[str]:
-    r"""
-    Files of a run or a saved pipeline that may be published.
-
-    Args:
-        folder (`str`): Folder of the run or pipeline.
-
-    Returns:
-        `list[str]`: Paths within it: index, models, schedulers, card, configuration, pictures and metrics; no
-        checkpoints, optimizer states, key codes or logs.
-    """
-    folder = Path(folder)
-    paths = [folder / name for name in (CARD, "model_index.json", *RUN_FILES)] + metric_files(folder)
-    for name in model_folders(folder):
-        paths += [path for path in sorted((folder / name).iterdir()) if path.suffix in MODEL_SUFFIXES]
-    return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
-
-
-def _content(path: Path) -> Path | bytes:
-    """What is published of a file: of JSON, no folders of this machine."""
-    if path.suffix != ".json":
-        return path
-    return (json.dumps(without_folders(json.loads(path.read_text())), indent=2) + "\n").encode()
+def license_identifier(text: str) -> str:
+    """A license as the Hub writes it."""
+    if not re.fullmatch(r"[a-z0-9.-]+", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no identifier of a license; give lower case letters, digits, dots and hyphens, for instance "
+            "apache-2.0."
+        )
+    return text
 
 
 def open_repository(name: str, private: bool) -> str:
@@ -115,53 +100,110 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
-def fetch_card(repo_id: str) -> str | None:
-    """The card that a repository has, or `None`."""
+def fetch_place(repo_id: str, branch: str) -> tuple[str, Place]:
+    r"""
+    A branch as it is now.
+
+    Args:
+        repo_id (`str`): A repository that exists.
+        branch (`str`): Made from `main` if it does not exist.
+
+    Returns:
+        `tuple[str, Place]`: Its commit, and what that holds.
+
+    Raises:
+        `OSError`: If it can't be read.
+    """
+    api = HfApi()
     try:
-        path = HfApi().hf_hub_download(repo_id, CARD)
-    except EntryNotFoundError:
-        return None
-    return Path(path).read_text(encoding="utf-8")
+        if branch != "main":
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        commit = api.model_info(repo_id, revision=branch).sha
+        files = api.list_repo_files(repo_id, revision=commit)
+        # What the cache holds of a commit never is out of date.
+        paths = {
+            name: Path(api.hf_hub_download(repo_id, name, revision=commit)) for name in (CARD, LIST) if name in files
+        }
+    except Exception as error:  # of the network, whatever it is
+        reason = first_line(error.__cause__ or error)
+        raise OSError(
+            f"what {repo_id} holds at {constants.ENDPOINT} can't be read ({reason}), and a push could overwrite it; "
+            "nothing was pushed, try again."
+        ) from error
+    card = read_card(paths[CARD]) if CARD in paths else None
+    return commit, Place(files, card, read_list(paths[LIST]) if LIST in paths else [])
 
 
-def _merge_card(folder: Path, repo_id: str, license_name: str | None) -> None:
-    """Writes the card from the run into the repository's card, or if it has none, into that of the folder."""
-    path, on_the_hub = folder / CARD, fetch_card(repo_id)
-    here = path.read_text(encoding="utf-8") if path.is_file() else None
-    text = make_card(folder, here if on_the_hub is None else on_the_hub, repo_id, license_name)
-    fresh = make_card(folder, None, repo_id, license_name)
-    if None not in (here, on_the_hub) and make_card(folder, here, repo_id, license_name) not in (text, fresh):
-        kept = path.with_name(f"local-{CARD}")
-        kept.write_text(here, encoding="utf-8")
-        logger.warning("The card of %s has other edits than the one here, which is kept as %s.", repo_id, kept)
-    path.write_text(text, encoding="utf-8")
+def renewed_card(folder: Path, place: Place, name: str, license_name: str | None = None) -> str:
+    """The card of a place that a folder goes to renewed, or if it has none that of the folder."""
+    existing, here = place.card, read_card(folder / CARD)
+    if existing is None and here is not None:
+        existing = retitled(here, folder, name)
+    return make_card(folder, existing, name, license_name)
+
+
+def _write_card(folder: Path, card: str, name: str, license_name: str | None) -> None:
+    """Replaces the folder's card; edits that are not in the new one stay in a copy."""
+    path, here = folder / CARD, read_card(folder / CARD)
+    if here is not None:
+        renewed = make_card(folder, retitled(here, folder, name), name, license_name)
+        if renewed not in (card, make_card(folder, None, name, license_name)):
+            kept = unused(folder / f"local-{CARD}")
+            kept.write_text(here, encoding="utf-8")
+            logger.warning("The card of %s has other edits than the one here, which is kept as %s.", name, kept)
+    path.write_text(card, encoding="utf-8")
 
 
 def push(
-    folder: str | os.PathLike, repo_id: str, license_name: str | None = None, message: str = "Push by brics-diffusers"
+    folder: str | os.PathLike,
+    repo_id: str,
+    license_name: str | None = None,
+    message: str = "Push by brics-diffusers",
+    branch: str = "main",
+    code: list[str] | None = None,
 ) -> str:
     r"""
-    Pushes a run or a pipeline in one commit: its [`public_files`], with the card renewed.
+    Pushes a run or a pipeline in one commit: its [`public_files`], with the card renewed. A card that is there keeps
+    its edits, and is then the folder's own. Files of an earlier push that are no more are removed; others stay.
 
     Args:
         folder (`str`): Folder of the run or pipeline.
         repo_id (`str`): A repository that exists.
         license_name (`str`, *optional*): License of the weights for a card that names none.
         message (`str`): Message of the commit.
+        branch (`str`, defaults to `"main"`): Made if it does not exist.
+        code (`list[str]`, *optional*): More files, those that [`~remote_code.write_remote_code`] made.
 
     Returns:
         `str`: Address of the commit.
+
+    Raises:
+        `OSError`: If the branch can't be read, or has changed by the time of the commit; nothing is committed then.
     """
     folder = Path(folder)
-    _merge_card(folder, repo_id, license_name)
-    return commit_folder(folder, repo_id, public_files(folder), message)
+    parent, place = fetch_place(repo_id, branch)
+    card = renewed_card(folder, place, repo_id, license_name)
+    contents = public_contents(folder, card) | {name: folder / name for name in code or []}
+    operations = [CommitOperationDelete(name) for name in stale_files(place, contents)]
+    operations += [CommitOperationAdd(name, content) for name, content in with_list(contents).items()]
+    try:
+        commit = HfApi().create_commit(
+            repo_id, operations, commit_message=message, revision=branch, parent_commit=parent
+        )
+    except HfHubHTTPError as error:
+        if error.response.status_code != HTTPStatus.PRECONDITION_FAILED:
+            raise
+        raise OSError(
+            f"{repo_id} has changed since this push read it; nothing was pushed, push again to keep that change."
+        ) from error
+    _write_card(folder, card, repo_id, license_name)
+    return commit.commit_url
 
 
 def export(folder: str | os.PathLike, target: str | os.PathLike, license_name: str | None = None) -> Path:
     r"""
-    Makes another folder hold what a push would publish, the card renewed: a card that is there keeps its edits, and
-    otherwise the run's card is the first. Published files of an earlier export that the run lacks are removed; other
-    files stay.
+    Makes another folder hold what a push would publish, by the same rules: a card that is there keeps its edits, files
+    of an earlier export that are no more are removed, others stay.
 
     Args:
         folder (`str`): Folder of the run or pipeline.
@@ -176,50 +218,9 @@ def export(folder: str | os.PathLike, target: str | os.PathLike, license_name: s
         `ValueError`: If both folders are one.
     """
     folder, target = Path(folder), Path(target)
-    read_facts(folder)
     if folder.resolve() == target.resolve():
         raise ValueError(f"{folder} would be copied onto itself; name another folder.")
-    names = [name for name in public_files(folder) if name != CARD]
-    for name in public_files(target):
-        if name not in (*names, CARD):
-            (target / name).unlink()
-    for name in names:
-        path, content = target / name, _content(folder / name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-    card, name = None, target.resolve().name
-    if (target / CARD).is_file():
-        card = (target / CARD).read_text(encoding="utf-8")
-    elif (folder / CARD).is_file():
-        card = (folder / CARD).read_text(encoding="utf-8")
-        card = card.replace(f"\n# {folder.resolve().name}\n", f"\n# {name}\n", 1)
-    (target / CARD).write_text(make_card(target, card, name, license_name), encoding="utf-8")
+    place = folder_as_place(target)
+    card = renewed_card(folder, place, target.resolve().name, license_name)
+    write_contents(target, place, public_contents(folder, card))
     return target / CARD
-
-
-def commit_folder(
-    folder: str | os.PathLike, repo_id: str, files: list[str], message: str, branch: str = "main"
-) -> str:
-    r"""
-    Commits files of a folder to a branch, and removes what models of an earlier commit leave behind.
-
-    Args:
-        folder (`str`): The folder.
-        repo_id (`str`): A repository that exists.
-        files (`list[str]`): Paths within the folder.
-        message (`str`): Message of the commit.
-        branch (`str`, defaults to `"main"`): Made if it does not exist.
-
-    Returns:
-        `str`: Address of the commit.
-    """
-    api = HfApi()
-    if branch != "main":
-        api.create_branch(repo_id, branch=branch, exist_ok=True)
-    # The index of an earlier push's shards would be read in place of the new weights.
-    models = tuple(f"{name}/" for name in model_folders(folder))
-    stale = [name for name in api.list_repo_files(repo_id, revision=branch) if name.startswith(models)]
-    operations = [CommitOperationDelete(name) for name in stale if name not in files]
-    operations += [CommitOperationAdd(name, _content(Path(folder, name))) for name in files]
-    commit = api.create_commit(repo_id, operations, commit_message=message, revision=branch)
-    return commit.commit_url

@@ -33,6 +33,8 @@ PICTURES = {
     "reconstructions.png": "Held-out images above their reconstructions",
 }
 CURVES = "curves.png"
+# How a path begins that says where files lie; with a user's name too, as in ~me/.
+ABSOLUTE = r"(?:file:/|~[\w.-]*)?/"
 # Settings of a run that its card lists; all others are in training_config.json.
 SETTINGS = ("train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "seed", "random_flip")
 
@@ -59,9 +61,21 @@ def without_folders(value):
         return [without_folders(item) for item in value]
     if not isinstance(value, str):
         return value
-    if os.path.isabs(value) and "\n" not in value:
-        return value if value.count("/") == 1 else Path(value).name
-    return re.sub(r"(?<![\w./:~-])~?/(?:[^\s/'\",]+/)+([^\s/'\",]+)", r"\1", value)
+    if re.fullmatch(rf"{ABSOLUTE}.*", value):
+        return _last_part(value)
+    value = re.sub(rf"""(?<!\w)(['"])((?:--?[\w-]+=)?)({ABSOLUTE}.+?)\1""", _quoted_last_part, value)
+    return re.sub(rf"""(?<![\w./:~-]){ABSOLUTE}[^\s'",]+""", lambda match: _last_part(match[0]), value)
+
+
+def _quoted_last_part(match: re.Match) -> str:
+    quote, flag, path = match.groups()
+    return f"{quote}{flag}{_last_part(path)}{quote}"
+
+
+def _last_part(path: str) -> str:
+    """`c` of `/a/b/c/` or `file:///a/b/c`; folders of the root, which everybody has, stay as they are."""
+    parts = [part for part in re.sub("^file:", "", path).split("/") if part]
+    return path if len(parts) < 2 else parts[-1]
 
 
 def read_facts(folder: str | os.PathLike) -> dict:
@@ -155,8 +169,9 @@ def make_card(
         `ValueError`: If the metadata of the existing card are not valid YAML.
     """
     facts = read_facts(folder)
-    name = repo_id or facts["config"].get("hub_model_id") or Path(folder).resolve().name
-    front, text = _split(existing or f"\n# {name.rpartition('/')[2]}\n")
+    name = repo_id or _own_names(folder, facts["config"])[0]
+    front, text = _split(existing or "")
+    text = text if text.strip() else f"\n# {_title(name)}\n"
     parts = {part: f"<!-- begin {part} -->\n{write(facts, name)}\n<!-- end {part} -->" for part, write in PARTS}
     pattern = re.compile(rf"<!-- begin ({'|'.join(parts)}) -->.*?<!-- end \1 -->", re.DOTALL)
     text, found = pattern.subn(lambda match: parts[match[1]], text)
@@ -168,10 +183,34 @@ def make_card(
 def write_card(folder: str | os.PathLike, license_name: str | None = None) -> Path:
     """Makes the card of a folder or renews the one there, see [`make_card`]; returns its path."""
     path = Path(folder) / CARD
-    existing = path.read_text(encoding="utf-8") if path.is_file() else None
-    text = make_card(folder, existing, license_name=license_name)
+    text = make_card(folder, read_card(path), license_name=license_name)
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def read_card(path: Path) -> str | None:
+    """A card, or `None` if there is none; some editors put a byte order mark before it."""
+    return path.read_text(encoding="utf-8-sig") if path.is_file() else None
+
+
+def retitled(card: str, folder: str | os.PathLike, name: str) -> str:
+    """A folder's card for publication under another name: its title follows, unless it is one that a user wrote."""
+    text = _split(card)[1]
+    titles = map(_title, _own_names(folder, _read_json(Path(folder) / "training_config.json")))
+    match = re.match(rf"\s*# ({'|'.join(map(re.escape, titles))})[ \t]*(?=\n|$)", text)
+    if match is None:
+        return card
+    head = len(card) - len(text)
+    return card[: head + match.start(1)] + _title(name) + card[head + match.end(1) :]
+
+
+def _own_names(folder: str | os.PathLike, config: dict) -> list[str]:
+    """Names of the model that a folder itself gives, the first of which its card has."""
+    return [*filter(None, [config.get("hub_model_id")]), Path(folder).resolve().name]
+
+
+def _title(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _split(card: str) -> tuple[str, str]:
@@ -182,7 +221,9 @@ def _split(card: str) -> tuple[str, str]:
 
 def _complete(front: str, generated: dict) -> str:
     """A card's YAML as it is, with the generated keys that it lacks; a license that was unknown may be known now."""
-    front = re.sub(r"^license: unknown$", f"license: {generated['license']}", front, flags=re.MULTILINE)
+    known = yaml.safe_dump({"license": generated["license"]}).strip()
+    unknown = r"""^license:[ \t]+(["']?)unknown\1(?=[ \t]*$|[ \t]+#)"""
+    front = re.sub(unknown, lambda _: known, front, flags=re.MULTILINE)
     try:
         there = yaml.safe_load(front) or {}
     except yaml.YAMLError as error:
@@ -254,7 +295,8 @@ def _metrics(facts: dict, name: str) -> str:
         rows += [{"metric": key.upper(), "value": value, "measured": measured} for key, value in validation.items()]
     if not rows:
         return "## Metrics\n\nNone were measured."
-    return f"## Metrics\n\n{markdown_table(rows)}".strip()
+    note = "\n± is two standard deviations over images." if any("±" in str(row["value"]) for row in rows) else ""
+    return f"## Metrics\n\n{markdown_table(rows)}{note}".strip()
 
 
 def _report_rows(report: dict) -> list[dict]:

@@ -8,12 +8,13 @@ executed where its import stood, as a module with names of its own.
 import ast
 import json
 import os
-import shutil
 from pathlib import Path
 
 import brics_diffusers
 
-from .hub import public_files
+from .hub import renewed_card
+from .model_card import without_folders
+from .published_files import folder_as_place, json_bytes, public_contents, write_contents
 
 
 PACKAGE = Path(brics_diffusers.__file__).parent
@@ -131,14 +132,15 @@ def bundle(module_name: str, stand_ins: dict[str, str] | None = None) -> str:
 def write_remote_code(pipeline: str | os.PathLike, output_dir: str | os.PathLike) -> list[str]:
     r"""
     Writes a saved pipeline with the code of its classes into a folder, to be loaded without this package by
-    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
+    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. What is there is treated as [`~hub.export`]
+    does.
 
     Args:
         pipeline (`str`): Folder of a saved pipeline or of a run of stage two.
         output_dir (`str`): The folder, made if it does not exist.
 
     Returns:
-        `list[str]`: The files that were written, as paths within the folder.
+        `list[str]`: The files with code, as paths within the folder.
 
     Raises:
         `ValueError`: If `pipeline` has no `model_index.json` of this package's pipeline, or is the output folder.
@@ -149,10 +151,6 @@ def write_remote_code(pipeline: str | os.PathLike, output_dir: str | os.PathLike
         raise ValueError(f"{source} is not the folder of a BricsKeyCodePipeline; name one with a model_index.json.")
     if source.resolve() == target.resolve():
         raise ValueError(f"{target} holds the pipeline itself; name another output folder.")
-    files = public_files(source)
-    for name in files:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
     code = {"pipeline.py": bundle(brics_diffusers.BricsKeyCodePipeline.__module__, STAND_INS)}
     for component, entry in index.items():
         if isinstance(entry, list) and entry[0] == brics_diffusers.__name__:
@@ -160,7 +158,8 @@ def write_remote_code(pipeline: str | os.PathLike, output_dir: str | os.PathLike
             entry[0] = module_name.rpartition(".")[2]
             code[f"{component}/{entry[0]}.py"] = bundle(module_name)
     index["_class_name"] = ["pipeline", "BricsKeyCodePipeline"]
-    (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for name, text in code.items():
-        (target / name).write_text(text, encoding="utf-8")
-    return files + list(code)
+    place = folder_as_place(target)
+    contents = public_contents(source, renewed_card(source, place, target.resolve().name))
+    contents |= {"model_index.json": json_bytes(without_folders(index))}
+    write_contents(target, place, contents | {name: text.encode() for name, text in code.items()})
+    return list(code)

@@ -186,8 +186,7 @@ def start_run(args: argparse.Namespace) -> Accelerator:
     )
     level = logging.INFO if accelerator.is_main_process else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", force=True)
-    for noisy in ("httpx", "httpx2", "datasets", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    quiet_libraries()
     if args.push_to_hub and accelerator.is_main_process:  # days before the push
         args.hub_model_id = open_repository(args.hub_model_id or output_dir.resolve().name, args.hub_private_repo)
     set_seed(args.seed)  # the same weights on every process; the loops reseed for their noise
@@ -202,6 +201,12 @@ def start_run(args: argparse.Namespace) -> Accelerator:
     flags = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
     accelerator.init_trackers("tensorboard", config=flags)
     return accelerator
+
+
+def quiet_libraries() -> None:
+    """Leaves the requests of other libraries out of the log."""
+    for noisy in ("httpx", "httpx2", "datasets", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def tensorboard(accelerator: Accelerator):

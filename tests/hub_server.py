@@ -12,6 +12,7 @@ import json
 import os
 import re
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -70,7 +71,10 @@ class Repository:
 
 
 class HubServer(ThreadingHTTPServer):
-    """The server; `tokens` are user and role (`write` or `read`) by token, `calls` the requests so far."""
+    """
+    The server; `tokens` are user and role (`write` or `read`) by token, `calls` the requests so far. `before` is
+    called with each handler's name and arguments, and may raise a [`Problem`] or change a repository.
+    """
 
     daemon_threads = True
 
@@ -80,6 +84,7 @@ class HubServer(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}  # LFS, by SHA-256
         self.tokens = {"hf_writer": ("user", "write"), "hf_reader": ("user", "read")}
         self.calls: list[str] = []
+        self.before: Callable[[str, dict], None] = lambda name, found: None
 
     @property
     def endpoint(self) -> str:
@@ -138,6 +143,7 @@ class Handler(BaseHTTPRequestHandler):
                 match = re.fullmatch(pattern, url.path)
                 if match and self.command in methods.split("|"):
                     found = {key: unquote(value) for key, value in match.groupdict().items() if value}
+                    self.server.before(name, found)
                     answer = getattr(self, name)(**found)
                     break
             else:
@@ -266,6 +272,8 @@ class Handler(BaseHTTPRequestHandler):
             key, value = item["key"], item["value"]
             if key == "header":
                 message = value["summary"]
+                if value.get("parentCommit", repository.resolve(revision)) != repository.resolve(revision):
+                    raise Problem(412, "A commit has happened since. Please refresh and try again.")
             elif key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":

@@ -17,11 +17,11 @@ from hub_server import running_hub
 from small_models import AUTOENCODER, ROOT, UNET
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
-from brics_diffusers.hub import push
 
 
 MODEL_FILES = {
     "README.md",
+    "published_files.json",
     "model_index.json",
     "autoencoder/config.json",
     "autoencoder/diffusion_pytorch_model.safetensors",
@@ -179,6 +179,7 @@ class TestPush:
         assert set(repository.files("remote-code")) == MODEL_FILES | CODE_FILES | {"notes.txt"}
         assert repository.messages[1] == "Push by brics-diffusers"
         assert f"{hub.endpoint}/user/model/commit/{repository.branches['main']}" in online[1]
+        assert "HTTP Request" not in online[1]
 
     def test_nothing_says_where_files_lie(self, hub, commits, saved):
         folder = str(saved[0]).encode()
@@ -215,33 +216,6 @@ class TestPush:
             assert "log in with `hf auth login` and a token that may write there" in message
         assert public.startswith("user/model is public; make it private on its page")
         assert set(hub.repositories) == {"user/model", "user/bare"}  # nothing came of the refused ones
-
-
-class TestMerge:
-    """Of the card on the Hub and the one in the folder."""
-
-    @pytest.fixture
-    def merge(self, pipe, tmp_path, monkeypatch):
-        pipe.save_pretrained(tmp_path)
-
-        def run(here: str | None, on_the_hub: str | None) -> tuple[str, str | None]:
-            card, kept = tmp_path / "README.md", tmp_path / "local-README.md"
-            if here is not None:
-                card.write_text(here)
-            monkeypatch.setattr("brics_diffusers.hub.fetch_card", lambda _: on_the_hub)
-            monkeypatch.setattr("brics_diffusers.hub.commit_folder", lambda *_: card.read_text())
-            return push(tmp_path, "user/model"), kept.read_text() if kept.exists() else None
-
-        return run
-
-    def test_which_edits_stay(self, merge):
-        fresh, kept = merge(None, None)
-        assert kept is None
-        mine, theirs = fresh + "Mine.\n", fresh + "Theirs.\n"
-        assert merge(mine, None) == (mine, None)
-        assert merge(fresh, theirs) == (theirs, None)
-        assert merge(theirs, theirs) == (theirs, None)
-        assert merge(mine, theirs) == (theirs, mine)
 
 
 class TestLoad:

@@ -6,8 +6,9 @@ from huggingface_hub import ModelCard
 
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.commands import main
-from brics_diffusers.hub import export, public_files
-from brics_diffusers.model_card import PAPER, make_card, metadata, read_facts, without_folders, write_card
+from brics_diffusers.hub import export
+from brics_diffusers.model_card import PAPER, make_card, metadata, read_facts, retitled, without_folders, write_card
+from brics_diffusers.published_files import LIST, public_files
 
 
 SUMMARY = {
@@ -73,6 +74,7 @@ class TestContent:
             "| PSNR | 25.2500 ± 3.5000 | reconstruction, protocol standard, 60 images of emoji (validation) |",
             "| fid | 12.5 | 50 generated and 800 real images of emoji (train); random-conv (not trained) |",
             "| PSNR | 25.5 | validation of the run, step 560 |",
+            "\n\n± is two standard deviations over images.\n<!-- end metrics -->",
         ):
             assert row in text
         assert (
@@ -159,6 +161,37 @@ class TestEdits:
         front = make_card(trained, f"---\n{mine}---\nHello.\n", license_name="apache-2.0").split("---\n")[1]
         assert front == mine + "library_name: diffusers\npipeline_tag: unconditional-image-generation\n"
 
+    def test_a_card_of_metadata_alone_gets_a_title(self, trained):
+        text = make_card(trained, "---\nlicense: mit\n---\n")
+        assert text.split("---\n")[2].startswith("\n# emoji-model\n\n<!-- begin about -->")
+
+    def test_title_of_another_name(self, trained):
+        made, edited = "---\na: b\n---\n\n# emoji-model\n\n# emoji-model\n", "# Emoji\n\n# emoji-model\n"
+        assert retitled(made, trained, "me/faces") == made.replace("# emoji-model", "# faces", 1)
+        assert retitled(edited, trained, "me/faces") == edited
+        (trained / "training_config.json").write_text(json.dumps(CONFIG | {"hub_model_id": "me/heads"}))
+        assert retitled("# heads\n", trained, "named") == "# named\n"
+
+    @pytest.mark.parametrize("name", ["no", "1.0", r"\1x", "apache-2.0"])
+    def test_license(self, trained, name):
+        for existing in (None, "---\nlicense: unknown\n---\n", "---\nlicense: 'unknown' # todo\n---\n"):
+            front = make_card(trained, existing, license_name=name).split("---\n")[1]
+            assert yaml.safe_load(front)["license"] == name and ("# todo" in front) == ("todo" in (existing or ""))
+
+    @pytest.mark.parametrize("name", ["Apache-2.0", "cc by", "", r"\1"])
+    def test_license_that_is_none(self, trained, name, capsys):
+        with pytest.raises(SystemExit):
+            main(["card", str(trained), "--hub_license", name])
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"argument --hub_license: {name!r} is no identifier of a license" in error
+        assert error.endswith("for instance apache-2.0.") and not (trained / "README.md").exists()
+
+    @pytest.mark.parametrize(
+        "front", ["license: unknown-2\n", "license: mit # not unknown\n", "a:\n  license: unknown\n"]
+    )
+    def test_license_that_is_known(self, trained, front):
+        assert front in make_card(trained, f"---\n{front}---\n", license_name="apache-2.0")
+
     @pytest.mark.parametrize("front", ["a: [", "- a list"])
     def test_metadata_that_are_none(self, trained, front):
         with pytest.raises(ValueError, match="the metadata of README.md are"):
@@ -172,6 +205,16 @@ class TestEdits:
         ("/home/me/my runs/a b", "a b"),
         ("x.py --a=/home/me/b.yaml --c ../d '/home/me/e'", "x.py --a=b.yaml --c ../d 'e'"),
         ("~/secret/data", "data"),
+        ("~/my secret/data", "data"),
+        ("in ~me/secret/data and /x", "in data and /x"),
+        (
+            "x.py '/home/me/my runs/a b' --c '--d=/home/me/my runs/a' \"/home/me/e f\"",
+            "x.py 'a b' --c '--d=a' \"e f\"",
+        ),
+        ("x.py --d=/home/me/ --e /home/me//f/ --g=/data", "x.py --d=me --e f --g=/data"),
+        ("file:///home/me/x", "x"),
+        ("from file:///home/me/x, (/home/me/y)", "from x, (y)"),
+        ("a person's 1/2 / 3/4 of it's s3://a/b and '--c=d/e'", "a person's 1/2 / 3/4 of it's s3://a/b and '--c=d/e'"),
         (f"{PAPER} and/or user/name", f"{PAPER} and/or user/name"),
         ({"a": ["/b/c", 1, None]}, {"a": ["c", 1, None]}),
     ],
@@ -189,7 +232,7 @@ class TestExport:
         (target / "pictures.png").write_bytes(b"mine")
         main(["card", str(trained), "--export_dir", str(target), "--hub_license", "apache-2.0"])
         files = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
-        assert files == {*public_files(trained), "README.md", "pictures.png"}
+        assert files == {*public_files(trained), "README.md", LIST, "pictures.png"}
         assert "reports/generation-metrics.json" in files and "checkpoint-4/optimizer.bin" not in files
         card = (target / "README.md").read_text()
         assert "license: apache-2.0" in card and 'from_pretrained("named")' in card
@@ -212,11 +255,23 @@ class TestExport:
         target = tmp_path / "named"
         export(trained, target)
         (target / "unet/diffusion_pytorch_model.safetensors.index.json").write_text("{}")
-        (target / "unet/notes.txt").write_text("mine")
+        for name in ("unet/notes.json", "unet/diffusion_pytorch_model.fp16.safetensors", "curves.png"):
+            (target / name).write_text("mine")
         (trained / "reports/generation-metrics.json").unlink()
         assert "random-conv" not in export(trained, target).read_text()
-        assert not (target / "reports/generation-metrics.json").exists() and (target / "unet/notes.txt").exists()
+        files = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+        mine = {"unet/notes.json", "unet/diffusion_pytorch_model.fp16.safetensors", "curves.png"}
+        assert files == {*public_files(trained), "README.md", LIST, *mine}
         assert BricsKeyCodePipeline.from_pretrained(target).unet.config.sample_size
+
+    def test_a_list_that_leads_elsewhere(self, trained, tmp_path):
+        for name in ("kept.txt", "named/kept.txt"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("mine")
+        names = ["../kept.txt", str(tmp_path / "kept.txt"), "reports", "missing.json"]
+        (tmp_path / "named" / LIST).write_text(json.dumps(names))
+        export(trained, tmp_path / "named")
+        assert (tmp_path / "kept.txt").exists() and (tmp_path / "named/kept.txt").exists()
 
     @pytest.mark.parametrize("flags, message", [((), "onto itself"), (("--push_to_hub",), "exclude each other")])
     def test_refusals(self, trained, flags, message):

@@ -1,11 +1,14 @@
 import ast
 import inspect
+import json
 import types
 
 import pytest
+from diffusers import DDIMScheduler
 
 import brics_diffusers
 from brics_diffusers import remote_code
+from brics_diffusers.published_files import LIST, public_files
 from brics_diffusers.remote_code import STAND_INS, bundle, write_remote_code
 
 
@@ -103,6 +106,10 @@ class TestBundle:
         assert class_name in [node.name for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
 
 
+def files_in(folder) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
 class TestWrite:
     def test_only_a_pipeline_of_this_package(self, tmp_path):
         with pytest.raises(ValueError, match="is not the folder of a BricsKeyCodePipeline"):
@@ -114,13 +121,31 @@ class TestWrite:
             write_remote_code(tmp_path, tmp_path)
 
     def test_only_what_is_ours_is_bundled(self, pipe, tmp_path):
-        from diffusers import DDIMScheduler
-
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         pipe.save_pretrained(tmp_path / "pipe")
-        files = write_remote_code(tmp_path / "pipe", tmp_path / "code")
-        assert [name for name in files if name.endswith(".py")] == ["pipeline.py", "autoencoder/autoencoder_brics.py"]
-        assert sorted(files) == sorted(
-            path.relative_to(tmp_path / "code").as_posix() for path in (tmp_path / "code").rglob("*.*")
-        )
+        code = write_remote_code(tmp_path / "pipe", tmp_path / "code")
+        assert code == ["pipeline.py", "autoencoder/autoencoder_brics.py"]
+        assert files_in(tmp_path / "code") == {*public_files(tmp_path / "pipe"), *code, "README.md", LIST}
         assert brics_diffusers.__version__ in (tmp_path / "code/pipeline.py").read_text()
+
+    def test_a_used_folder(self, pipe, tmp_path):
+        source, target = tmp_path / "pipe", tmp_path / "code"
+        pipe.save_pretrained(source, max_shard_size="100KB")
+        write_remote_code(source, target)
+        (target / "unet/notes.txt").write_text("mine")
+        (target / "README.md").write_text((target / "README.md").read_text() + "Mine.\n")
+        assert "unet/diffusion_pytorch_model.safetensors.index.json" in files_in(target)
+        other = tmp_path / "other"
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.save_pretrained(other)
+        code = write_remote_code(other, target)
+        assert files_in(target) == {*public_files(other), *code, "README.md", LIST, "unet/notes.txt"}
+        assert (target / "README.md").read_text().endswith("Mine.\n")
+
+    def test_nothing_says_where_files_lie(self, pipe, tmp_path):
+        pipe.save_pretrained(tmp_path / "pipe")
+        index = json.loads((tmp_path / "pipe/model_index.json").read_text())
+        (tmp_path / "pipe/model_index.json").write_text(json.dumps(index | {"_name_or_path": "/home/me/a"}))
+        (tmp_path / "pipe/training_config.json").write_text('{"dataset_name": "/home/me/b"}')
+        write_remote_code(tmp_path / "pipe", tmp_path / "code")
+        assert not [path for path in (tmp_path / "code").rglob("*.json") if "/home/me" in path.read_text()]

@@ -5,6 +5,8 @@ import importlib
 import logging
 import sys
 
+from ..training_utils import quiet_libraries
+
 
 # Subcommands are the modules of this folder; the first line of a module's docstring is its help text.
 COMMANDS = (
@@ -48,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         subparser.set_defaults(run=module.run)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    quiet_libraries()
     try:
         args.run(args)
     except (OSError, ValueError, ImportError) as error:

@@ -7,7 +7,7 @@ made from the installed package: one file beside each component's config, and pi
 import argparse
 from pathlib import Path
 
-from ..hub import add_hub_arguments, commit_folder, open_repository
+from ..hub import add_hub_arguments, open_repository, push
 from ..remote_code import write_remote_code
 
 
@@ -23,9 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the folder, and pushes it."""
-    files = write_remote_code(args.pipeline, args.output_dir)
+    code = write_remote_code(args.pipeline, args.output_dir)
     if not args.push_to_hub:
         print(args.output_dir)
         return
     repo_id = open_repository(args.hub_model_id or Path(args.pipeline).resolve().name, args.hub_private_repo)
-    print(commit_folder(args.output_dir, repo_id, files, "Push by brics-diffusers remote-code", BRANCH))
+    message = "Push by brics-diffusers remote-code"
+    print(push(args.output_dir, repo_id, message=message, branch=BRANCH, code=code))

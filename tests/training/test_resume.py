@@ -118,6 +118,22 @@ def test_without_a_checkpoint_latest_starts_afresh_and_none_is_overwritten(flags
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 
+def test_reports_are_set_aside_when_a_run_goes_on_and_not_when_it_only_ends_again(flags_of, tmp_path, run_here):
+    def end(steps):
+        flags = flags_of("one", tmp_path, "--max_train_steps", steps, "--resume_from_checkpoint", "latest")
+        return run_here(train_autoencoder.main, *flags)
+
+    report = tmp_path / "reports/reconstruct-metrics-paper.json"
+    text = '{"protocol": "paper", "images": 1, "dataset_name": "a", "split": "b", "metrics": {}}'
+    end(2)
+    report.parent.mkdir()
+    report.write_text(text)
+    end(2)
+    assert report.read_text() == text
+    assert "reports/reconstruct-metrics-paper.json: of earlier weights" in end(3) and not report.exists()
+    assert (tmp_path / "superseded-reports" / report.relative_to(tmp_path)).read_text() == text
+
+
 def test_sigterm_saves_and_exits_cleanly(flags_of, tmp_path):
     flags = flags_of("one", tmp_path, "--checkpointing_steps", 7, "--max_train_steps", 100_000)
     run = start(SCRIPTS["one"], *flags, launcher=False)
