@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
+from safetensors.torch import load_file
 
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data import load_collection
@@ -142,6 +143,17 @@ def test_pipelines_and_schedulers(pipe, tmp_path):
     for name in (tmp_path, tmp_path / "missing", "missing"):
         with pytest.raises(FileNotFoundError, match="holds no model_index.json"):
             load_pipeline(name)
+
+
+def test_pickles_are_not_read(pipe, unet, tmp_path):
+    pipe.save_pretrained(tmp_path / "brics")
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    for name in ("brics", "ddpm"):
+        weights = tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors"
+        torch.save(load_file(weights), weights.with_suffix(".bin"))  # one that diffusers reads
+        weights.unlink()
+        with pytest.raises(ValueError, match="unet has its weights in diffusion_pytorch_model.bin, and a pickle can"):
+            load_pipeline(tmp_path / name)
 
 
 def test_schedulers_of_their_own(pipe):
