@@ -6,9 +6,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput, LMSDiscreteScheduler, PNDMScheduler
-from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.image_processor import PipelineImageInput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .image_processor import BricsImageProcessor
 from .latents import equal_generators, generators_per_image
 
 
@@ -102,7 +103,7 @@ class KeyCodeEditingMixin:
     def _prepare_masks(self, masks: PipelineImageInput, sample: torch.Tensor) -> torch.Tensor:
         """Masks to the key codes' resolution, (B or 1, 1, H_z, W_z) of `bool`: true if any pixel is to be new."""
         self.check_images(masks, "masks")
-        processor = VaeImageProcessor(
+        processor = BricsImageProcessor(
             do_resize=False, do_normalize=False, do_binarize=True, do_convert_rgb=False, do_convert_grayscale=True
         )
         masks = processor.preprocess(masks).to(sample.device, torch.float32)
@@ -292,8 +293,8 @@ class KeyCodeEditingMixin:
                 in [0, 1].
             masks (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of one of them):
                 One mask for all images or one an image, of the images' size: PIL, arrays (B, H, W) or tensors (B, 1,
-                H, W) in [0, 1]. White, 0.5 and above, is made anew. A key code covers a square of pixels and is made
-                anew if any of them is white.
+                H, W) in [0, 1]. White, 0.5 and above, is made anew; transparency has no influence. A key code covers a
+                square of pixels and is made anew if any of them is white.
             strength (`float`, defaults to 1.0):
                 Share of the denoising steps that are taken, in [0, 1], as in `vary`. 1 forgets what the mask covers;
                 less keeps some of it.
