@@ -224,8 +224,11 @@ class BricsKeyCodePipeline(SafePipelineMixin, KeyCodeEditingMixin, DiffusionPipe
 
         ```py
         >>> from PIL import Image
+        >>> from brics_diffusers import BricsKeyCodePipeline
 
-        >>> reconstruction = pipe.reconstruct(Image.open("photo.png")).images[0]
+        >>> pipe = BricsKeyCodePipeline.from_pretrained("runs/pipeline")
+        >>> image = Image.open("image.png")  # height and width divide by the encoder's factor
+        >>> reconstruction = pipe.reconstruct(image).images[0]
         ```
         """
         self.check_inputs(1, None, output_type, [])

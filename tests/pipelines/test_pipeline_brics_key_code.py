@@ -1,4 +1,8 @@
+import builtins
+import doctest
+import inspect
 import json
+import symtable
 
 import numpy as np
 import pytest
@@ -201,3 +205,11 @@ def test_unet_must_fit_the_autoencoder(autoencoder, unet, change, message):
     other = UNet2DModel.from_config({**unet.config, **change})
     with pytest.raises(ValueError, match=message):
         BricsKeyCodePipeline(autoencoder, other, CosineVariantScheduler())
+
+
+@pytest.mark.parametrize("name", ["__call__", "reconstruct", "vary", "interpolate", "inpaint"])
+def test_examples_define_what_they_use(name):
+    examples = doctest.DocTestParser().get_examples(inspect.getdoc(getattr(BricsKeyCodePipeline, name)))
+    scope = symtable.symtable("".join(example.source for example in examples), name, "exec")
+    unknown = [symbol.get_name() for symbol in scope.get_symbols() if not symbol.is_assigned() | symbol.is_imported()]
+    assert examples and not set(unknown) - set(dir(builtins))
