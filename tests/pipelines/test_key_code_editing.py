@@ -338,3 +338,18 @@ PICTURE, MASK = Image.new("RGB", (32, 32)), Image.new("L", (32, 32))
 def test_errors(pipe, method, arguments, options, message):
     with pytest.raises(ValueError, match=message):
         getattr(pipe, method)(*arguments, **options)
+
+
+def test_schedulers_that_add_no_noise(pipe):
+    use_scheduler(pipe, "IPNDMScheduler")
+    options = {"num_inference_steps": 2}
+    for method, arguments, strength in (
+        ("vary", [PICTURE], 0.5),
+        ("interpolate", [PICTURE] * 2, 0.5),
+        ("inpaint", [PICTURE, MASK], 0.5),
+        ("inpaint", [PICTURE, MASK], 1),
+    ):
+        with pytest.raises(ValueError, match="IPNDMScheduler has no add_noise, which .*; use another scheduler, such"):
+            getattr(pipe, method)(*arguments, strength=strength, **options)
+        getattr(pipe, method)(*arguments, strength=0, **options)
+    pipe.vary(PICTURE, strength=1, **options)
