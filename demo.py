@@ -29,6 +29,21 @@ TRAINED = ROOT / "model_cards/brics-noto-emoji-64"
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle")
 CROPS = {"train": 160, "validation": 12}  # of each photograph
 SIZE = 64
+MARKER = ".brics-demo"  # in a folder that a demo has made
+PARTS = ("photos", "stage-one", "pipeline")
+
+
+def claim_folder(folder: Path) -> None:
+    """Makes the folder, or takes out what an earlier demo left; a `ValueError` if it holds anything else."""
+    if folder.exists() and not (folder / MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"{folder} has no {MARKER}, the mark of a folder that a demo may clear; name another folder, or delete "
+            "this one if an older demo made it."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
+    for name in PARTS:
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def load_photograph(name: str) -> Image.Image:
@@ -78,15 +93,18 @@ def launch(script: str, *arguments: str) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="demo-output", help="Folder for everything.")
+    parser.add_argument(
+        "--output_dir", default="demo-output", help="Folder for everything: a new one, or an earlier demo's."
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     started = time.monotonic()
     output_dir = Path(args.output_dir)
-    photos, stage_one, pipeline = (output_dir / name for name in ("photos", "stage-one", "pipeline"))
-    for folder in (photos, stage_one, pipeline):  # of an earlier demo
-        shutil.rmtree(folder, ignore_errors=True)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    photos, stage_one, pipeline = (output_dir / name for name in PARTS)
+    try:
+        claim_folder(output_dir)
+    except ValueError as error:
+        parser.error(str(error))
     show_trained_model(output_dir, args.seed)
     print(f"Samples and reconstructions of the trained model after {time.monotonic() - started:.0f} s: {output_dir}")
     write_crops(photos, args.seed)

@@ -1,6 +1,7 @@
 """A page in the browser to try a pipeline: samples, reconstructions, interpolations. Gradio is needed for it alone."""
 
 from collections.abc import Callable
+from numbers import Real
 from types import ModuleType
 
 import torch
@@ -55,9 +56,9 @@ def sample(
     Args:
         pipe ([`BricsKeyCodePipeline`]): The pipeline. Its scheduler stays as it is.
         seed (`int`): Seed of all noise, in [0, 2**53 - 1].
-        num_inference_steps (`int`): Denoising steps, at least 1.
+        num_inference_steps (`int`): Denoising steps, in [1, `num_train_timesteps` of the pipeline's scheduler].
         sampler (`str`): `"DPM-Solver++"`, `"DDIM"` or `"own"`, the scheduler of the pipeline.
-        num_images (`int`, defaults to 4): Number of images.
+        num_images (`int`, defaults to 4): Number of images, in [1, 16].
         callback_on_step_end (`Callable`, *optional*): As in the pipeline.
 
     Returns:
@@ -67,7 +68,7 @@ def sample(
         `ValueError`: If an argument is out of range.
     """
     pipe, options = _prepare(pipe, seed, num_inference_steps, sampler, callback_on_step_end)
-    return pipe(num_images, **options).images
+    return pipe(_whole_number(num_images, "number of images", 1, MAX_IMAGES), **options).images
 
 
 def reconstruct(
@@ -85,7 +86,7 @@ def reconstruct(
     Args:
         pipe ([`BricsKeyCodePipeline`]): The pipeline. Its scheduler stays as it is.
         seed (`int`): Seed of all noise, in [0, 2**53 - 1].
-        num_inference_steps (`int`): Denoising steps from pure noise, at least 1.
+        num_inference_steps (`int`): Denoising steps from pure noise, as in [`sample`].
         sampler (`str`): As in [`sample`].
         image (`str`): File of the image. Its central square is taken, resized to what the pipeline makes.
         strength (`float`, defaults to 0.0):
@@ -100,6 +101,7 @@ def reconstruct(
         `ValueError`: If there is no image, it is not readable, or an argument is out of range.
     """
     pipe, options = _prepare(pipe, seed, num_inference_steps, sampler, callback_on_step_end)
+    strength = _number(strength, "strength", 0, 1)
     square = _open_square(pipe, image, "image")
     result = pipe.reconstruct(square) if strength == 0 else pipe.vary(square, strength, **options)
     return square, result.images[0]
@@ -122,11 +124,11 @@ def interpolate(
     Args:
         pipe ([`BricsKeyCodePipeline`]): The pipeline. Its scheduler stays as it is.
         seed (`int`): Seed of all noise, in [0, 2**53 - 1].
-        num_inference_steps (`int`): Denoising steps from pure noise, at least 1.
+        num_inference_steps (`int`): Denoising steps from pure noise, as in [`sample`].
         sampler (`str`): As in [`sample`].
         image_a (`str`): File of the image to begin with, read as in [`reconstruct`].
         image_b (`str`): File of the image to end with.
-        num_between (`int`, defaults to 6): Number of images between the ends.
+        num_between (`int`, defaults to 6): Number of images between the ends, in [1, 14].
         strength (`float`, defaults to 0.3): Share of the denoising steps that are taken, in [0, 1].
         callback_on_step_end (`Callable`, *optional*): As in the pipeline.
 
@@ -137,6 +139,8 @@ def interpolate(
         `ValueError`: If an image is missing or not readable, or an argument is out of range.
     """
     pipe, options = _prepare(pipe, seed, num_inference_steps, sampler, callback_on_step_end)
+    num_between = _whole_number(num_between, "number of images between", 1, MAX_IMAGES - 2)
+    strength = _number(strength, "strength", 0, 1)
     start, end = _open_square(pipe, image_a, "first image"), _open_square(pipe, image_b, "second image")
     return pipe.interpolate(start, end, num_between + 2, strength, **options).images
 
@@ -145,15 +149,25 @@ def _prepare(
     pipe: BricsKeyCodePipeline, seed: int, num_inference_steps: int, sampler: str, callback: Callable | None
 ) -> tuple[BricsKeyCodePipeline, dict]:
     """The pipeline with a scheduler of this request's own, and the arguments that all its methods take."""
-    if seed is None or not float(seed).is_integer() or not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"the seed is {seed}; it must be a whole number from 0 to {MAX_SEED}.")
-    if num_inference_steps is None or num_inference_steps < 1:
-        raise ValueError(f"the number of steps is {num_inference_steps}; it must be at least 1.")
+    seed = _whole_number(seed, "seed", 0, MAX_SEED)
+    steps = _whole_number(num_inference_steps, "number of steps", 1, pipe.scheduler.config.num_train_timesteps)
     if sampler not in SAMPLERS:
         raise ValueError(f"the sampler is {sampler!r}; it must be one of {', '.join(map(repr, SAMPLERS))}.")
-    generator = torch.Generator().manual_seed(int(seed))
-    options = {"num_inference_steps": num_inference_steps, "generator": generator, "callback_on_step_end": callback}
+    generator = torch.Generator().manual_seed(seed)
+    options = {"num_inference_steps": steps, "generator": generator, "callback_on_step_end": callback}
     return with_scheduler(pipe, *SAMPLERS[sampler]), options
+
+
+def _number(value, name: str, low: float, high: float, whole: bool = False) -> float:
+    """A number from the page, where a field can be empty, and whose API can be sent anything."""
+    if not isinstance(value, Real) or not low <= value <= high or (whole and value % 1):
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"the {name} is {value}; it must be a {kind} from {low} to {high}.")
+    return value
+
+
+def _whole_number(value, name: str, low: int, high: int) -> int:
+    return int(_number(value, name, low, high, whole=True))
 
 
 def _open_square(pipe: BricsKeyCodePipeline, path: str | None, name: str) -> Image.Image:
@@ -238,6 +252,7 @@ def _settings(gr: ModuleType, pipe: BricsKeyCodePipeline) -> list:
         pipe.scheduler.config.num_train_timesteps,
         USUAL_STEPS[first],
         step=1,
+        precision=0,
         label="Steps",
         info="A choice of sampler sets what is usual for it.",
         elem_id="steps",
@@ -264,7 +279,7 @@ def _gallery(gr: ModuleType, label: str, name: str):
 
 
 def _sample_tab(gr: ModuleType) -> tuple:
-    count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
+    count = gr.Slider(1, MAX_IMAGES, 4, step=1, precision=0, label="Images")
     button = gr.Button("Make images", variant="primary", elem_id="sample-button")
     return button, [count], [_gallery(gr, "Samples", "sample")]
 
@@ -304,7 +319,9 @@ def _interpolate_tab(gr: ModuleType) -> tuple:
         first = _upload(gr, "First image", "interpolate-first", height=230)
         second = _upload(gr, "Second image", "interpolate-second", height=230)
     with gr.Row():
-        between = gr.Slider(1, MAX_IMAGES - 2, 6, step=1, label="Images between", info="The ends come on top.")
+        between = gr.Slider(
+            1, MAX_IMAGES - 2, 6, step=1, precision=0, label="Images between", info="The ends come on top."
+        )
         strength = gr.Slider(0, 1, 0.3, label="Strength", info="0 mixes key codes without the diffusion model.")
     button = gr.Button("Interpolate", variant="primary", elem_id="interpolate-button")
     return button, [first, second, between, strength], [_gallery(gr, "From the first to the second", "interpolate")]

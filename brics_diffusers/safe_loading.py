@@ -1,44 +1,79 @@
 """`from_pretrained` that reads safetensors only and names the weights that don't fit."""
 
-import json
 import os
-from pathlib import Path
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 from typing import Self
+
+from diffusers import DiffusionPipeline, ModelMixin
+from huggingface_hub import HfApi
 
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def refuse_pickles(folder: str | os.PathLike) -> None:
+def load_model_safely(from_pretrained: Callable, name_or_path: str | os.PathLike, **kwargs) -> ModelMixin | tuple:
     r"""
-    Makes sure that the weights in a folder are safetensors.
+    Calls `from_pretrained` of a model of diffusers, with two differences: pickled weights are refused, and missing
+    ones are an error.
 
     Args:
-        folder (`str`): Folder of a model; what is no folder passes.
+        from_pretrained (`Callable`): The class's method.
+        name_or_path (`str`): A folder, or a name on the Hub.
+        kwargs: As in diffusers; `low_cpu_mem_usage` has no influence.
+
+    Returns:
+        What `from_pretrained` returns.
 
     Raises:
-        `ValueError`: If it holds pickled weights and no safetensors; names them.
+        `ValueError`: For pickled weights, or a weight that is missing or shaped otherwise than the config says.
+        `OSError`: If there are no weights.
     """
-    folder = Path(folder)
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    pickles = [path.name for path in files if path.suffix in PICKLE_SUFFIXES]
-    if pickles and not any(path.suffix == ".safetensors" for path in files):
+    kwargs = _safe_options(kwargs)
+    place = Path(name_or_path, kwargs.get("subfolder") or "")
+    with_info = kwargs.pop("output_loading_info", False)
+    try:
+        model, info = from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    except OSError:
+        _refuse_pickles(name_or_path, kwargs.get("subfolder") or "", kwargs)
+        raise
+    except (ValueError, RuntimeError) as error:
+        fault = str(error).split(". If you want")[0].removeprefix("Cannot load").strip().removeprefix("because ")
+        if " shape " not in fault:
+            raise
         raise ValueError(
-            f"{folder} has its weights in {', '.join(pickles)}, and a pickle can run any code when it is read, so "
-            "only safetensors are; convert it with torch.load(..., weights_only=True) and safetensors.torch.save_file."
-        )
+            f"the weights of {place} are not those of its config.json: {fault}; restore the one or the other."
+        ) from error
+    _refuse_missing(place, {*info["missing_keys"], *_without_values(model, kwargs)})
+    return (model, info) if with_info else model
 
 
-def _safetensors_only(kwargs: dict) -> dict:
-    if kwargs.get("use_safetensors") is False:
-        raise ValueError(
-            "use_safetensors is False, but pickled weights are never read, as a pickle can run any code; leave it out."
-        )
-    return kwargs | {"use_safetensors": True}
+def load_pipeline_safely(from_pretrained: Callable, name_or_path: str | os.PathLike, **kwargs) -> DiffusionPipeline:
+    r"""
+    Calls `from_pretrained` of a pipeline, with the differences of [`load_model_safely`] for every component.
 
+    Args:
+        from_pretrained (`Callable`): The class's method.
+        name_or_path (`str`): A folder, or a name on the Hub.
+        kwargs: As in diffusers; `low_cpu_mem_usage` has no influence.
 
-def _and_more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more are" if names[1:] else " is"
+    Returns:
+        [`DiffusionPipeline`].
+
+    Raises:
+        `ValueError`: For pickled weights, or a weight that is missing or shaped otherwise than its config says.
+        `OSError`: If there are no weights.
+    """
+    kwargs = _safe_options(kwargs)
+    try:
+        pipeline = from_pretrained(name_or_path, **kwargs)
+    except OSError:
+        for name in _component_names(name_or_path, kwargs):
+            _refuse_pickles(name_or_path, name, kwargs)
+        raise
+    for name, component in pipeline.components.items():
+        _refuse_missing(f"{name} in {name_or_path}", _without_values(component, kwargs))
+    return pipeline
 
 
 class SafeModelMixin:
@@ -46,41 +81,8 @@ class SafeModelMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
-        r"""
-        As in diffusers, with two differences: pickled weights are refused, and missing ones are an error.
-
-        Args:
-            pretrained_model_name_or_path (`str`): A folder, or a name on the Hub.
-            kwargs: As in diffusers.
-
-        Returns:
-            The model, in eval mode.
-
-        Raises:
-            `ValueError`: For pickled weights, or a weight that is missing or shaped otherwise than the config says.
-            `OSError`: If there are no safetensors.
-        """
-        kwargs = _safetensors_only(kwargs)
-        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        refuse_pickles(folder)
-        with_info = kwargs.pop("output_loading_info", False)
-        try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        except (ValueError, RuntimeError) as error:
-            fault = str(error).split(". If you want")[0].removeprefix("Cannot load").strip().removeprefix("because ")
-            if " shape " not in fault:
-                raise
-            raise ValueError(
-                f"the weights of {folder} are not those of its config.json: {fault}; restore the one or the other."
-            ) from error
-        # diffusers leaves missing weights without values, and warns.
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise ValueError(
-                f"the weights of {folder} are not those of its config.json: {missing[0]}{_and_more(missing)} not "
-                "there; restore the one or the other."
-            )
-        return (model, info) if with_info else model
+        """As [`load_model_safely`]; the model is in eval mode."""
+        return load_model_safely(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
 
 
 class SafePipelineMixin:
@@ -88,31 +90,64 @@ class SafePipelineMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
-        r"""
-        As in diffusers, with two differences: pickled weights are refused, and missing ones are an error.
+        """As [`load_pipeline_safely`]."""
+        return load_pipeline_safely(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
 
-        Args:
-            pretrained_model_name_or_path (`str`): A folder, or a name on the Hub.
-            kwargs: As in diffusers.
 
-        Returns:
-            The pipeline.
+def _safe_options(kwargs: dict) -> dict:
+    if kwargs.get("use_safetensors") is False:
+        raise ValueError(
+            "use_safetensors is False, but pickled weights are never read, as a pickle can run any code; leave it out."
+        )
+    # With low_cpu_mem_usage, weights that are not read have no values; without it, they have any.
+    return kwargs | {"use_safetensors": True, "low_cpu_mem_usage": True}
 
-        Raises:
-            `ValueError`: For pickled weights, or a weight that is missing or shaped otherwise than its config says.
-            `OSError`: If there are no safetensors.
-        """
-        kwargs = _safetensors_only(kwargs)
-        index = Path(pretrained_model_name_or_path, "model_index.json")
-        for name in json.loads(index.read_text()) if index.is_file() else ():
-            refuse_pickles(index.parent / name)
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        for name, model in pipeline.components.items():
-            # Of weights that are not there, diffusers leaves a place without values; a device map can do so too.
-            missing = [key for key, tensor in getattr(model, "named_parameters", dict)() if tensor.is_meta]
-            if missing and kwargs.get("device_map") is None:
-                raise ValueError(
-                    f"the weights of {name} in {pretrained_model_name_or_path} are not those of its config.json: "
-                    f"{missing[0]}{_and_more(missing)} not there; restore the one or the other."
-                )
-        return pipeline
+
+def _files(name_or_path: str | os.PathLike, subfolder: str, kwargs: dict) -> list[str]:
+    """Names of the files in a folder, here or on the Hub; none where they can't be known."""
+    folder = Path(name_or_path, subfolder)
+    if folder.is_dir():
+        return [path.name for path in folder.iterdir()]
+    if Path(name_or_path).is_dir() or kwargs.get("local_files_only"):
+        return []
+    try:
+        api = HfApi(token=kwargs.get("token"))
+        paths = map(PurePosixPath, api.list_repo_files(str(name_or_path), revision=kwargs.get("revision")))
+    except Exception:  # of the network, of the login or of the name: why the model can't be loaded either
+        return []
+    return [path.name for path in paths if path.parent == PurePosixPath(subfolder)]
+
+
+def _component_names(name_or_path: str | os.PathLike, kwargs: dict) -> list[str]:
+    if DiffusionPipeline.config_name not in _files(name_or_path, "", kwargs):
+        return []
+    options = {name: kwargs[name] for name in ("cache_dir", "revision", "token") if name in kwargs}
+    index = DiffusionPipeline.load_config(name_or_path, **options)
+    return [name for name, entry in index.items() if isinstance(entry, list) and name not in kwargs]
+
+
+def _refuse_pickles(name_or_path: str | os.PathLike, subfolder: str, kwargs: dict) -> None:
+    suffixes = {name: Path(name).suffix for name in sorted(_files(name_or_path, subfolder, kwargs))}
+    pickles = [name for name, suffix in suffixes.items() if suffix in PICKLE_SUFFIXES]
+    if pickles and ".safetensors" not in suffixes.values():
+        raise ValueError(
+            f"{Path(name_or_path, subfolder)} has its weights in {', '.join(pickles)}, and a pickle can run any code "
+            "when it is read, so only safetensors are; convert it with torch.load(..., weights_only=True) and "
+            "safetensors.torch.save_file."
+        )
+
+
+def _without_values(model, kwargs: dict) -> list[str]:
+    """Parameters that nothing was read into; with a device map, they may have been put elsewhere."""
+    if kwargs.get("device_map") is not None:
+        return []
+    return [name for name, tensor in getattr(model, "named_parameters", dict)() if tensor.is_meta]
+
+
+def _refuse_missing(place: str | os.PathLike, names: set[str] | list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
+        raise ValueError(
+            f"the weights of {place} are not those of its config.json: {min(names)}{more} not there; restore the one "
+            "or the other."
+        )

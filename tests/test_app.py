@@ -88,9 +88,24 @@ def test_wrong_arguments(pipe, files, image_folder):
         with pytest.raises(ValueError, match=f"the seed is {seed}; it must be a whole number from 0 to"):
             sample(pipe, seed, 4, "own")
     sample(pipe, float(MAX_SEED), 1, "own")
-    for steps in (None, 0):
-        with pytest.raises(ValueError, match=f"the number of steps is {steps}; it must be at least 1"):
+    for steps in (None, 0, 2.5, 1001, "4"):
+        with pytest.raises(
+            ValueError, match=f"the number of steps is {steps}; it must be a whole number from 1 to 1000"
+        ):
             reconstruct(pipe, 0, steps, "own", files[0])
+    for count in (None, 0, 1.5, 17):
+        with pytest.raises(
+            ValueError, match=f"the number of images is {count}; it must be a whole number from 1 to 16"
+        ):
+            sample(pipe, 0, 4, "own", count)
+    for count in (None, 0, 1.5, 15):
+        with pytest.raises(ValueError, match=f"images between is {count}; it must be a whole number from 1 to 14"):
+            interpolate(pipe, 0, 4, "own", *files, count)
+    for strength in (None, -0.1, 2, float("nan"), "1"):
+        for call, images in ((reconstruct, files[:1]), (interpolate, [*files, 6])):
+            with pytest.raises(ValueError, match=f"the strength is {strength}; it must be a number from 0 to 1"):
+                call(pipe, 0, 4, "own", *images, strength)
+    assert len(sample(pipe, 0.0, 2.0, "own", 1.0)) == 1  # whole numbers of JSON
     with pytest.raises(ValueError, match="the sampler is 'Euler'; it must be one of 'DPM-Solver"):
         sample(pipe, 0, 4, "Euler")
     with pytest.raises(ValueError, match="the image is missing; choose a file for it"):
@@ -99,8 +114,6 @@ def test_wrong_arguments(pipe, files, image_folder):
         interpolate(pipe, 0, 4, "own", files[0], None)
     with pytest.raises(ValueError, match="not readable as an image"):
         reconstruct(pipe, 0, 4, "own", str(image_folder / "broken.png"))
-    with pytest.raises(ValueError, match="strength is 2; it must be from 0"):
-        reconstruct(pipe, 0, 4, "own", files[0], 2)
 
 
 def test_handlers_of_the_page(pipe, files):
@@ -113,6 +126,16 @@ def test_handlers_of_the_page(pipe, files):
     with pytest.raises(gradio.Error) as error:
         handlers["sample"](gradio.Progress(), -1, 6, "DDIM", 1)
     assert error.value.message == f"The seed is -1; it must be a whole number from 0 to {MAX_SEED}."
+
+
+def test_whole_numbers_of_the_page(pipe):
+    gradio = pytest.importorskip("gradio", reason="the page needs gradio")
+    sliders = [block for block in build_app(pipe).blocks.values() if isinstance(block, gradio.Slider)]
+    asked = {
+        slider.label: slider.preprocess(0.6) if slider.maximum == 1 else slider.preprocess(2.6) for slider in sliders
+    }
+    assert asked == {"Steps": 3, "Images": 3, "Strength": 0.6, "Images between": 3}
+    assert {type(value) for label, value in asked.items() if label != "Strength"} == {int}
 
 
 def test_pipelines_of_other_classes(unet):

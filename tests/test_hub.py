@@ -118,6 +118,22 @@ folder = huggingface_hub.snapshot_download("user/model", revision="remote-code")
 np.save(sys.argv[-1] + "-1.npy", sample(load(folder, **options)))
 assert not [name for name in sys.modules if name.startswith("brics_diffusers")]
 """
+LOAD_PICKLES = """
+import sys
+from huggingface_hub import HfApi
+from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline
+from brics_diffusers.sampling import load_pipeline
+
+for name in ("whole", "bare"):
+    HfApi().create_repo(f"{name}-pickled")
+    HfApi().upload_folder(repo_id=f"user/{name}-pickled", folder_path=f"{sys.argv[1]}/{name}")
+loads = [BricsKeyCodePipeline.from_pretrained, load_pipeline, BricsAutoencoder.from_pretrained]
+for load, name in zip(loads * 2, ["user/whole-pickled"] * 2 + ["user/bare-pickled"] + ["user/missing"] * 3):
+    try:
+        load(name)
+    except (OSError, ValueError) as error:
+        print(f"{type(error).__name__}: {error}".splitlines()[0])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +255,21 @@ class TestLoad:
         assert len(hub.calls) == calls
         for name in ("online-0", "online-1", "offline-1"):
             assert np.array_equal(np.load(tmp_path / f"{name}.npy"), saved[1])
+
+    def test_pickles(self, hub, saved, client, tmp_path):
+        for name in MODEL_FILES - {"README.md"}:
+            (tmp_path / "whole" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "whole" / name).write_bytes((saved[0] / name).read_bytes())
+        weights = tmp_path / "whole/unet/diffusion_pytorch_model.safetensors"
+        weights.rename(weights.with_suffix(".bin"))
+        (tmp_path / "bare").mkdir()
+        (tmp_path / "bare/config.json").write_bytes((saved[0] / "autoencoder/config.json").read_bytes())
+        (tmp_path / "bare/model.pt").write_bytes(b"pickle")
+        lines = [line for line in client(LOAD_PICKLES, tmp_path).splitlines() if "Error: " in line]
+        unet = "user/whole-pickled/unet has its weights in diffusion_pytorch_model.bin"
+        bare = "user/bare-pickled has its weights in model.pt"
+        starts = [f"ValueError: {fault}, and a pickle can run any code" for fault in (unet, unet, bare)]
+        for line, start in zip(lines, [*starts, *["OSError: "] * 3], strict=True):
+            assert line.startswith(start)
+        resolved = [call for call in hub.calls if "-pickled/resolve/" in call]
+        assert resolved and not any(call.endswith((".bin", ".pt")) for call in resolved)  # none was even downloaded

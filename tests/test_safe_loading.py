@@ -103,6 +103,30 @@ class TestWeightsThatDoNotFit:
         with pytest.raises(ValueError, match=r"weights of unet in .*: conv_out.bias is not there"):
             BricsKeyCodePipeline.from_pretrained(folder)
 
+    @pytest.mark.parametrize("component", ["autoencoder", "unet"])
+    def test_a_missing_weight_without_low_cpu_mem_usage(self, folder, component):
+        path = folder / component / WEIGHTS
+        weights = load_file(path)
+        name = min(weights)
+        del weights[name]
+        save_file(weights, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"weights of .*{component}.*: {name} is not there"):
+            BricsKeyCodePipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+
+    @pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": False}])
+    @pytest.mark.parametrize("component", ["autoencoder", "unet"])
+    def test_a_weight_that_only_the_index_of_shards_has(self, pipe, folder, component, options):
+        path = folder / component
+        getattr(pipe, component).save_pretrained(path, max_shard_size="20KB")
+        index = json.loads((path / f"{WEIGHTS}.index.json").read_text())
+        name, shard = min(index["weight_map"].items())
+        weights = load_file(path / shard)
+        del weights[name]
+        save_file(weights, path / shard, metadata={"format": "pt"})
+        (path / WEIGHTS).unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=f"weights of .*{component}.*: {name} is not there"):
+            BricsKeyCodePipeline.from_pretrained(folder, **options)
+
     def test_loading_info(self, folder):
         model, info = BricsAutoencoder.from_pretrained(folder / "autoencoder", output_loading_info=True)
         assert isinstance(model, BricsAutoencoder) and info["missing_keys"] == []

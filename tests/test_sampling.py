@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
+from safetensors.torch import load_file
 
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data import load_collection
@@ -114,6 +115,17 @@ def test_samples_made_otherwise_are_not_mixed(pipe, tmp_path):
         sample_images_to_folder(pipe, tmp_path, 1, **STEPS)
 
 
+def test_settings_are_json(pipe, tmp_path):
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    sample_images_to_folder(pipe, tmp_path, 1, progress=False, **STEPS)
+    manifest = tmp_path / "samples.json"
+    assert json.loads(manifest.read_text(), parse_constant=pytest.fail) == read_sample_settings(tmp_path)
+    assert read_sample_settings(tmp_path)["scheduler_config"]["lambda_min_clipped"] == "-inf"
+    manifest.write_text(manifest.read_text().replace('"-inf"', "-Infinity"))  # as it was written earlier
+    sample_images_to_folder(pipe, tmp_path, 2, progress=False, **STEPS)  # the same settings
+    assert read_sample_settings(tmp_path)["scheduler_config"]["lambda_min_clipped"] == "-inf"
+
+
 def test_folder_of_other_images_is_left_alone(pipe, tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "holiday.jpg")
     with pytest.raises(ValueError, match="holds images that are not samples"):
@@ -142,6 +154,17 @@ def test_pipelines_and_schedulers(pipe, tmp_path):
     for name in (tmp_path, tmp_path / "missing", "missing"):
         with pytest.raises(FileNotFoundError, match="holds no model_index.json"):
             load_pipeline(name)
+
+
+def test_pickles_are_not_read(pipe, unet, tmp_path):
+    pipe.save_pretrained(tmp_path / "brics")
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    for name in ("brics", "ddpm"):
+        weights = tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors"
+        torch.save(load_file(weights), weights.with_suffix(".bin"))  # one that diffusers reads
+        weights.unlink()
+        with pytest.raises(ValueError, match="unet has its weights in diffusion_pytorch_model.bin, and a pickle can"):
+            load_pipeline(tmp_path / name)
 
 
 def test_schedulers_of_their_own(pipe):

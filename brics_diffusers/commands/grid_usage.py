@@ -15,6 +15,7 @@ from ..evaluation import image_batches
 from ..grid_usage import collection_codebook_hits, collection_entry_hits, hit_statistics, usage_by_group_and_level
 from ..plots import usage_plot
 from ..reports import markdown_table
+from ..safe_loading import load_model_safely
 from .shared import (
     MODEL_HELP,
     add_collection_arguments,
@@ -40,7 +41,9 @@ def run(args: argparse.Namespace) -> None:
     """Counts, and writes `grid-usage`."""
     device = choose_device(args.device)
     autoencoder = open_model(args.model, device)
-    vq_model = None if args.vq_model is None else VQModel.from_pretrained(args.vq_model).to(device).eval()
+    vq_model = None
+    if args.vq_model is not None:
+        vq_model = load_model_safely(VQModel.from_pretrained, args.vq_model).to(device)
     resolution, unreadable = autoencoder.config.sample_size, UnreadableLog()
     dataset, loader = open_collection(args, resolution)
 

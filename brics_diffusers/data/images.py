@@ -14,6 +14,8 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
+from ..image_modes import to_rgb
+
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ def read_image(data: dict | str | os.PathLike) -> Image.Image:
     try:
         with Image.open(_image_file(data)) as image:
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error and more on bad files
         raise UnreadableImageError(f"not readable as an image: {error}") from error
 
@@ -94,25 +96,6 @@ def _image_file(data: dict | str | os.PathLike) -> str | os.PathLike | io.BytesI
         return path
     with fsspec.open(str(path), "rb") as file:  # "zip://a.png::archive.zip", as some Hub datasets have it
         return io.BytesIO(file.read())
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
-    if image.mode == "La":
-        image = image.convert("LA")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _to_uint8(values: np.ndarray) -> np.ndarray:
-    # values (H, W): 16-bit gray, in modes "I;16" and "I", or float
-    top = 1.0 if values.dtype.kind == "f" else 65535
-    if not (values.min() >= 0 and values.max() <= top):  # also false for NaN
-        raise ValueError(f"values in [{values.min()}, {values.max()}], expected [0, {top}]")
-    return np.rint(values * (255 / top)).astype(np.uint8)
 
 
 def center_crop_resize(image: Image.Image, resolution: int) -> Image.Image:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput, LMSDiscreteScheduler, PNDMScheduler
-from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.image_processor import PipelineImageInput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .image_processor import BricsImageProcessor
 from .latents import equal_generators, generators_per_image
 
 
@@ -18,18 +19,24 @@ class KeyCodeEditingMixin:
     brings `_preprocess`, `_encode`, `_denoise` and `_output`.
     """
 
-    def check_strength(self, strength: float, num_inference_steps: int):
-        """Raises a `ValueError` for a strength that can't be served."""
+    def check_strength(self, strength: float, num_inference_steps: int, inpaint: bool = False):
+        """Raises a `ValueError` for a strength that can't be served; `inpaint` adds noise with strength 1 too."""
         if not 0 <= strength <= 1:
             raise ValueError(
                 f"strength is {strength}; it must be from 0 (the image's own key code) to 1 (pure noise)."
             )
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be at least 1.")
+        scheduler = type(self.scheduler).__name__
         if 0 < strength < 1 and isinstance(self.scheduler, (PNDMScheduler, LMSDiscreteScheduler)):
             raise ValueError(
-                f"strength is {strength}, but {type(self.scheduler).__name__} can't begin in the middle of its steps; "
+                f"strength is {strength}, but {scheduler} can't begin in the middle of its steps; "
                 "use strength=1 or another scheduler, such as DPMSolverMultistepScheduler."
+            )
+        if (0 < strength < 1 or (inpaint and strength > 0)) and not hasattr(self.scheduler, "add_noise"):
+            raise ValueError(
+                f"{scheduler} has no add_noise, which brings images to the noise level of a step; use another "
+                "scheduler, such as DPMSolverMultistepScheduler."
             )
 
     def check_sample_size(self, sample: torch.Tensor, name: str):
@@ -100,7 +107,7 @@ class KeyCodeEditingMixin:
     def _prepare_masks(self, masks: PipelineImageInput, sample: torch.Tensor) -> torch.Tensor:
         """Masks to the key codes' resolution, (B or 1, 1, H_z, W_z) of `bool`: true if any pixel is to be new."""
         self.check_images(masks, "masks")
-        processor = VaeImageProcessor(
+        processor = BricsImageProcessor(
             do_resize=False, do_normalize=False, do_binarize=True, do_convert_rgb=False, do_convert_grayscale=True
         )
         masks = processor.preprocess(masks).to(sample.device, torch.float32)
@@ -154,7 +161,8 @@ class KeyCodeEditingMixin:
 
         Raises:
             `ValueError`: If an argument is out of range, images have a wrong size, or the scheduler can't begin in the
-                middle of its steps ([`PNDMScheduler`] and [`LMSDiscreteScheduler`] for strengths between 0 and 1).
+                middle of its steps ([`PNDMScheduler`], [`LMSDiscreteScheduler`] and those without `add_noise` for
+                strengths between 0 and 1).
 
         Example:
 
@@ -290,8 +298,8 @@ class KeyCodeEditingMixin:
                 in [0, 1].
             masks (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of one of them):
                 One mask for all images or one an image, of the images' size: PIL, arrays (B, H, W) or tensors (B, 1,
-                H, W) in [0, 1]. White, 0.5 and above, is made anew. A key code covers a square of pixels and is made
-                anew if any of them is white.
+                H, W) in [0, 1]. White, 0.5 and above, is made anew; transparency has no influence. A key code covers a
+                square of pixels and is made anew if any of them is white.
             strength (`float`, defaults to 1.0):
                 Share of the denoising steps that are taken, in [0, 1], as in `vary`. 1 forgets what the mask covers;
                 less keeps some of it.
@@ -310,7 +318,8 @@ class KeyCodeEditingMixin:
             [`ImagePipelineOutput`] or `tuple`: The images, made anew under the mask.
 
         Raises:
-            `ValueError`: As `vary`, and for masks of another size or number than the images.
+            `ValueError`: As `vary`, and for masks of another size or number than the images, or a scheduler without
+                `add_noise`.
 
         Example:
 
@@ -328,7 +337,7 @@ class KeyCodeEditingMixin:
         """
         tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         self.check_inputs(1, None, output_type, tensor_inputs)
-        self.check_strength(strength, num_inference_steps)
+        self.check_strength(strength, num_inference_steps, inpaint=True)
         sample = self._preprocess(images)
         self.check_sample_size(sample, "images")
         renewed = self._prepare_masks(masks, sample)

@@ -5,13 +5,14 @@ from collections.abc import Callable
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
-from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.image_processor import PipelineImageInput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from ..models import BricsAutoencoder
 from ..safe_loading import SafePipelineMixin
+from .image_processor import BricsImageProcessor
 from .key_code_editing import KeyCodeEditingMixin
 from .latents import generators_per_image, key_codes_to_latents, latents_to_key_codes
 
@@ -22,7 +23,8 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 class BricsKeyCodePipeline(SafePipelineMixin, KeyCodeEditingMixin, DiffusionPipeline):
     r"""
     Pipeline for unconditional image generation: a diffusion model makes key codes, an autoencoder decodes them (Sec.
-    4, arXiv 2305.18601). `reconstruct`, `vary`, `interpolate` and `inpaint` begin with images.
+    4, arXiv 2305.18601). `reconstruct`, `vary`, `interpolate` and `inpaint` begin with images; PIL images are read as
+    in training, transparency on white and 16-bit values scaled.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the methods of all pipelines
     (downloading, saving, running on a particular device, etc.).
@@ -56,7 +58,7 @@ class BricsKeyCodePipeline(SafePipelineMixin, KeyCodeEditingMixin, DiffusionPipe
                 f"use a UNet with sample_size={height}."
             )
         self.register_modules(autoencoder=autoencoder, unet=unet, scheduler=scheduler)
-        self.image_processor = VaeImageProcessor(do_resize=False, do_convert_rgb=autoencoder.config.in_channels == 3)
+        self.image_processor = BricsImageProcessor(do_resize=False, do_convert_rgb=autoencoder.config.in_channels == 3)
 
     def check_inputs(self, batch_size: int, latents: torch.Tensor | None, output_type: str, tensor_inputs: list[str]):
         """Raises a `ValueError` for arguments of `__call__` that can't be served."""
@@ -227,8 +229,11 @@ class BricsKeyCodePipeline(SafePipelineMixin, KeyCodeEditingMixin, DiffusionPipe
 
         ```py
         >>> from PIL import Image
+        >>> from brics_diffusers import BricsKeyCodePipeline
 
-        >>> reconstruction = pipe.reconstruct(Image.open("photo.png")).images[0]
+        >>> pipe = BricsKeyCodePipeline.from_pretrained("runs/pipeline")
+        >>> image = Image.open("image.png")  # height and width divide by the encoder's factor
+        >>> reconstruction = pipe.reconstruct(image).images[0]
         ```
         """
         self.check_inputs(1, None, output_type, [])

@@ -118,6 +118,18 @@ def test_reconstructions_in_a_browser(browser, pipe, image_folder):
     assert (made == arrays(pipe.reconstruct(square).images)).all()
 
 
+def test_interpolations_in_a_browser(browser, pipe, image_folder):
+    browser.click("[role=tab]", "Interpolate")
+    files = [image_folder / name for name in ("03.png", "04.png")]
+    browser.type("#steps input[type=number]", "4")
+    for place, file in zip(("first", "second"), files, strict=True):
+        browser.upload(f"#interpolate-{place}", file)
+    made = make(browser, "interpolate")
+    squares = [center_crop_resize(Image.open(file), 32) for file in files]
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    assert (made == arrays(pipe.interpolate(*squares, 8, 0.3, 4, generator=seeded(0)).images)).all()
+
+
 def test_one_request_at_a_time(address, image_folder, monkeypatch):
     from gradio_client import Client, handle_file
     from gradio_client.utils import Status

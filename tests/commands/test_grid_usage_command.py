@@ -26,6 +26,13 @@ def test_report(run_command, model_folder, image_folder, tmp_path):
     assert Image.open(folder / "grid-usage-plot.png").width > 600
 
 
+def test_a_pickled_vq_model_is_not_read(model_folder, image_folder, tmp_path):
+    VQModel(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vq", safe_serialization=False)
+    flags = ["--dataset_name", str(image_folder), "--vq_model", str(tmp_path / "vq")]
+    with pytest.raises(SystemExit, match="grid-usage: .*vq has its weights in diffusion_pytorch_model.bin"):
+        main(["grid-usage", str(model_folder), *flags])
+
+
 def test_without_readable_images(model_folder, tmp_path):
     (tmp_path / "broken.png").write_text("not an image")
     with pytest.raises(SystemExit, match="grid-usage: 0 readable images .skipped 1 unreadable file: .*broken.png"):

@@ -247,6 +247,7 @@ class TestInpaint:
         array = masks[:, 0].numpy()
         pictures = [Image.fromarray(np.uint8(mask * 255)) for mask in array]
         kinds = [array, array.astype(bool), array[..., None], list(array), list(masks[:, 0]), masks.bool(), pictures]
+        kinds.append([Image.fromarray(np.uint16(20000 + mask * 20000)) for mask in array])  # 20000: less than half
         for kind in [*kinds, [picture.convert("RGB") for picture in pictures]]:
             torch.testing.assert_close(pipe.inpaint(images, kind, generator=seeded(), **options).images, expected)
         assert masks.unique().tolist() == [0, 1]  # the caller's own are left alone
@@ -273,6 +274,17 @@ class TestInpaint:
         unchanged = pipe.vary(images, 0, 4, output_type="latent").images
         known = ~renewed.expand_as(latents)
         assert latents.dtype == torch.float32 and torch.equal(latents[known], unchanged[known])
+
+
+@pytest.mark.parametrize("method", ["vary", "interpolate", "inpaint"])
+def test_transparent_pictures_are_on_white(pipe, method):
+    options = {"strength": 0, "output_type": "latent"}
+    mask = [Image.new("L", (32, 32))] if method == "inpaint" else []
+    on_white, transparent = (
+        getattr(pipe, method)(*([image] * (2 if method == "interpolate" else 1)), *mask, **options).images
+        for image in (Image.new("RGB", (32, 32), "white"), Image.new("RGBA", (32, 32)))
+    )
+    assert torch.equal(on_white, transparent)
 
 
 @pytest.mark.parametrize("method", ["vary", "interpolate", "inpaint"])
@@ -326,3 +338,18 @@ PICTURE, MASK = Image.new("RGB", (32, 32)), Image.new("L", (32, 32))
 def test_errors(pipe, method, arguments, options, message):
     with pytest.raises(ValueError, match=message):
         getattr(pipe, method)(*arguments, **options)
+
+
+def test_schedulers_that_add_no_noise(pipe):
+    use_scheduler(pipe, "IPNDMScheduler")
+    options = {"num_inference_steps": 2}
+    for method, arguments, strength in (
+        ("vary", [PICTURE], 0.5),
+        ("interpolate", [PICTURE] * 2, 0.5),
+        ("inpaint", [PICTURE, MASK], 0.5),
+        ("inpaint", [PICTURE, MASK], 1),
+    ):
+        with pytest.raises(ValueError, match="IPNDMScheduler has no add_noise, which .*; use another scheduler, such"):
+            getattr(pipe, method)(*arguments, strength=strength, **options)
+        getattr(pipe, method)(*arguments, strength=0, **options)
+    pipe.vary(PICTURE, strength=1, **options)

@@ -1,4 +1,8 @@
+import builtins
+import doctest
+import inspect
 import json
+import symtable
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 
 from brics_diffusers import BricsKeyCodePipeline, CosineVariantScheduler
+from brics_diffusers.data import read_image
 from brics_diffusers.pipelines.pipeline_brics_key_code import key_codes_to_latents, latents_to_key_codes
 
 
@@ -141,6 +146,20 @@ class TestReconstruct:
     def test_gray_image(self, pipe):
         assert pipe.reconstruct(Image.new("L", (32, 32), 99)).images[0].mode == "RGB"
 
+    def test_pictures_of_other_modes_are_read_as_in_training(self, pipe, tmp_path):
+        transparent = Image.new("RGBA", (32, 32), (9, 8, 7, 0))
+        transparent.paste((200, 100, 50, 255), (0, 0, 16, 32))
+        on_white = Image.new("RGB", (32, 32), "white")
+        on_white.paste((200, 100, 50), (0, 0, 16, 32))
+        levels = np.arange(32 * 32).reshape(32, 32) % 256
+        gray = Image.fromarray(np.uint8(levels))
+        deep = [Image.fromarray((levels * 257).astype(kind)) for kind in (np.uint16, np.int32)]
+        for image, same in [(transparent, on_white), *((image, gray.convert("RGB")) for image in deep)]:
+            expected = pipe.reconstruct(same, output_type="pt").images
+            assert torch.equal(pipe.reconstruct(image, output_type="pt").images, expected)
+            image.save(tmp_path / "image.png")
+            assert np.array_equal(np.array(read_image(tmp_path / "image.png")), np.array(same))
+
     def test_without_unet(self, pipe):
         pipe.unet.register_forward_hook(lambda *_: pytest.fail("the diffusion model takes no part"))
         pipe.reconstruct(Image.new("RGB", (32, 32)))
@@ -150,6 +169,8 @@ class TestReconstruct:
             pipe.reconstruct(Image.new("RGB", (32, 30)))
         with pytest.raises(ValueError, match="output_type is 'latent'"):
             pipe.reconstruct(Image.new("RGB", (32, 32)), output_type="latent")
+        with pytest.raises(ValueError, match=r"mode F has values in \[2.0, 2.0\], expected \[0, 1.0\]; scale them"):
+            pipe.reconstruct(Image.new("F", (32, 32), 2.0))
 
 
 class TestSaving:
@@ -207,3 +228,11 @@ def test_unet_must_fit_the_autoencoder(autoencoder, unet, change, message):
     other = UNet2DModel.from_config({**unet.config, **change})
     with pytest.raises(ValueError, match=message):
         BricsKeyCodePipeline(autoencoder, other, CosineVariantScheduler())
+
+
+@pytest.mark.parametrize("name", ["__call__", "reconstruct", "vary", "interpolate", "inpaint"])
+def test_examples_define_what_they_use(name):
+    examples = doctest.DocTestParser().get_examples(inspect.getdoc(getattr(BricsKeyCodePipeline, name)))
+    scope = symtable.symtable("".join(example.source for example in examples), name, "exec")
+    unknown = [symbol.get_name() for symbol in scope.get_symbols() if not symbol.is_assigned() | symbol.is_imported()]
+    assert examples and not set(unknown) - set(dir(builtins))

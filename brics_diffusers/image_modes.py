@@ -1,0 +1,53 @@
+"""PIL images of any mode as 8-bit ones, the same for training and for pipelines."""
+
+import numpy as np
+from PIL import Image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    r"""
+    An image as 8-bit RGB: transparency is composited on white, values of more than 8 bits are scaled as in
+    [`to_eight_bits`].
+
+    Args:
+        image (`PIL.Image.Image`): An image of any mode.
+
+    Returns:
+        `PIL.Image.Image`: mode "RGB".
+
+    Raises:
+        `ValueError`: For values out of range.
+    """
+    image = to_eight_bits(image)
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    r"""
+    Scales the values of gray images of 16 bits (modes "I;16" and "I") or floats ("F"), which Pillow's own conversions
+    would clip.
+
+    Args:
+        image (`PIL.Image.Image`): An image of any mode.
+
+    Returns:
+        `PIL.Image.Image`: mode "L"; images of other modes as they are.
+
+    Raises:
+        `ValueError`: For values out of [0, 65535], floats out of [0, 1].
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)  # (H, W)
+    top = 1.0 if values.dtype.kind == "f" else 65535
+    if not (values.min() >= 0 and values.max() <= top):  # also false for NaN
+        raise ValueError(
+            f"an image of mode {image.mode} has values in [{values.min()}, {values.max()}], expected [0, {top}]; "
+            "scale them."
+        )
+    return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
