@@ -83,8 +83,8 @@ def write_report(output_dir: str | os.PathLike, name: str, result: dict, text: s
     Args:
         output_dir (`str`): Folder, made if it does not exist.
         name (`str`): Name of the report.
-        result (`dict`): What goes into the JSON file: all figures, and how they were made. A figure that is not finite,
-            for which JSON has no number, is written as `null`.
+        result (`dict`): What goes into the JSON file: all figures, and how they were made. A figure that is not
+            finite, for which JSON has no number, is written as `null`.
         text (`str`): The Markdown file: tables, and the sentences that say what is in them.
         figures (`dict[str, matplotlib.figure.Figure or PIL.Image.Image]`, *optional*):
             Plots and pictures by name.

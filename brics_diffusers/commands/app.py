@@ -5,7 +5,6 @@ brics-diffusers[app]`. The page is for this machine alone, unless --host or --sh
 """
 
 import argparse
-import logging
 
 from ..app import build_app, import_gradio, launch
 from ..sampling import load_pipeline
@@ -32,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serves the page until it is interrupted."""
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks itself whether it is there
     import_gradio()  # what is missing shows before a model is loaded
     app = build_app(load_pipeline(args.model, device=choose_device(args.device)))
     print(f"Serving {args.model} at {launch(app, args.host, args.port, args.share)}", flush=True)
