@@ -1,6 +1,7 @@
 """Results on disk: JSON for programs, Markdown tables and plots for people, with the machine they come from."""
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -75,14 +76,15 @@ def write_report(output_dir: str | os.PathLike, name: str, result: dict, text: s
     Args:
         output_dir (`str`): Folder, made if it does not exist.
         name (`str`): Name of the report.
-        result (`dict`): What goes into the JSON file: all figures, and how they were made.
+        result (`dict`): What goes into the JSON file: all figures, and how they were made. A figure that is not
+            finite, for which JSON has no number, is written as `null`.
         text (`str`): The Markdown file: tables, and the sentences that say what is in them.
         figures (`dict[str, matplotlib.figure.Figure or PIL.Image.Image]`, *optional*):
             Plots and pictures by name.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
     for key, figure in (figures or {}).items():
         path = folder / f"{name}-{key}.png"
         if hasattr(figure, "savefig"):
@@ -91,3 +93,11 @@ def write_report(output_dir: str | os.PathLike, name: str, result: dict, text: s
             figure.save(path)
         text += f"\n![{key}]({path.name})\n"
     (folder / f"{name}.md").write_text(text)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -117,7 +118,8 @@ def sampling_settings(pipe: DiffusionPipeline, num_inference_steps: int, seed: i
 
     Returns:
         `dict`: `"pipeline"` (class), `"weights"` (digest of all parameters and buffers), `"dtype"`, `"scheduler"`,
-        `"scheduler_config"` (long lists as digests), `"num_inference_steps"` and `"seed"`.
+        `"scheduler_config"` (long lists as digests, infinities as strings such as `"-inf"`, which JSON has no numbers
+        for), `"num_inference_steps"` and `"seed"`.
     """
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     config = {name: _shorten(value) for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
@@ -136,7 +138,7 @@ def _shorten(value):
     if isinstance(value, (list, tuple, np.ndarray, torch.Tensor)) and len(value) > 16:
         values = np.asarray(value, dtype=np.float64)
         return f"{len(value)} numbers, sha256 {hashlib.sha256(values.tobytes()).hexdigest()[:16]}"
-    return value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sample_path(folder: str | os.PathLike, index: int) -> Path:
@@ -157,7 +159,9 @@ def sample_is_complete(folder: str | os.PathLike, index: int) -> bool:
 def read_sample_settings(folder: str | os.PathLike) -> dict | None:
     """The [`sampling_settings`] of a folder that [`sample_images_to_folder`] has written, `None` for other folders."""
     path = Path(folder) / MANIFEST
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text(), parse_constant=lambda name: str(float(name)))  # -Infinity, in older files
 
 
 def claim_sample_folder(folder: str | os.PathLike, settings: dict) -> None:
@@ -177,10 +181,11 @@ def claim_sample_folder(folder: str | os.PathLike, settings: dict) -> None:
     found = read_sample_settings(folder)
     if found is None and has_images:
         raise ValueError(f"{folder} holds images that are not samples of a known pipeline; name another folder.")
+    text = json.dumps(settings, indent=2, allow_nan=False)
     if found is None:
-        write_atomically(folder / MANIFEST, lambda file: file.write((json.dumps(settings, indent=2) + "\n").encode()))
+        write_atomically(folder / MANIFEST, lambda file: file.write((text + "\n").encode()))
         return
-    settings = json.loads(json.dumps(settings))
+    settings = json.loads(text)
     different = ", ".join(name for name in settings if found.get(name) != settings[name])
     if different:
         raise ValueError(

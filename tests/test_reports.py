@@ -1,5 +1,6 @@
 import json
 
+import pytest
 from PIL import Image
 
 from brics_diffusers.reports import machine, markdown_table, write_report
@@ -13,6 +14,17 @@ def test_report(tmp_path):
     assert json.loads((tmp_path / "new/name.json").read_text())["rows"] == rows
     assert (tmp_path / "new/name.md").read_text().endswith("\n![picture](name-picture.png)\n")
     assert Image.open(tmp_path / "new/name-picture.png").size == (2, 2)
+
+
+def test_figures_that_are_not_finite(tmp_path):
+    result = {
+        "fid": float("nan"),
+        "rows": [{"psnr": float("inf")}, (1.5, -float("inf"))],
+        "kept": [0, True, None, "nan"],
+    }
+    write_report(tmp_path, "name", result, "")
+    written = json.loads((tmp_path / "name.json").read_text(), parse_constant=pytest.fail)
+    assert written == {"fid": None, "rows": [{"psnr": None}, [1.5, None]], "kept": [0, True, None, "nan"]}
 
 
 def test_machine_names_the_device():

@@ -115,6 +115,17 @@ def test_samples_made_otherwise_are_not_mixed(pipe, tmp_path):
         sample_images_to_folder(pipe, tmp_path, 1, **STEPS)
 
 
+def test_settings_are_json(pipe, tmp_path):
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    sample_images_to_folder(pipe, tmp_path, 1, progress=False, **STEPS)
+    manifest = tmp_path / "samples.json"
+    assert json.loads(manifest.read_text(), parse_constant=pytest.fail) == read_sample_settings(tmp_path)
+    assert read_sample_settings(tmp_path)["scheduler_config"]["lambda_min_clipped"] == "-inf"
+    manifest.write_text(manifest.read_text().replace('"-inf"', "-Infinity"))  # as it was written earlier
+    sample_images_to_folder(pipe, tmp_path, 2, progress=False, **STEPS)  # the same settings
+    assert read_sample_settings(tmp_path)["scheduler_config"]["lambda_min_clipped"] == "-inf"
+
+
 def test_folder_of_other_images_is_left_alone(pipe, tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "holiday.jpg")
     with pytest.raises(ValueError, match="holds images that are not samples"):
