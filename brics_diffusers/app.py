@@ -15,7 +15,7 @@ from .sampling import SAMPLERS, with_scheduler
 
 MAX_SEED = 2**53 - 1  # a browser rounds larger whole numbers
 MAX_IMAGES = 16
-USUAL_STEPS = {"DPM-Solver++": 20, "DDIM": 50, "own": 250}
+USUAL_STEPS = {"DPM-Solver++": 20, "SDE-DPM-Solver++": 50, "DDIM": 50, "own": 250}
 # Small pictures are enlarged, pixel by pixel; labels of single ones stand above them, not on them.
 STYLE = """
 .picture img, .pictures img { image-rendering: pixelated; object-fit: contain; width: 100%; height: 100%; }
@@ -57,7 +57,7 @@ def sample(
         pipe ([`BricsKeyCodePipeline`]): The pipeline. Its scheduler stays as it is.
         seed (`int`): Seed of all noise, in [0, 2**53 - 1].
         num_inference_steps (`int`): Denoising steps, in [1, `num_train_timesteps` of the pipeline's scheduler].
-        sampler (`str`): `"DPM-Solver++"`, `"DDIM"` or `"own"`, the scheduler of the pipeline.
+        sampler (`str`): `"DPM-Solver++"`, `"SDE-DPM-Solver++"`, `"DDIM"` or `"own"`, the scheduler of the pipeline.
         num_images (`int`, defaults to 4): Number of images, in [1, 16].
         callback_on_step_end (`Callable`, *optional*): As in the pipeline.
 

@@ -12,10 +12,21 @@ import torch
 
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data import evaluation_loader, load_collection
+from brics_diffusers.sampling import SAMPLERS, with_scheduler
 from brics_diffusers.visualization import image_grid
 
 
 STEPS = 250  # ancestral
+SOLVER_STEPS = 50  # of SDE-DPM-Solver++
+PICTURES = (
+    "ancestral_samples",
+    "solver_samples",
+    "held_out_reconstructions",
+    "nearest_neighbours",
+    "vary",
+    "interpolate",
+    "inpaint",
+)
 STRENGTHS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 
@@ -28,6 +39,7 @@ def parse_args() -> argparse.Namespace:
     add("--output_dir", required=True, help="Folder for the pictures.")
     add("--images", type=int, nargs="+", default=[3, 27, 51, 75, 99, 123], help="Held-out images to play with.")
     add("--seed", type=int, default=0, help="Seed of all noise.")
+    add("--pictures", nargs="+", choices=PICTURES, default=PICTURES, help="What to draw.")
     return parser.parse_args()
 
 
@@ -62,6 +74,11 @@ class Pictures:
     def ancestral_samples(self):
         """The first samples that there are, as the pipeline's own sampler makes them."""
         return image_grid(2 * self.pipe(batch_size=32, **self.noise).images - 1)
+
+    def solver_samples(self):
+        """The same number with fewer steps."""
+        pipe = with_scheduler(self.pipe, *SAMPLERS["SDE-DPM-Solver++"])
+        return image_grid(2 * pipe(batch_size=32, **self.noise | {"num_inference_steps": SOLVER_STEPS}).images - 1)
 
     def nearest_neighbours(self, count: int = 8):
         """Samples, each followed by its nearest training images, two samples a row."""
@@ -103,8 +120,7 @@ def main():
     args = parse_args()
     pictures, folder = Pictures(args), Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("ancestral_samples", "held_out_reconstructions", "nearest_neighbours", "vary", "interpolate", "inpaint")
-    for name in names:
+    for name in args.pictures:
         getattr(pictures, name)().save(folder / f"{name.replace('_', '-')}.png")
 
 

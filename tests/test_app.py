@@ -13,6 +13,9 @@ SWAPPED = {
     "own": lambda config: None,
     "DDIM": DDIMScheduler.from_config,
     "DPM-Solver++": lambda config: DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True),
+    "SDE-DPM-Solver++": lambda config: DPMSolverMultistepScheduler.from_config(
+        config, use_karras_sigmas=True, algorithm_type="sde-dpmsolver++"
+    ),
 }
 
 
@@ -50,7 +53,7 @@ def test_samples_are_those_of_the_pipeline(pipe, sampler):
 
 def test_samplers_differ(pipe):
     made = {sampler: arrays(sample(pipe, 0, 4, sampler, 1)).tobytes() for sampler in SAMPLERS}
-    assert len(set(made.values())) == len(SAMPLERS) == 3 and USUAL_STEPS.keys() == SAMPLERS.keys()
+    assert len(set(made.values())) == len(SAMPLERS) == 4 and USUAL_STEPS.keys() == SAMPLERS.keys()
 
 
 def test_requests_leave_the_pipeline_as_it_is(pipe, files):
