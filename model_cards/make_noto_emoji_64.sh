@@ -23,8 +23,9 @@ rm -rf $runs/generated $runs/neighbours # they may be of fewer steps
 brics-diffusers reconstruct-metrics $runs/pipeline --dataset_name "$images" --protocol standard --no_lpips \
     --output_dir $runs/pipeline/reports
 brics-diffusers generation-metrics --generated $runs/pipeline --dataset_name "$images" --num_samples 500 \
-    --scheduler DPMSolverMultistepScheduler --scheduler_options '{"use_karras_sigmas": true}' \
-    --num_inference_steps 25 --feature_extractor random-conv --metrics fid precision-recall \
+    --scheduler DPMSolverMultistepScheduler \
+    --scheduler_options '{"use_karras_sigmas": true, "algorithm_type": "sde-dpmsolver++"}' \
+    --num_inference_steps 50 --feature_extractor random-conv --metrics fid precision-recall \
     --output_dir $runs/generated
 cp $runs/generated/generation-metrics.json $runs/pipeline/reports
 brics-diffusers nearest-neighbours --generated $runs/pipeline --dataset_name "$images" --num_samples 16 \
