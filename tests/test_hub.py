@@ -257,7 +257,7 @@ class TestLoad:
             assert np.array_equal(np.load(tmp_path / f"{name}.npy"), saved[1])
 
     def test_pickles(self, hub, saved, client, tmp_path):
-        for name in MODEL_FILES - {"README.md"}:
+        for name in MODEL_FILES - {"README.md", "published_files.json"}:
             (tmp_path / "whole" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "whole" / name).write_bytes((saved[0] / name).read_bytes())
         weights = tmp_path / "whole/unet/diffusion_pytorch_model.safetensors"
