@@ -90,6 +90,8 @@ ABLATIONS = {
         {"feature_size": 16, "decoder_type": "vqgan", "decoder_block_out_channels": (64, 32, 16)},
     ),
     "coarse grids": (2e-3, {"min_resolution": 1, "max_resolution": 8, "key_noise_scale": 1 / 128}),
+    "codes without noise": (2e-3, {"key_noise_scale": 0.0}),
+    "costly decoder, no noise": (2e-3, {"decoder_block_out_channels": (80, 40), "key_noise_scale": 0.0}),
 }
 # The paper's, and Adam's usual one.
 ADAM_EPSILON = {"BricsAutoencoder": 1e-15, "AutoencoderKL": 1e-8, "VQModel": 1e-8}
@@ -107,7 +109,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--output_dir", default="runs/comparison", help="Folder for the report, and for states to go on from.")
     instead = parser.add_mutually_exclusive_group().add_argument
     instead("--sweep", action="store_true", help=f"Train the peers alone, with learning rates {SWEEP}.")
-    instead("--ablate", action="store_true", help="Train BRICS with single changes, beside AutoencoderKL.")
+    instead(
+        "--ablate",
+        nargs="*",
+        choices=list(ABLATIONS),
+        metavar="CHANGE",
+        help=f"Train BRICS changed so, each alone, beside AutoencoderKL; of {{{', '.join(ABLATIONS)}}}, default all.",
+    )
     add(
         "--show_images",
         action=argparse.BooleanOptionalAction,
@@ -138,8 +146,8 @@ def planned_runs(args) -> dict[str, tuple[str, float, dict]]:
     if args.sweep:
         return {f"{name} {rate:g}": (name, rate, {}) for name in ("AutoencoderKL", "VQModel") for rate in SWEEP}
     plain = {name: (name, rate, {}) for name, rate in LEARNING_RATES.items()}
-    if args.ablate:
-        changed = {name: ("BricsAutoencoder", rate, changes) for name, (rate, changes) in ABLATIONS.items()}
+    if args.ablate is not None:
+        changed = {name: ("BricsAutoencoder", *ABLATIONS[name]) for name in args.ablate or ABLATIONS}
         return changed | {"AutoencoderKL": plain["AutoencoderKL"]}
     return plain
 

@@ -127,5 +127,5 @@ def write_comparison(args, runs: dict, train_set, validation_set) -> None:
     result |= {"table": table, "runs": details}
     text = report_text(args, runs, table, on, len(train_set))
     figures = {"curves": plot_curves(runs), "reconstructions": picture(runs, validation_set, args.show_images)}
-    name = "learning-rates" if args.sweep else "ablation" if args.ablate else "comparison"
+    name = "learning-rates" if args.sweep else "comparison" if args.ablate is None else "ablation"
     write_report(args.output_dir, name, result, text, figures)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from hub_server import running_hub
 from PIL import Image
 from small_models import AUTOENCODER, ROOT, UNET
 
@@ -63,3 +64,10 @@ def run_python():
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """A Hub on this machine, for the tests of one module."""
+    with running_hub() as server:
+        yield server

@@ -114,6 +114,7 @@ class TestRuns:
         decoders = [row["MLPs and decoder M"] for row in result["table"]]
         assert decoders[1] > decoders[0]
         assert Image.open(tmp_path / "run/ablation-reconstructions.png").height == 3 * 34 + 2  # no row of images
+        assert list(compare("some", "--ablate", "wide", "--max_train_steps", "2")["runs"]) == ["wide", "AutoencoderKL"]
 
 
 class TestModels:

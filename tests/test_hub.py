@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from diffusers import UNet2DModel
-from hub_server import running_hub
 from small_models import AUTOENCODER, ROOT, UNET
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
@@ -134,12 +133,6 @@ for load, name in zip(loads * 2, ["user/whole-pickled"] * 2 + ["user/bare-pickle
     except (OSError, ValueError) as error:
         print(f"{type(error).__name__}: {error}".splitlines()[0])
 """
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with running_hub() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from hub_server import Problem, Repository, running_hub
+from hub_server import Problem, Repository
 from PIL import Image
 from small_models import ROOT
 
@@ -25,12 +25,6 @@ for line in sys.stdin:
 """
 SHARDS = "unet/diffusion_pytorch_model-00001-of-00002.safetensors"
 INDEX = "unet/diffusion_pytorch_model.safetensors.index.json"
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with running_hub() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -4,17 +4,10 @@ import subprocess
 
 import pytest
 import yaml
-from hub_server import running_hub
 from launching import command
 from small_models import ROOT
 
 from brics_diffusers import BricsKeyCodePipeline
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with running_hub() as server:
-        yield server
 
 
 @pytest.fixture
