@@ -8,6 +8,7 @@ second read.
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -93,6 +94,16 @@ def lookup(
     return features, slopes
 
 
+def fresh_zeros(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """
+    `like.new_zeros(shape)`. On the CPU it is numpy's memory, which the system hands out as zeros, in huge pages where
+    it has them: for the 75 MB of the 64x64x4 preset a sixth of a step's time less than zeros that torch writes.
+    """
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    return torch.from_numpy(np.zeros((*shape, like.element_size()), np.uint8)).view(like.dtype).squeeze(-1)
+
+
 def scatter(
     grad_features: torch.Tensor,
     keys: torch.Tensor,
@@ -104,7 +115,7 @@ def scatter(
     num_groups, total_entries = len(grad_features), sum(level_entries)
     channels, (height, width) = grad_features.shape[1] // len(resolutions), keys.shape[2:]
     keys = split_keys(keys, num_groups)
-    grad_entries = keys.new_zeros(num_groups, total_entries, channels)
+    grad_entries = fresh_zeros((num_groups, total_entries, channels), keys)
     # Two channels as one complex number: half the additions to find a place for. Only the CPU gains.
     paired = keys.device.type == "cpu" and channels % 2 == 0
     target = torch.view_as_complex(grad_entries.view(-1, 2)) if paired else grad_entries.view(-1)
