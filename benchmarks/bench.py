@@ -10,6 +10,7 @@ import argparse
 import time
 from pathlib import Path
 
+import convolutions
 import decoding
 import growth
 import retrieval
@@ -21,11 +22,19 @@ import training
 from brics_diffusers.reports import machine, write_report
 
 
-PARTS = {"retrieval": retrieval, "decoding": decoding, "sampling": sampling, "training": training, "growth": growth}
+PARTS = {
+    "retrieval": retrieval,
+    "decoding": decoding,
+    "convolutions": convolutions,
+    "sampling": sampling,
+    "training": training,
+    "growth": growth,
+}
 ROUNDS_ON_CUDA = 20  # where a turn takes milliseconds
 TITLES = {
     "retrieval": "Retrieval beside a loop",
     "decoding": "Decoding beside other autoencoders",
+    "convolutions": "Ways to compute modulated convolutions",
     "sampling": "Sampling with few steps and with many",
     "training": "Training",
     "growth": "Growth of time and memory",
@@ -53,6 +62,7 @@ TINY = {
         "config": TINY_AUTOENCODER,
         "peers": {"VQ": (VQModel, (4, 8, 8), (32, 32), "AttnUpDecoderBlock2D")},
     },
+    "convolutions": {"rounds": 1, "layers": {"up-convolution": (8, 4, 6), "convolution": (4, 4, 12)}},
     "sampling": {
         "batch_size": 1,
         "samplers": tuple(

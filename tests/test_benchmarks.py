@@ -48,6 +48,26 @@ def test_decoding(report):
     assert rows["BRICS, whole batch"]["peak_mb"] == pytest.approx(rows["BRICS"]["peak_mb"], rel=0.05)
 
 
+@pytest.mark.parametrize("layer", bench.convolutions.LAYERS)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_ways_to_convolve_agree(layer, batch_size):
+    layers = bench.TINY["convolutions"]["layers"]
+    ways = bench.convolutions.make_ways(layer, batch_size, torch.device("cpu"), torch.float64, layers)
+    expected = ways.pop("one image at a time")()
+    assert expected.shape == (batch_size, 4, 12, 12)
+    assert len(ways) == (1 if batch_size == 1 else 2) + (layer == "up-convolution")
+    for way in ways.values():
+        torch.testing.assert_close(way(), expected)
+
+
+def test_convolutions(report):
+    rows = report["parts"]["convolutions"]["rows"]
+    assert [(row["layer"], row["batch"]) for row in rows] == [
+        (layer, batch) for layer in bench.convolutions.LAYERS for batch in (1, 4)
+    ]
+    assert all(value > 0 for row in rows for value in list(row.values())[1:])
+
+
 def test_sampling_without_a_pipeline(report):
     found = report["parts"]["sampling"]
     assert [row["sampler"] for row in found["samplers"]] == ["DPM-Solver++", "DDIM", "ancestral"] * 2
