@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace) -> dict:
     for name in args.parts:
         options = dict(TINY[name]) if args.tiny else {}
         if torch.device(args.device).type == "cuda" and name != "decoding" and not args.tiny:
-            options["rounds"] = ROUNDS_ON_CUDA
+            options["rounds"] = 2 if name == "sampling" else ROUNDS_ON_CUDA
         if name == "sampling":
             options |= {name: getattr(args, name) for name in ("pipeline", "dataset_name", "num_images")}
             options |= {"compiled": args.compile}

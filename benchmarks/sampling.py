@@ -69,15 +69,13 @@ def host_synchronisation(pipe, num_steps: int) -> str:
     return "none"
 
 
-def quality(pipe, dataset, num_images: int, num_steps: int, batch_size: int = 64) -> float:
-    """Fréchet distance of `num_images` samples from the collection."""
+def quality(pipe, dataset, num_images: int, num_steps: int, cache_dir: str, batch_size: int = 64) -> float:
+    """Fréchet distance of `num_images` samples from the collection, whose features are kept in `cache_dir`."""
     extractors = load_extractors(["fid"], "random-conv", device=pipe.device)
-    with tempfile.TemporaryDirectory() as folder:
-        images = Path(folder) / "samples"
-        sample_images_to_folder(pipe, images, num_images, batch_size, num_steps, progress=False)
-        found = generation_metrics(
-            load_collection(images), dataset, extractors, batch_size, device=pipe.device, cache_dir=folder
-        )
+    with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
+        sample_images_to_folder(pipe, folder, num_images, batch_size, num_steps, progress=False)
+        samples = load_collection(folder)
+        found = generation_metrics(samples, dataset, extractors, batch_size, device=pipe.device, cache_dir=cache_dir)
     return found["metrics"]["fid"]
 
 
@@ -101,7 +99,7 @@ def time_compiled(pipe, batch_size: int, device: torch.device, rounds: int) -> d
 def measure(
     device: str = "cpu",
     rounds: int = 1,
-    batch_size: int = 4,
+    batch_size: int = 2,
     samplers: tuple = SAMPLERS,
     pipeline: str | None = None,
     dataset_name: str | None = None,
@@ -116,7 +114,7 @@ def measure(
     Args:
         device (`str`, defaults to `"cpu"`): Where to sample.
         rounds (`int`, defaults to 1): Batches of every sampler.
-        batch_size (`int`, defaults to 4): Images in a batch.
+        batch_size (`int`, defaults to 2): Images in a batch.
         samplers (`tuple`, defaults to `SAMPLERS`): What to compare; times are given in units of the last one's.
         pipeline (`str`, *optional*): Folder of a trained pipeline; a small one of random weights by default.
         dataset_name (`str`, *optional*): The images it was trained on, for the quality of its samples.
@@ -130,33 +128,35 @@ def measure(
     device = torch.device(device)
     dataset = load_collection(dataset_name) if pipeline and dataset_name else None
     rows = []
-    for dtype in DTYPES[device.type]:
-        if pipeline:
-            pipe = load_pipeline(pipeline, device=device)
-        else:
-            pipe = untrained_pipeline(autoencoder or SMALL_AUTOENCODER, unet or SMALL_UNET).to(device)
-        pipe.set_progress_bar_config(disable=True)
-        if dtype != torch.float32:  # diffusers warns of any conversion
-            pipe.to(dtype)
-        pipes = {name: with_scheduler(pipe, kind, options) for name, kind, options, _ in samplers}
-        steps = {
-            name: functools.partial(sample, pipes[name], num_steps, batch_size) for name, *_, num_steps in samplers
-        }
-        seconds(next(iter(steps.values())), device)  # warms up
-        times = medians(interleaved(steps, device, rounds))
-        judged = dataset is not None and (device.type == "cuda" or dtype == DTYPES[device.type][-1])
-        for name, *_, num_steps in samplers:
-            rows.append(
-                {
-                    "sampler": name,
-                    "steps": num_steps,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "seconds an image": times[name] / batch_size,
-                    "its time / the last one's": times[name] / times[samplers[-1][0]],
-                    "Fréchet distance": quality(pipes[name], dataset, num_images, num_steps) if judged else None,
-                    "host synchronisation": host_synchronisation(pipes[name], num_steps),
-                }
-            )
+    with tempfile.TemporaryDirectory() as cache_dir:
+        judge = functools.partial(quality, dataset=dataset, num_images=num_images, cache_dir=cache_dir)
+        for dtype in DTYPES[device.type]:
+            if pipeline:
+                pipe = load_pipeline(pipeline, device=device)
+            else:
+                pipe = untrained_pipeline(autoencoder or SMALL_AUTOENCODER, unet or SMALL_UNET).to(device)
+            pipe.set_progress_bar_config(disable=True)
+            if dtype != torch.float32:  # diffusers warns of any conversion
+                pipe.to(dtype)
+            pipes = {name: with_scheduler(pipe, kind, options) for name, kind, options, _ in samplers}
+            steps = {
+                name: functools.partial(sample, pipes[name], num_steps, batch_size) for name, *_, num_steps in samplers
+            }
+            seconds(next(iter(steps.values())), device)  # warms up
+            times = medians(interleaved(steps, device, rounds))
+            judged = dataset is not None and (device.type == "cuda" or dtype == DTYPES[device.type][-1])
+            for name, *_, num_steps in samplers:
+                rows.append(
+                    {
+                        "sampler": name,
+                        "steps": num_steps,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "seconds an image": times[name] / batch_size,
+                        "its time / the last one's": times[name] / times[samplers[-1][0]],
+                        "Fréchet distance": judge(pipes[name], num_steps=num_steps) if judged else None,
+                        "host synchronisation": host_synchronisation(pipes[name], num_steps),
+                    }
+                )
     result = {"samplers": rows, "pipeline": Path(pipeline).name if pipeline else None, "batch": batch_size}
     if dataset is not None:
         result["num_images"] = num_images
