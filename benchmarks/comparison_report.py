@@ -5,6 +5,7 @@ from diffusers import VQModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from brics_diffusers.data import evaluation_loader
+from brics_diffusers.evaluation import reconstruction_metrics
 from brics_diffusers.losses import LPIPS_WEIGHTS
 from brics_diffusers.reports import machine, markdown_table, write_report
 from brics_diffusers.training_utils import averaged_weights
@@ -44,13 +45,22 @@ def latent_text(model) -> str:
     return f"{height} x {width} x {channels}"
 
 
-def table_row(name: str, run, reference) -> dict:
+def training_psnr(run, train_set) -> float:
+    """PSNR of as many training images as there are held-out ones, evenly spaced: how far a model learned by heart."""
+    rows = range(0, len(train_set), max(len(train_set) // run.curve[-1]["images"], 1))[: run.curve[-1]["images"]]
+    loader = evaluation_loader(train_set, run.model.config.sample_size, run.args.train_batch_size, rows=rows)
+    with averaged_weights(run.model, run.ema) as model:
+        return reconstruction_metrics(model, loader, progress=False)["psnr"].mean().item()
+
+
+def table_row(name: str, run, reference, train_set) -> dict:
     """A run's line in the report; training time in units of the reference's."""
     point = run.curve[-1]
     row = {"model": name, **model_costs(run.model), "latent": latent_text(run.model)}
     for key, digits in (("psnr", 2), ("ssim", 3), ("lpips", 3)):
         if key in point:
             row[key.upper()] = f"{point[key]:.{digits}f} ± {point[key + '_2sd']:.{digits}f}"
+    row["PSNR, training images"] = f"{training_psnr(run, train_set):.2f}"
     return row | {"learning rate": f"{run.settings['learning_rate']:g}", "time": run.seconds / reference.seconds}
 
 
@@ -109,7 +119,8 @@ weights, protocol `standard`, mean ± two standard deviations over the images.
 {"" if "lpips" in last else unmeasured}
 {markdown_table(table)}
 M: million parameters. G: 10⁹ multiply-adds of decoding one image; lookups in grids and codebook are not counted. Time
-of the training steps (on a CPU: of all its cores), without reading images, in units of the first row's.
+of the training steps (on a CPU: of all its cores), without reading images, in units of the first row's. PSNR of
+training images: as many of them as are held out, not mirrored.
 
 Validation PSNR in dB:
 
@@ -121,7 +132,7 @@ Rows of the picture: {", ".join([*(["images"] if args.show_images else []), *run
 def write_comparison(args, runs: dict, train_set, validation_set) -> None:
     """Writes JSON, Markdown and pictures of finished runs into `args.output_dir`."""
     reference, on = next(iter(runs.values())), machine(args.device)
-    table = [table_row(name, run, reference) for name, run in runs.items()]
+    table = [table_row(name, run, reference, train_set) for name, run in runs.items()]
     details = {name: {**run.settings, "seconds": run.seconds, "curve": run.curve} for name, run in runs.items()}
     result = {"machine": on, "config": args.config, "num_training_images": len(train_set)}
     result |= {"table": table, "runs": details}
