@@ -60,7 +60,7 @@ def table_row(name: str, run, reference, train_set) -> dict:
     for key, digits in (("psnr", 2), ("ssim", 3), ("lpips", 3)):
         if key in point:
             row[key.upper()] = f"{point[key]:.{digits}f} ± {point[key + '_2sd']:.{digits}f}"
-    row["PSNR, training images"] = f"{training_psnr(run, train_set):.2f}"
+    row["PSNR, training images"] = training_psnr(run, train_set)
     return row | {"learning rate": f"{run.settings['learning_rate']:g}", "time": run.seconds / reference.seconds}
 
 
