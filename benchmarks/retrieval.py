@@ -75,6 +75,12 @@ def with_lattice_up_to(nodes_per_image: float, step) -> None:
         step()
 
 
+def with_zeros_of_torch(step) -> None:
+    """A step in which torch itself makes the memory of the entries' gradient."""
+    with mock.patch.object(torch_retrieval, "fresh_zeros", lambda shape, like: like.new_zeros(shape)):
+        step()
+
+
 def time_lookups(grids: FeatureGrids, batch_size: int, rounds: int) -> dict[str, float]:
     """Medians in seconds of all lookups and of moving the bytes, and these by the fast one's time."""
     device = grids.entries.device
@@ -89,6 +95,7 @@ def time_lookups(grids: FeatureGrids, batch_size: int, rounds: int) -> dict[str,
     if device.type == "cpu":
         steps["corners only"] = functools.partial(with_lattice_up_to, 0, fast)
         steps["lattice only"] = functools.partial(with_lattice_up_to, math.inf, fast)
+        steps["zeros of torch"] = functools.partial(with_zeros_of_torch, fast)
     interleaved(steps, device, rounds=1)  # warms up
     seconds = medians(interleaved(steps, device, rounds))
     ratios = {f"{name} / retrieve": seconds[name] / seconds["retrieve"] for name in list(seconds)[1:]}
@@ -112,9 +119,7 @@ def peak_of_step(grids: FeatureGrids, batch_size: int) -> int:
     step = make_step(grids, batch_size, retrieve)
     step()  # what is made once, and the gradients that the second step frees first
     grids.entries.grad = None
-    # numpy's memory would not be counted.
-    with mock.patch.object(torch_retrieval, "fresh_zeros", lambda shape, like: like.new_zeros(shape)):
-        return peak_bytes(step, grids.entries.device)
+    return peak_bytes(functools.partial(with_zeros_of_torch, step), grids.entries.device)  # numpy's are not counted
 
 
 def measure(device: str = "cpu", batch_sizes: tuple[int, ...] = (1, 8), rounds: int = 9) -> dict:

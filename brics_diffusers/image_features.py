@@ -138,7 +138,7 @@ def cached_features(
     **options,
 ) -> tuple[ImageFeatures, bool]:
     r"""
-    As [`extract_features`], but kept on disk under a digest of the collection's files, the extractor's weights and the
+    As [`extract_features`], but kept on disk under a digest of the images' bytes, the extractor's weights and the
     resolution: what changes is extracted anew. Logits are not kept.
 
     Args:

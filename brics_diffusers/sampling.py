@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import datasets
 import diffusers
 import numpy as np
 import torch
@@ -49,10 +51,24 @@ def with_scheduler(
 
     Returns:
         [`DiffusionPipeline`]: of the same class.
+
+    Raises:
+        `ValueError`: If the scheduler has no such argument, or cannot begin with plain noise.
     """
     scheduler_class = scheduler_class or type(pipe.scheduler)
+    known = set(inspect.signature(scheduler_class.__init__).parameters) - {"self"}
+    if unknown := sorted(set(options or {}) - known):
+        raise ValueError(
+            f"{scheduler_class.__name__} has no argument {', '.join(unknown)}; its arguments are "
+            f"{', '.join(sorted(known))}."
+        )
     result = copy.copy(pipe)
     result.scheduler = scheduler_class.from_config(pipe.scheduler.config, **(options or {}))
+    if not hasattr(result.scheduler, "init_noise_sigma"):
+        raise ValueError(
+            f"{scheduler_class.__name__} does not denoise predictions of noise; give one such as "
+            "DPMSolverMultistepScheduler."
+        )
     return result
 
 
@@ -182,12 +198,12 @@ def claim_sample_folder(folder: str | os.PathLike, settings: dict) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    has_images = any(path.suffix.lower() in IMAGE_EXTENSIONS for path in folder.iterdir())
+    has_images = any(path.suffix.lower() in IMAGE_EXTENSIONS for path in folder.rglob("*"))
     found = read_sample_settings(folder)
     if found is None and has_images:
         raise ValueError(f"{folder} holds images that are not samples of a known pipeline; name another folder.")
     text = json.dumps(settings, indent=2, allow_nan=False)
-    if found is None:
+    if not has_images:  # nor does a run that ended before its first sample bind the next one
         write_atomically(folder / MANIFEST, lambda file: file.write((text + "\n").encode()))
         return
     settings = json.loads(text)
@@ -247,6 +263,23 @@ def sample_images_to_folder(
             for index, image in zip(indices, pipe(generator=generators, **options).images, strict=True):
                 write_atomically(sample_path(folder, index), lambda file, image=image: image.save(file, "PNG"))
             bar.update(len(indices))
+
+
+def load_samples(folder: str | os.PathLike, num_images: int) -> datasets.Dataset:
+    r"""
+    The collection of the first samples that [`sample_images_to_folder`] has written, and of no other image there.
+
+    Args:
+        folder (`str`): The folder.
+        num_images (`int`): Number of samples.
+
+    Returns:
+        `datasets.Dataset`: as of [`load_collection`].
+    """
+    paths = [str(sample_path(folder, index).absolute()) for index in range(num_images)]
+    return datasets.Dataset.from_dict(
+        {"image": paths}, features=datasets.Features({"image": datasets.Image(decode=False)})
+    )
 
 
 def _chunks(items: list, size: int) -> Iterable[list]:

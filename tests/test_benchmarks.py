@@ -108,6 +108,13 @@ def test_growth(report):
     assert found["batch"]["slopes"]["decode memory"] > 0.3
 
 
+@pytest.mark.slow
+def test_memory_of_the_paper_preset():
+    grids = bench.retrieval.FeatureGrids(4)
+    one, two = (bench.retrieval.peak_of_step(grids, batch_size) for batch_size in (1, 2))
+    assert one < 91e6 and two - one < 35e6
+
+
 def test_slope_and_peak():
     assert log_slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
 

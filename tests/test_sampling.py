@@ -3,7 +3,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -11,6 +17,7 @@ from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data import load_collection
 from brics_diffusers.sampling import (
     load_pipeline,
+    load_samples,
     read_sample_settings,
     sample_generator,
     sample_images_to_folder,
@@ -126,8 +133,35 @@ def test_settings_are_json(pipe, tmp_path):
     assert read_sample_settings(tmp_path)["scheduler_config"]["lambda_min_clipped"] == "-inf"
 
 
+def test_a_run_without_samples_binds_nothing(pipe, tmp_path):
+    with pytest.raises(ValueError):  # more steps than the scheduler was trained with
+        sample_images_to_folder(pipe, tmp_path, 1, num_inference_steps=10**6, progress=False)
+    sample_images_to_folder(pipe, tmp_path, 1, progress=False, **STEPS)
+    assert read_sample_settings(tmp_path)["num_inference_steps"] == 3
+
+
+def test_only_samples_are_loaded(pipe, tmp_path):
+    sample_images_to_folder(pipe, tmp_path, 3, progress=False, **STEPS)
+    for name in ("train", "test"):  # which would be splits of the folder
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (32, 32)).save(tmp_path / name / "0.png")
+    paths = [row["image"]["path"] for row in load_samples(tmp_path, 2)]
+    assert paths == [str(sample_path(tmp_path, index)) for index in range(2)]
+    assert load_samples(tmp_path, 2).features == load_collection(tmp_path).features
+
+
+def test_wrong_schedulers(pipe):
+    with pytest.raises(ValueError, match="Scheduler has no argument use_karras_sigma; its .*sigmas"):
+        with_scheduler(pipe, DPMSolverMultistepScheduler, {"use_karras_sigma": True})
+    with pytest.raises(
+        ValueError, match="Scheduler does not denoise predictions of noise; give"
+    ):
+        with_scheduler(pipe, FlowMatchEulerDiscreteScheduler)
+
+
 def test_folder_of_other_images_is_left_alone(pipe, tmp_path):
-    Image.new("RGB", (32, 32)).save(tmp_path / "holiday.jpg")
+    (tmp_path / "train/summer").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "train/summer/holiday.jpg")
     with pytest.raises(ValueError, match="holds images that are not samples"):
         sample_images_to_folder(pipe, tmp_path, 1, **STEPS)
     assert read_sample_settings(tmp_path) is None

@@ -103,7 +103,8 @@ def fingerprint(autoencoder: BricsAutoencoder, dataset, args) -> str:
 def encode_collection(args, accelerator, autoencoder, dataset) -> KeyCodeDataset:
     """The collection's key codes, made once and kept on disk; the processes share the work."""
     folder = Path(args.key_codes_dir or Path(args.output_dir) / "key_codes")
-    mark = fingerprint(autoencoder, dataset, args)
+    # One process reads all images for it.
+    mark = broadcast_object_list([fingerprint(autoencoder, dataset, args) if accelerator.is_main_process else None])[0]
     with accelerator.main_process_first():
         complete = open_key_codes(folder, mark)
     check_shared_folder(accelerator, folder, "--key_codes_dir")

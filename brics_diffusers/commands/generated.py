@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 
 from ..data import load_collection
-from ..sampling import load_pipeline, read_sample_settings, sample_images_to_folder
+from ..sampling import load_pipeline, load_samples, read_sample_settings, sample_images_to_folder
 
 
 def add_generated_arguments(parser: argparse.ArgumentParser, num_samples: int) -> None:
@@ -88,5 +88,8 @@ def load_generated(args: argparse.Namespace, folder: Path) -> tuple[datasets.Dat
         `tuple[datasets.Dataset, dict]`: the collection, and `"source"`, `"folder"` and, where they are known,
         `"sampling"`, the settings of the samples.
     """
-    dataset = load_collection(folder, max_images=args.num_samples)
+    if is_image_folder(args):
+        dataset = load_collection(folder, max_images=args.num_samples)
+    else:
+        dataset = load_samples(folder, args.num_samples)
     return dataset, {"source": args.generated, "folder": str(folder), "sampling": read_sample_settings(folder)}

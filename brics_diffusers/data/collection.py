@@ -2,16 +2,17 @@
 
 import glob
 import hashlib
+import itertools
 import logging
 import os
 import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
-import pyarrow.compute as pc
 
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ SPLIT_WORDS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 SHARD_NAME = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")  # "train-00000-of-00001", what `push_to_hub` writes
+FINGERPRINT_THREADS = 8  # enough for drives on a network, which answer late
 EXPECTED = "a folder of images, a folder of parquet files, a zip of images or the name of a dataset on the Hub"
 
 
@@ -94,7 +96,9 @@ def load_collection(
 
 def collection_fingerprint(dataset: datasets.Dataset) -> str:
     r"""
-    A digest that changes when a collection does, be it the contents of its files.
+    A digest of the images' bytes in their order: the same wherever a collection lies and however old its files are.
+
+    All of them are read, files by several threads at once, which takes a small part of the time of decoding them.
 
     Args:
         dataset (`datasets.Dataset`): The result of [`load_collection`].
@@ -102,14 +106,23 @@ def collection_fingerprint(dataset: datasets.Dataset) -> str:
     Returns:
         `str`: hexadecimal digits.
     """
-    digest = hashlib.sha256(f"{dataset._fingerprint} {len(dataset)}".encode())
-    column = dataset.data.column("image")
-    in_files = pc.is_null(pc.struct_field(column, "bytes"))
-    for path in pc.struct_field(column, "path").filter(in_files).to_pylist():
-        if os.path.exists(path):
-            status = os.stat(path)
-            digest.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
+    digest = hashlib.sha256(str(len(dataset)).encode())
+    rows = (row["image"] for row in dataset)
+    with ThreadPoolExecutor(FINGERPRINT_THREADS) as pool:
+        while turn := list(itertools.islice(rows, 1024)):
+            for image in pool.map(_digest_of_image, turn):
+                digest.update(image)
     return digest.hexdigest()
+
+
+def _digest_of_image(image: dict) -> bytes:
+    if image["bytes"] is not None:
+        return hashlib.sha256(image["bytes"]).digest()
+    try:
+        with open(image["path"], "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:  # one unreadable image, as everywhere else
+        return hashlib.sha256(repr(error.errno).encode()).digest()
 
 
 def _looks_like_path(source: str) -> bool:

@@ -347,8 +347,8 @@ class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
     def decode(self, key_codes: torch.Tensor, return_dict: bool = True) -> BricsDecoderOutput | tuple:
         r"""
         Decodes key codes to images (Sec. 3.2-3.3). On a CPU without gradients, the style decoder works on large
-        images a few at a time, which is faster and takes less memory; elsewhere [`~AutoencoderMixin.enable_slicing`]
-        decodes one at a time.
+        images a few at a time, which is faster and takes less memory; elsewhere, and where `torch.compile` is at work,
+        [`~AutoencoderMixin.enable_slicing`] decodes one at a time.
 
         Args:
             key_codes (`torch.Tensor` of shape (B, C_z, H_z, W_z)): Key codes in [0, 1].

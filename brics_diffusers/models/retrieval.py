@@ -2,8 +2,9 @@
 
 reference_retrieval.py is the definition, torch_retrieval.py what the CPU and most devices run, triton_retrieval.py
 the kernels for CUDA. The fast two share a pair of operators with one gradient, opaque to `torch.compile`: no graph
-breaks, and the same numbers compiled or not. For the backward pass they keep the keys and, in place of the corners
-that were read, the slopes of the features along the keys: for each key of a group as much as the features themselves.
+breaks, and the same numbers compiled or not but for rounding. Transforms of `torch.func` do not know them. For the
+backward pass they keep the keys and, in place of the corners that were read, the slopes of the features along the
+keys: for each key of a group as much as the features themselves.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from .reference_retrieval import lookup_reference
 
 
 IMPLEMENTATIONS = ("reference", "torch", "triton")
+# The first lookup on a GPU makes tables that are kept, which must not lie in the memory of a CUDA graph.
+OPERATOR_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 def retrieval_implementation(keys: torch.Tensor, entries: torch.Tensor) -> str:
@@ -76,7 +79,7 @@ def retrieve(
     return lookup(keys, entries, *grids, with_slopes, implementation)[0]
 
 
-@torch.library.custom_op("brics_diffusers::lookup", mutates_args=())
+@torch.library.custom_op("brics_diffusers::lookup", mutates_args=(), tags=OPERATOR_TAGS)
 def lookup(
     keys: torch.Tensor,
     entries: torch.Tensor,
@@ -92,7 +95,7 @@ def lookup(
     return module.lookup(keys.contiguous(), entries.contiguous(), resolutions, level_entries, grid_type, with_slopes)
 
 
-@torch.library.custom_op("brics_diffusers::scatter", mutates_args=())
+@torch.library.custom_op("brics_diffusers::scatter", mutates_args=(), tags=OPERATOR_TAGS)
 def scatter(
     grad_features: torch.Tensor,
     keys: torch.Tensor,

@@ -34,7 +34,8 @@ def upsample_2d(x: torch.Tensor) -> torch.Tensor:
 
 
 def _kernel(x: torch.Tensor, gain: float) -> torch.Tensor:
-    taps = torch.tensor([1, 3, 3, 1], device=x.device, dtype=x.dtype)
+    taps = x.new_ones(4)  # made where it is needed: a copy from the host would wait for a GPU
+    taps[1:3] = 3
     return (torch.outer(taps, taps) * (gain / 64)).expand(x.shape[1], 1, 4, 4)
 
 

@@ -69,8 +69,12 @@ class KeyCodeEditingMixin:
         return timesteps[begin:]
 
     def _add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        timesteps = timestep.repeat(len(clean)).to(clean.device, non_blocking=True)
-        return self.scheduler.add_noise(clean, noise, timesteps)
+        # The two factors come of numbers on the CPU: schedulers copy their tables to where the samples are, which
+        # makes the host wait for a GPU.
+        one, zero = torch.ones(1), torch.zeros(1)
+        factors = (self.scheduler.add_noise(*pair, timestep.reshape(1)) for pair in ((one, zero), (zero, one)))
+        of_clean, of_noise = (factor.item() for factor in factors)
+        return of_clean * clean + of_noise * noise
 
     def _renew(
         self,

@@ -1,3 +1,4 @@
+import os
 import zipfile
 from pathlib import Path
 
@@ -233,10 +234,39 @@ def test_emoji_collection(load):
     assert batch["pixel_values"].max() == 1.0
 
 
-def test_fingerprint_follows_the_files(tmp_path, load):
+def test_fingerprint_is_of_contents_and_order(tmp_path, load):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
     for index in range(2):
-        save(tmp_path / f"{index}.png")
-    before = collection_fingerprint(load(tmp_path))
-    assert before == collection_fingerprint(load(tmp_path))
-    save(tmp_path / "1.png", color=(1, 2, 3), size=(9, 9))
-    assert collection_fingerprint(load(tmp_path)) != before
+        save(here / f"{index}.bmp", color=(index, 0, 0))
+    before = collection_fingerprint(load(here))
+    there.mkdir()
+    for index in range(2):
+        (there / f"{index}.bmp").write_bytes((here / f"{index}.bmp").read_bytes())
+        os.utime(there / f"{index}.bmp", (1, 1))
+    assert collection_fingerprint(load(there)) == before
+    datasets.Dataset.from_list([{"image": {"bytes": (here / f"{i}.bmp").read_bytes()}} for i in range(2)]).to_parquet(
+        tmp_path / "there.parquet"
+    )
+    assert collection_fingerprint(load(tmp_path / "there.parquet")) == before
+
+    kept = os.stat(there / "1.bmp")
+    save(there / "1.bmp", color=(1, 2, 3))
+    os.utime(there / "1.bmp", ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    assert os.stat(there / "1.bmp").st_size == kept.st_size
+    changed = collection_fingerprint(load(there))
+    assert changed != before
+    (there / "0.bmp").rename(there / "2.bmp")
+    assert collection_fingerprint(load(there)) not in (before, changed)
+
+
+def test_fingerprint_of_a_part_and_of_a_lost_file(tmp_path, load):
+    for index in range(3):
+        save(tmp_path / f"{index}.png", color=(index, 0, 0))
+    whole = load(tmp_path)
+    part = collection_fingerprint(load(tmp_path, max_images=2))
+    assert part != collection_fingerprint(whole)
+    assert collection_fingerprint(whole.select([1, 2])) not in (part, collection_fingerprint(whole))
+    before = collection_fingerprint(whole)
+    (tmp_path / "1.png").unlink()
+    assert collection_fingerprint(whole) != before
