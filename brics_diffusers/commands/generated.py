@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 
 from ..data import load_collection
+from ..reports import make_output_folder
 from ..sampling import load_pipeline, load_samples, read_sample_settings, sample_images_to_folder
 
 
@@ -60,6 +61,7 @@ def make_samples(args: argparse.Namespace, state: PartialState, device: torch.de
     if is_image_folder(args):
         return Path(args.generated).expanduser()
     folder = Path(args.samples_dir or Path(args.output_dir) / "samples")
+    make_output_folder(folder, "--samples_dir")
     pipe = load_pipeline(args.generated, args.scheduler, args.scheduler_options, device)
     sample_images_to_folder(
         pipe,

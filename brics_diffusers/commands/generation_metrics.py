@@ -20,6 +20,7 @@ from importlib import metadata
 
 from accelerate import PartialState
 
+from ..caching import default_cache_dir
 from ..data import evaluation_loader
 from ..generation_metrics import (
     INCEPTION,
@@ -30,7 +31,7 @@ from ..generation_metrics import (
     generation_metrics,
     load_extractors,
 )
-from ..reports import machine, markdown_table
+from ..reports import machine, make_output_folder, markdown_table
 from ..visualization import image_grid
 from .generated import (
     add_generated_arguments,
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
     """Makes the samples, computes the metrics on the main process and writes the report."""
     device, state = choose_device(args.device), PartialState()
     if state.is_main_process:  # what can fail does so before the samples are made
+        cache_dir = make_output_folder(args.features_cache_dir or default_cache_dir(), "--features_cache_dir")
         real = read_collection(args)
         if not is_image_folder(args):
             check_image_counts(args.metrics, args.num_samples, len(real))
@@ -102,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         args.batch_size,
         args.dataloader_num_workers,
         device,
-        args.features_cache_dir,
+        cache_dir,
     )
     result["input1"] |= origin
     result["input2"] |= {"source": args.dataset_name, "split": args.dataset_split}

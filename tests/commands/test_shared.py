@@ -8,6 +8,7 @@ from brics_diffusers.commands.shared import choose_device
 
 
 def test_numbers_are_written_without_matplotlib(run_command, monkeypatch, caplog):
+    pytest.importorskip("torchmetrics")  # imports matplotlib itself where that is installed
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     _, _, folder = run_command("schedules", "--num_train_timesteps", 10)
     assert "No plots: plots need matplotlib; install it" in caplog.text
@@ -31,3 +32,23 @@ def test_batch_size(capsys):
     with pytest.raises(SystemExit):
         main(["grid-usage", "model", "--dataset_name", "images", "--batch_size", "0"])
     assert "argument --batch_size: must be at least 1, not 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["reconstruct-metrics", "model", "--dataset_name", "images"],
+        ["grid-usage", "model", "--dataset_name", "images"],
+        ["code-statistics", "model", "--dataset_name", "images"],
+        ["schedules"],
+        ["cost"],
+        ["generation-metrics", "--generated", "model", "--dataset_name", "images"],
+        ["nearest-neighbours", "--generated", "model", "--dataset_name", "images"],
+        ["remote-code", "model"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_output_folder_that_is_a_file(tmp_path, words):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=f"diffusers {words[0]}: --output_dir .*file is no folder that can be made"):
+        main([*words, "--output_dir", str(tmp_path / "file")])
