@@ -11,6 +11,20 @@ from accelerate import PartialState
 from ..data import load_collection
 from ..reports import make_output_folder
 from ..sampling import load_pipeline, load_samples, read_sample_settings, sample_images_to_folder
+from ..training_utils import positive
+
+
+def json_object(text: str) -> dict:
+    """Type of a flag that takes named values as JSON."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f"must be a JSON object such as '{{\"use_karras_sigmas\": true}}', not {text}"
+        )
+    return value
 
 
 def add_generated_arguments(parser: argparse.ArgumentParser, num_samples: int) -> None:
@@ -23,7 +37,7 @@ def add_generated_arguments(parser: argparse.ArgumentParser, num_samples: int) -
     )
     add(
         "--num_samples",
-        type=int,
+        type=positive,
         default=num_samples,
         help="Images to take samples of, or to use of a folder. Default: %(default)s.",
     )
@@ -31,11 +45,11 @@ def add_generated_arguments(parser: argparse.ArgumentParser, num_samples: int) -
         "--samples_dir",
         help="Folder for a pipeline's samples, one for all machines; `samples` in --output_dir by default.",
     )
-    add("--num_inference_steps", type=int, default=250, help="Denoising steps. Default: %(default)s.")
+    add("--num_inference_steps", type=positive, default=250, help="Denoising steps. Default: %(default)s.")
     add("--scheduler", help="Class of diffusers in place of the pipeline's scheduler.")
     add(
         "--scheduler_options",
-        type=json.loads,
+        type=json_object,
         help="Arguments of the scheduler as JSON, such as '{\"use_karras_sigmas\": true}'.",
     )
 

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lpips_network", choices=tuple(LPIPS_WEIGHTS), default="alex", help="Backbone of LPIPS.")
     parser.add_argument("--no_lpips", action="store_true", help="Leave LPIPS out, for instance without its weights.")
-    add_run_arguments(parser, seed="the perturbation of protocol paper, not negative")
+    add_run_arguments(parser, seed="the perturbation of protocol paper")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from ..plots import noised_plot, schedule_plot
 from ..reports import markdown_table
 from ..schedulers import CosineVariantScheduler
 from ..schedulers.scheduling_cosine_variant import GAMMA_SCHEDULES, PREDICTION_TYPES
+from ..training_utils import positive
 from .shared import (
     MODEL_HELP,
     add_collection_arguments,
@@ -37,11 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this subcommand."""
     parser.add_argument("model", nargs="?", help=f"{MODEL_HELP} Left out, there are no pictures.")
     add_collection_arguments(parser, split="validation", required=False)
-    parser.add_argument("--num_images", type=int, default=2, help="Images to noise, the first of the collection.")
-    parser.add_argument("--num_train_timesteps", type=int, default=1000, help="Steps of the schedules.")
+    parser.add_argument("--num_images", type=positive, default=2, help="Images to noise, the first of the collection.")
+    parser.add_argument("--num_train_timesteps", type=positive, default=1000, help="Steps of the schedules.")
     parser.add_argument("--prediction_type", choices=PREDICTION_TYPES, default="epsilon", help="What is predicted.")
     parser.add_argument("--snr_gamma", type=float, default=5.0, help="Cap of min-SNR weighting.")
-    add_run_arguments(parser, seed="the noise, not negative")
+    add_run_arguments(parser, seed="the noise")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -64,8 +65,6 @@ def run(args: argparse.Namespace) -> None:
 
 def noised(args: argparse.Namespace, device) -> tuple[dict, dict]:
     """Decoded noised codes by schedule, and what images they come from."""
-    if args.num_images < 1:
-        raise ValueError(f"--num_images is {args.num_images}; give at least 1.")
     autoencoder, unreadable = open_model(args.model, device), UnreadableLog()
     dataset, loader = open_collection(args, autoencoder.config.sample_size)
     batches = image_batches(loader, device, unreadable, progress=False)

@@ -106,7 +106,10 @@ def test_errors_come_before_the_samples(flags, tmp_path, monkeypatch):
         (["--generated", str(tmp_path / "missing")], "holds no model_index.json"),
         (["--generated", str(tmp_path / "empty")], "is empty; expected images"),
         (["--scheduler", "NoScheduler"], "NoScheduler is no scheduler of diffusers"),
-        (["--features_cache_dir", str(tmp_path / "file")], "--features_cache_dir .*file is no folder that can be made"),
+        (
+            ["--features_cache_dir", str(tmp_path / "file")],
+            "--features_cache_dir .*file is no folder that can be made",
+        ),
         (["--samples_dir", str(tmp_path / "file")], "--samples_dir .*file is no folder that can be made or written"),
     ):
         with pytest.raises(SystemExit, match=f"brics-diffusers generation-metrics: .*{message}"):

@@ -28,10 +28,36 @@ def test_device():
         choose_device("tpu9")
 
 
-def test_batch_size(capsys):
+MEASURE = ["reconstruct-metrics", "model", "--dataset_name", "images"]
+GENERATED = ["nearest-neighbours", "--generated", "model", "--dataset_name", "images"]
+
+
+@pytest.mark.parametrize(
+    ("words", "flag", "value", "message"),
+    [
+        (MEASURE, "--batch_size", "0", "must be at least 1, not 0"),
+        (MEASURE, "--max_images", "0", "must be at least 1, not 0"),
+        (MEASURE, "--dataloader_num_workers", "-1", "must be at least 0, not -1"),
+        (MEASURE, "--seed", "-1", "must be at least 0, not -1"),
+        (["schedules"], "--seed", "-2", "must be at least 0, not -2"),
+        (["schedules"], "--num_images", "0", "must be at least 1, not 0"),
+        (["schedules"], "--num_train_timesteps", "0", "must be at least 1, not 0"),
+        (GENERATED, "--num_samples", "0", "must be at least 1, not 0"),
+        (GENERATED, "--num_inference_steps", "0", "must be at least 1, not 0"),
+        (GENERATED, "--num_neighbours", "0", "must be at least 1, not 0"),
+        (
+            GENERATED,
+            "--scheduler_options",
+            "[1]",
+            "must be a JSON object such as '{\"use_karras_sigmas\": true}', not [1]",
+        ),
+        (GENERATED, "--scheduler_options", "banana", "must be a JSON object such as "),
+    ],
+)
+def test_values_that_are_not_allowed(capsys, words, flag, value, message):
     with pytest.raises(SystemExit):
-        main(["grid-usage", "model", "--dataset_name", "images", "--batch_size", "0"])
-    assert "argument --batch_size: must be at least 1, not 0" in capsys.readouterr().err
+        main([*words, flag, value])
+    assert f"argument {flag}: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
