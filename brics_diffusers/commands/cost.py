@@ -52,11 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(name: str) -> dict:
-    """Keyword arguments of the autoencoder of a preset or a YAML file; a `ValueError` for anything else."""
+    """Keyword arguments of the autoencoder of a preset or a YAML file; an error for anything else."""
     if name in PRESETS:
         return PRESETS[name]
     try:
         content = yaml.safe_load(Path(name).read_text())
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{name} is neither a preset nor a YAML file that can be read ({error.strerror}); presets are "
+            f"{', '.join(PRESETS)}."
+        ) from error
     except yaml.YAMLError as error:
         raise ValueError(
             f"{name} is not valid YAML ({error}); give a file such as training/configs/*.yaml."

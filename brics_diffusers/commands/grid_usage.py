@@ -15,7 +15,7 @@ from ..evaluation import image_batches
 from ..grid_usage import collection_codebook_hits, collection_entry_hits, hit_statistics, usage_by_group_and_level
 from ..plots import usage_plot
 from ..reports import markdown_table
-from ..safe_loading import load_model_safely
+from ..safe_loading import load_class_safely
 from .shared import (
     MODEL_HELP,
     add_collection_arguments,
@@ -41,9 +41,7 @@ def run(args: argparse.Namespace) -> None:
     """Counts, and writes `grid-usage`."""
     device = choose_device(args.device)
     autoencoder = open_model(args.model, device)
-    vq_model = None
-    if args.vq_model is not None:
-        vq_model = load_model_safely(VQModel.from_pretrained, args.vq_model).to(device)
+    vq_model = None if args.vq_model is None else open_vq_model(args.vq_model, device)
     resolution, unreadable = autoencoder.config.sample_size, UnreadableLog()
     dataset, loader = open_collection(args, resolution)
 
@@ -58,6 +56,17 @@ def run(args: argparse.Namespace) -> None:
     result = {"model": args.model, "vq_model": args.vq_model, "counted": "entries"} | facts
     result |= {"grid_type": autoencoder.config.grid_type, "grids": usage, "codebook": codebook}
     publish(args, "grid-usage", result, as_text(result), lambda: {"plot": usage_plot(usage, codebook)}, device)
+
+
+def open_vq_model(name_or_path: str, device) -> VQModel:
+    """The model of `--vq_model`; a `ValueError` for one that does not encode RGB images."""
+    vq_model = load_class_safely(VQModel, name_or_path)
+    channels = vq_model.config.in_channels
+    if channels != 3:
+        raise ValueError(
+            f"--vq_model {name_or_path} takes images of {channels} channels, not 3; name one for RGB images."
+        )
+    return vq_model.to(device)
 
 
 def as_text(result: dict) -> str:

@@ -29,7 +29,11 @@ def test_report(run_command, config_file):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("unet: {}", "has no section `autoencoder`"), ("a: [", "is not valid YAML"), (None, "No such file")],
+    [
+        ("unet: {}", "has no section `autoencoder`"),
+        ("a: [", "is not valid YAML"),
+        (None, "is neither a preset nor a YAML file .*No such file.*presets are church-64x64x4, church-32x32x4,"),
+    ],
 )
 def test_unusable_configs(tmp_path, content, message):
     path = tmp_path / "config.yaml"
