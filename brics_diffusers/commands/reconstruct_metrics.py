@@ -60,7 +60,9 @@ def run(args: argparse.Namespace) -> None:
     """Measures on every process, gathers, and writes `reconstruct-metrics-<protocol>` on the first."""
     device, state = choose_device(args.device), PartialState()
     autoencoder = open_model(args.model, device)
-    lpips_metric = None if args.no_lpips else load_lpips(args.lpips_network).to(device)
+    lpips_metric = None
+    if not args.no_lpips:
+        lpips_metric = load_lpips(args.lpips_network, remedy="leave LPIPS out: --no_lpips").to(device)
     resolution, unreadable = autoencoder.config.sample_size, UnreadableLog()
     with state.main_process_first():
         dataset, loader = open_collection(args, resolution, slice(state.process_index, None, state.num_processes))
@@ -72,7 +74,11 @@ def run(args: argparse.Namespace) -> None:
     if state.is_main_process:
         unreadable.add(names)
         facts = collection_facts(args, dataset, resolution, unreadable)
-        result = describe(args, autoencoder, state.num_processes) | facts | {"metrics": summarize_metrics(metrics)}
+        result = (
+            describe(args, autoencoder, state.num_processes)
+            | facts
+            | {"metrics": summarize_metrics(metrics, unreadable)}
+        )
         name = f"reconstruct-metrics-{args.protocol}"
         publish(args, name, result, as_text(result), lambda: {"images": picture(args, autoencoder, dataset)}, device)
     if state.num_processes > 1:
