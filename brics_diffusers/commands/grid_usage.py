@@ -22,9 +22,9 @@ from .shared import (
     add_run_arguments,
     choose_device,
     collection_facts,
-    collection_sentence,
     open_collection,
     open_model,
+    origin_sentence,
     publish,
 )
 
@@ -74,7 +74,7 @@ def as_text(result: dict) -> str:
     usage = result["grids"]
     totals = [{"table": "feature grids"} | usage["total"]]
     if result["codebook"] is not None:
-        totals.append({"table": "VQ codebook"} | result["codebook"])
+        totals.append({"table": f"VQ codebook of `{result['vq_model']}`"} | result["codebook"])
     shared = sum(level["shared"] for level in usage["levels"])
     note = (
         f"Counted by entry; {shared} of {len(usage['levels'])} levels share entries among nodes. The variance is that "
@@ -83,7 +83,7 @@ def as_text(result: dict) -> str:
     shares = {}
     for row in usage["groups_and_levels"]:
         shares.setdefault(row["group"], {"group": row["group"]})[f"level {row['level']}"] = row["used"]
-    paragraphs = ["# Use of the feature grids\n\n" + collection_sentence(result), note]
+    paragraphs = ["# Use of the feature grids\n\n" + origin_sentence(result), note]
     paragraphs += [figures_table(rows) for rows in (totals, usage["levels"], usage["groups"])]
     paragraphs += ["Share of the entries used:\n", markdown_table(list(shares.values()))]
     return "\n".join(paragraphs)

@@ -107,12 +107,13 @@ def collection_facts(args: argparse.Namespace, dataset, resolution: int, unreada
     }
 
 
-def collection_sentence(facts: dict) -> str:
-    """The same for people."""
-    skipped = len(facts["unreadable"])
+def origin_sentence(result: dict) -> str:
+    """The same for people, with the model: `result` has [`collection_facts`] and `"model"`."""
+    skipped = len(result["unreadable"])
     files = "file was" if skipped == 1 else "files were"
     note = f" {skipped} {files} unreadable and skipped." if skipped else ""
-    return f"{facts['images']} images of `{facts['dataset_name']}` ({facts['split']}).{note}\n"
+    images = f"{result['images']} images of `{result['dataset_name']}` ({result['split']})"
+    return f"Autoencoder `{result['model']}`. {images}: {result['preprocessing']}.{note}\n"
 
 
 def publish(

@@ -89,6 +89,9 @@ def test_folder_of_images(flags, image_folder, tmp_path):
     assert result["metrics"]["precision"] == 1  # they are real ones
     assert result["input1"]["num_images"] == 5 and result["input1"]["num_unreadable"] == 1
     assert result["input1"]["sampling"] is None and not (tmp_path / "out/samples").exists()
+    assert "Precision: share of input1" in (tmp_path / "out/generation-metrics.md").read_text()
+    main([*flags, "--generated", str(generated), "--output_dir", str(tmp_path / "out"), "--metrics", "fid"])
+    assert "Precision" not in (tmp_path / "out/generation-metrics.md").read_text()
 
 
 def test_errors_come_before_the_samples(flags, tmp_path, monkeypatch):

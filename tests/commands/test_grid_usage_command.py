@@ -22,7 +22,8 @@ def test_report(run_command, model_folder, image_folder, tmp_path):
     assert header + "\n".join(rows) in text and len(set(shares)) > 4
     for row in [*usage["groups_and_levels"], result["codebook"]]:
         assert sum(row["histogram"]) == pytest.approx(row["used"] * row["entries"])
-    assert "Counted by entry" in text and "VQ codebook" in text and "1 file was unreadable" in text
+    assert f"Autoencoder `{model_folder}`. 24 images" in text and f"VQ codebook of `{tmp_path / 'vq'}`" in text
+    assert "Counted by entry" in text and "1 file was unreadable" in text
     assert Image.open(folder / "grid-usage-plot.png").width > 600
 
 

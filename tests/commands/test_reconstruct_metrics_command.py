@@ -20,6 +20,9 @@ def test_report(run_command, model_folder, image_folder, monkeypatch, protocol):
     assert result["images"] == 24 and result["unreadable"] == [str(image_folder / "broken.png")]
     assert "24 images" in text and "1 file was unreadable and skipped" in text and result["description"] in text
     assert "not measured" not in text
+    assert f"Autoencoder `{model_folder}`." in text and "central square, Lanczos to 32 x 32, [-1, 1]." in text
+    assert "\nLPIPS is that of the network alex.\n" in text
+    assert ("The seed of the perturbation is 0." in text) == (protocol == "paper")
     for metric in ("lpips", "ssim", "psnr"):
         assert result["metrics"][metric]["images"] == 24 and result["metrics"][metric]["two_std"] > 0
         for value in ("mean", "two_std"):
