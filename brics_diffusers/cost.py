@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from .models import BricsAutoencoder
 
 
-# Decoders of other autoencoders for 256 x 256 images: class, shape of the latents, widths, lowest up block. VQGAN and
-# LDM VQ-f8 have attention at the lowest resolution, KL-f8 in the middle block only.
+PEER_SIZE = 256  # pixels: side of the images that the latents below belong to
+# Decoders of other autoencoders: class, shape of the latents, widths, lowest up block. VQGAN and LDM VQ-f8 have
+# attention at the lowest resolution, KL-f8 in the middle block only.
 PEERS = {
     "VQGAN f16": (VQModel, (256, 16, 16), (128, 128, 256, 256, 512), "AttnUpDecoderBlock2D"),
     "LDM VQ-f8": (VQModel, (4, 32, 32), (128, 256, 256, 512), "AttnUpDecoderBlock2D"),
@@ -211,19 +212,37 @@ def peer_autoencoder(model_class: type, latent_shape: tuple, widths: tuple, lowe
     ).eval()
 
 
-def peer_decoder_cost(name: str) -> dict[str, float]:
+def sample_size(config: dict) -> int:
+    """Side in pixels of the images of a [`BricsAutoencoder`] with these keyword arguments."""
+    with torch.device("meta"):
+        return BricsAutoencoder(**config).config.sample_size
+
+
+def peers_of_size(size: int) -> list[str]:
+    """Names of those `PEERS` whose encoder divides images of `size` x `size` pixels evenly."""
+    return [name for name, (_, (_, height, _), *_) in PEERS.items() if size * height % PEER_SIZE == 0]
+
+
+def peer_decoder_cost(name: str, size: int = PEER_SIZE) -> dict[str, float]:
     r"""
-    Size and work of another autoencoder's decoder for one 256 x 256 image, counted as in [`autoencoder_cost`].
+    Size and work of another autoencoder's decoder for one image, counted as in [`autoencoder_cost`].
 
     Args:
         name (`str`): One of `PEERS`.
+        size (`int`, defaults to 256): Side of the image in pixels; the latents' is in proportion.
 
     Returns:
         `dict`: `"parameters"` in millions and `"multiply_adds"` in 10**9.
+
+    Raises:
+        `ValueError`: If the encoder does not divide this size evenly.
     """
+    channels, height, width = PEERS[name][1]
+    if name not in peers_of_size(size):
+        raise ValueError(f"size is {size}; {name} needs a multiple of {PEER_SIZE // height}.")
     with torch.device("meta"):
         model = peer_autoencoder(*PEERS[name])
-        latents = torch.empty(1, *PEERS[name][1])
+        latents = torch.empty(1, channels, height * size // PEER_SIZE, width * size // PEER_SIZE)
     work = _count(lambda: model.decoder(latents))["Global"]
     return {"parameters": _million_parameters(model.decoder), "multiply_adds": work}
 

@@ -24,7 +24,8 @@ PROTOCOLS = {
         "clipped; PSNR and SSIM compare images whose nominal range is [-1, 1]. Their data range is inferred as "
         "torchmetrics does (for PSNR, its releases that still inferred one), but from one image at a time, so that it "
         "does not depend on the batch: for PSNR the largest minus the smallest value of the original, for SSIM the "
-        "larger of that and the same of the reconstruction. LPIPS takes the images as they are."
+        "larger of that and the same of the reconstruction. LPIPS is that of the network alex and takes the images as "
+        "they are."
     ),
 }
 
@@ -122,8 +123,11 @@ def image_batches(
         if batch["index"].numel() > 0:
             yield batch["pixel_values"].to(device), batch["index"]
     if count < least:
-        skipped = "" if unreadable is None else f" ({unreadable.summary()})"
-        raise ValueError(f"{count} readable images{skipped}; at least {least} are needed, so give more images.")
+        raise ValueError(f"{_readable(count, unreadable)}; at least {least} are needed, so give more images.")
+
+
+def _readable(count: int, unreadable: UnreadableLog | None) -> str:
+    return f"{count} readable images" + (f" ({unreadable.summary()})" if unreadable is not None else "")
 
 
 def reconstruct(
@@ -214,12 +218,13 @@ def gather_by_index(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {name: values[order] for name, values in gathered.items()}
 
 
-def summarize_metrics(metrics: dict[str, torch.Tensor]) -> dict[str, dict]:
+def summarize_metrics(metrics: dict[str, torch.Tensor], unreadable: UnreadableLog | None = None) -> dict[str, dict]:
     r"""
     Mean and two standard deviations over the images, the form of the paper's tables.
 
     Args:
         metrics (`dict`): Result of [`reconstruction_metrics`] or [`gather_by_index`].
+        unreadable (`UnreadableLog`, *optional*): Files that could not be read, which the first error counts.
 
     Returns:
         `dict`: For each metric `"mean"`, `"two_std"` (of a sample: divided by N - 1), `"images"` in both, and
@@ -231,7 +236,9 @@ def summarize_metrics(metrics: dict[str, torch.Tensor]) -> dict[str, dict]:
     """
     count = metrics["index"].numel()
     if count < 2:
-        raise ValueError(f"{count} readable images; a standard deviation needs at least 2, so give more images.")
+        raise ValueError(
+            f"{_readable(count, unreadable)}; a standard deviation needs at least 2, so give more images."
+        )
     broken = metrics["index"][metrics["psnr"].isnan()].tolist()
     if broken:
         raise ValueError(

@@ -7,7 +7,10 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import is_offline_mode
 from torch import nn
+
+from .feature_extractors import download_timeout
 
 
 LPIPS_WEIGHTS = {
@@ -22,33 +25,39 @@ def lpips_is_cached(network: str = "vgg") -> bool:
     return os.path.exists(os.path.join(torch.hub.get_dir(), "checkpoints", LPIPS_WEIGHTS[network]))
 
 
-def load_lpips(network: str = "vgg", pretrained: bool = True) -> nn.Module:
+def load_lpips(
+    network: str = "vgg", pretrained: bool = True, remedy: str = "do without LPIPS: --lpips_weight 0"
+) -> nn.Module:
     r"""
     The LPIPS metric of Zhang et al. 2018, frozen, in eval mode.
 
     Args:
         network (`str`, defaults to `"vgg"`): Backbone: `"vgg"`, `"alex"` or `"squeeze"`.
         pretrained (`bool`, defaults to `True`): `False` for a backbone of random weights, for tests without a network.
+        remedy (`str`): What to do without the weights, the end of the error. By default the flag of training.
 
     Returns:
         `nn.Module`: takes two batches of images in [-1, 1] and returns distances of shape (B, 1, 1, 1). Gradients flow
         to the images.
 
     Raises:
-        `FileNotFoundError`: If the backbone's weights are neither in torch's cache, whole, nor to be downloaded.
+        `FileNotFoundError`: If the backbone's weights are neither in torch's cache, whole, nor to be downloaded; with
+            HF_HUB_OFFLINE nothing is.
     """
     import lpips
 
     try:
-        with warnings.catch_warnings():
+        if pretrained and is_offline_mode() and not lpips_is_cached(network):
+            raise OSError("HF_HUB_OFFLINE is set")
+        with warnings.catch_warnings(), download_timeout():
             warnings.simplefilter("ignore")  # torchvision deprecates the argument names that lpips uses
             metric = lpips.LPIPS(net=network, pnet_rand=not pretrained, verbose=False)
     except (urllib.error.URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         fault = "is damaged" if lpips_is_cached(network) else "could not be downloaded"
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         raise FileNotFoundError(
-            f"LPIPS needs {LPIPS_WEIGHTS[network]}, which {fault} ({error}); put that file into {folder}, or do "
-            "without LPIPS: --lpips_weight 0 in training, --no_lpips in reconstruct-metrics."
+            f"LPIPS needs {LPIPS_WEIGHTS[network]}, which {fault} ({error}); put that file into {folder}{os.sep}, or "
+            f"{remedy}."
         ) from error
     return metric.requires_grad_(False).eval()
 

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import datasets
 import torch
-from huggingface_hub import is_offline_mode
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
@@ -13,13 +12,12 @@ from tqdm.auto import tqdm
 from .data import UnreadableLog, evaluation_loader
 from .feature_extractors import (
     apply_extractor,
-    download_timeout,
     extractor_description,
     extractor_names,
     load_feature_extractor,
 )
 from .image_features import to_uint8
-from .losses import LPIPS_WEIGHTS, load_lpips, lpips_is_cached
+from .losses import LPIPS_WEIGHTS, load_lpips
 
 
 COLUMNS_AT_ONCE = 2**16  # of embeddings: sums of so many squares in float32 stay exact to five digits
@@ -109,21 +107,8 @@ def load_embedding(distance: str, device: str | torch.device = "cpu") -> nn.Modu
         return PixelEmbedding()
     if not distance.startswith("lpips-"):
         return FeatureEmbedding(load_feature_extractor(distance, device))
-    return LpipsEmbedding(_load_lpips(distance.removeprefix("lpips-"))).eval().to(device)
-
-
-def _load_lpips(network: str) -> nn.Module:
-    folder, reason = f"{torch.hub.get_dir()}/checkpoints", "it is not there and HF_HUB_OFFLINE is set"
-    if lpips_is_cached(network) or not is_offline_mode():
-        try:
-            with download_timeout():
-                return load_lpips(network)
-        except FileNotFoundError as error:
-            reason = str(error.__cause__)
-    raise FileNotFoundError(
-        f"lpips-{network} could not load {LPIPS_WEIGHTS[network]} ({reason}); put that file into {folder}/ or choose "
-        "another distance."
-    )
+    metric = load_lpips(distance.removeprefix("lpips-"), remedy="choose another distance")
+    return LpipsEmbedding(metric).eval().to(device)
 
 
 def squared_distances(queries: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

@@ -157,20 +157,21 @@ def noised_plot(decoded: dict[str, torch.Tensor], times: list[float]):
     return figure
 
 
-def cost_plot(parameters: dict[str, float], multiply_adds: dict[str, float]):
+def cost_plot(parameters: dict[str, float], multiply_adds: dict[str, float], image: str):
     r"""
     Bars of decoders' size and work.
 
     Args:
         parameters (`dict[str, float]`): Parameters in millions by name.
         multiply_adds (`dict[str, float]`): Multiply-adds of one image in 10**9, by the same names.
+        image (`str`): Size of the image, such as `"256 x 256"`.
 
     Returns:
         `matplotlib.figure.Figure`.
     """
     figure, ((left, right),) = new_figure(2, height=0.3 * len(parameters) + 0.9)
     for axes, values, title in (
-        (left, multiply_adds, "multiply-adds of one decode (G)"),
+        (left, multiply_adds, f"multiply-adds of one {image} decode (G)"),
         (right, parameters, "parameters (M)"),
     ):
         bars = axes.barh(list(values), list(values.values()), color=COLORS[0])

@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import diffusers
@@ -74,6 +75,31 @@ def _cell(value) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
     return str(value)
+
+
+def make_output_folder(path: str | os.PathLike, flag: str = "--output_dir") -> Path:
+    r"""
+    Makes the folder that results go to and tries to write into it, to be called before the work.
+
+    Args:
+        path (`str`): The folder; it may exist.
+        flag (`str`, defaults to `"--output_dir"`): The flag that names it.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        `OSError`: If it can't be made or written to.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(
+            f"{flag} {path} is no folder that can be made or written to ({error.strerror}); name another folder."
+        ) from error
+    return folder
 
 
 def write_report(output_dir: str | os.PathLike, name: str, result: dict, text: str, figures: dict | None = None):

@@ -1,6 +1,7 @@
 """`from_pretrained` that reads safetensors only and names the weights that don't fit."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Self
@@ -46,6 +47,57 @@ def load_model_safely(from_pretrained: Callable, name_or_path: str | os.PathLike
         ) from error
     _refuse_missing(place, {*info["missing_keys"], *_without_values(model, kwargs)})
     return (model, info) if with_info else model
+
+
+def load_class_safely(model_class: type[ModelMixin], name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
+    r"""
+    Calls `from_pretrained` of a class as [`load_model_safely`] does, but only for a config that names this class:
+    another's would fail for values that have nothing to do with the fault, or be read as what it is not.
+
+    Args:
+        model_class (`type`): A class of models.
+        name_or_path (`str`): A folder, or a name on the Hub.
+        kwargs: As in diffusers.
+
+    Returns:
+        `ModelMixin`: The model.
+
+    Raises:
+        `FileNotFoundError`: If a folder or its config does not exist.
+        `ValueError`: If the config is that of another class, and as in [`load_model_safely`].
+        `OSError`: If the Hub does not provide the config, or there are no weights.
+    """
+    check_local(name_or_path, f"a saved {model_class.__name__}")
+    place = Path(name_or_path, kwargs.get("subfolder") or "")
+    if Path(name_or_path).is_dir() and not (place / model_class.config_name).is_file():
+        raise FileNotFoundError(
+            f"{place} holds no {model_class.config_name}; name the folder of a saved {model_class.__name__}."
+        )
+    names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+    try:
+        config = model_class.load_config(name_or_path, **{name: kwargs[name] for name in names if name in kwargs})
+    except OSError as error:
+        if Path(name_or_path).is_dir():
+            raise
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise FileNotFoundError(
+            f"{place} is no folder, and the Hub could not provide it ({reason}); check the path, or the name and the "
+            "network."
+        ) from error
+    found = config.get("_class_name")
+    if found != model_class.__name__:
+        found = "names no class" if found is None else f"is that of a {found}"
+        raise ValueError(
+            f"{place / model_class.config_name} {found}, but a {model_class.__name__} is needed; name the "
+            "folder of one."
+        )
+    return load_model_safely(model_class.from_pretrained, name_or_path, **kwargs)
+
+
+def check_local(name_or_path: str | os.PathLike, expected: str) -> None:
+    """A `FileNotFoundError` for what is neither a folder nor may be a name on the Hub; `expected` says what is."""
+    if not Path(name_or_path).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
+        raise FileNotFoundError(f"{name_or_path} does not exist; name {expected} or a model on the Hub.")
 
 
 def load_pipeline_safely(from_pretrained: Callable, name_or_path: str | os.PathLike, **kwargs) -> DiffusionPipeline:

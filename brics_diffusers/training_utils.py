@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import logging
-import re
 import resource
 import sys
 import time
@@ -22,6 +21,7 @@ from .checkpoints import RunState, check_shared_folder, clean_up, list_checkpoin
 from .data import load_collection
 from .hub import add_hub_arguments, add_license_argument, open_repository
 from .models import BricsAutoencoder
+from .safe_loading import check_local, load_class_safely
 
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,13 @@ def positive(text: str) -> int:
     """Type of a flag that counts something: an `int` of at least 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """Type of a flag that may be 0: an `int` of at least 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
     return int(text)
 
 
@@ -245,21 +252,24 @@ def load_autoencoder(name_or_path: str, **changes) -> BricsAutoencoder:
         `BricsAutoencoder`.
 
     Raises:
-        `FileNotFoundError`: If a folder does not exist.
+        `FileNotFoundError`: If a folder does not exist, or holds no autoencoder.
+        `ValueError`: If what is there is a model of another class.
     """
-    if not Path(name_or_path).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
-        raise FileNotFoundError(
-            f"{name_or_path} does not exist; name a saved autoencoder, a run or a model on the Hub."
-        )
+    check_local(name_or_path, "a saved autoencoder, a run")
     if Path(name_or_path).is_dir():
         subfolder = "autoencoder" if (Path(name_or_path) / "autoencoder").is_dir() else None
-        return BricsAutoencoder.from_pretrained(name_or_path, subfolder=subfolder, **changes)
+        if subfolder is None and not (Path(name_or_path) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{name_or_path} holds neither config.json nor a folder `autoencoder`; name a saved autoencoder, a "
+                "run of training or a pipeline."
+            )
+        return load_class_safely(BricsAutoencoder, name_or_path, subfolder=subfolder, **changes)
     try:
-        return BricsAutoencoder.from_pretrained(name_or_path, subfolder="autoencoder", **changes)
+        return load_class_safely(BricsAutoencoder, name_or_path, subfolder="autoencoder", **changes)
     except OSError as error:
         if "config.json" not in str(error):
             raise
-    return BricsAutoencoder.from_pretrained(name_or_path, **changes)
+    return load_class_safely(BricsAutoencoder, name_or_path, **changes)
 
 
 def load_splits(args: argparse.Namespace):

@@ -69,6 +69,15 @@ def test_style_decoder_is_the_smallest():
         assert peer["parameters"] > 4 * ours["parameters"] and peer["multiply_adds"] > 1.8 * ours["multiply_adds"]
 
 
+def test_peers_at_another_size():
+    small, large = (peer_decoder_cost("LDM KL-f8", size) for size in (64, 128))
+    assert small["parameters"] == large["parameters"] == peer_decoder_cost("LDM KL-f8")["parameters"]
+    # Convolutions grow with the pixels, attention with their square.
+    assert 4 < large["multiply_adds"] / small["multiply_adds"] < 4.1
+    with pytest.raises(ValueError, match="size is 24; VQGAN f16 needs a multiple of 16"):
+        peer_decoder_cost("VQGAN f16", 24)
+
+
 class TestMemory:
     def test_equals_sizes_by_hand(self):
         config = AUTOENCODER | {"max_entries": 2**18, "key_channels": 4}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import train_autoencoder
 from torch import nn
 
-from brics_diffusers import BricsDiscriminator
+from brics_diffusers import BricsDiscriminator, losses
 from brics_diffusers.losses import (
     DiscriminatorLoss,
     adversarial_loss,
@@ -45,13 +45,21 @@ class TestReconstructionLoss:
             raise urllib.error.URLError("no network")
 
         monkeypatch.setattr(lpips, "LPIPS", fail)
+        monkeypatch.setattr(losses, "is_offline_mode", lambda: False)
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         assert not lpips_is_cached("vgg")
         (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
         (tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth").touch()
         assert lpips_is_cached("alex") and not lpips_is_cached("vgg")
-        with pytest.raises(FileNotFoundError, match="vgg16-397923af.pth.*checkpoints.*--lpips_weight 0"):
+        with pytest.raises(FileNotFoundError, match="vgg16-397923af.pth.*no network.*checkpoints.*--lpips_weight 0"):
             load_lpips("vgg")
+
+    def test_nothing_is_downloaded_offline(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(lpips, "LPIPS", pytest.fail)
+        monkeypatch.setattr(losses, "is_offline_mode", lambda: True)
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        with pytest.raises(FileNotFoundError, match="vgg16.*HF_HUB_OFFLINE is set.*checkpoints/, or do this instead"):
+            load_lpips("vgg", remedy="do this instead")
 
 
 def test_adversarial_losses():

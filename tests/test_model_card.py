@@ -278,7 +278,14 @@ class TestExport:
         with pytest.raises(SystemExit, match=message):
             main(["card", str(trained), "--export_dir", str(trained), *flags])
 
+    def test_folder_that_can_not_be_written(self, trained, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(SystemExit, match="--export_dir .*file is no folder that can be made"):
+            main(["card", str(trained), "--export_dir", str(tmp_path / "file")])
+
     def test_no_model(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="has no autoencoder/config.json"):
             export(tmp_path, tmp_path / "named")
+        with pytest.raises(SystemExit, match="has no autoencoder/config.json"):
+            main(["card", str(tmp_path), "--export_dir", str(tmp_path / "named")])
         assert not (tmp_path / "named").exists()

@@ -4,7 +4,7 @@ import sys
 import pytest
 from PIL import Image
 
-from brics_diffusers.reports import machine, markdown_table, write_report
+from brics_diffusers.reports import machine, make_output_folder, markdown_table, write_report
 
 
 def test_report(tmp_path):
@@ -39,3 +39,16 @@ def test_command_line_can_be_run_again(monkeypatch):
     assert machine()["command"] == "brics-diffusers grid-usage 'my model'"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert machine()["command"] == "OMP_NUM_THREADS=3 brics-diffusers grid-usage 'my model'"
+
+
+class TestOutputFolder:
+    def test_is_made_and_left_empty(self, tmp_path):
+        for _ in range(2):
+            assert make_output_folder(tmp_path / "a/b") == tmp_path / "a/b"
+        assert not list((tmp_path / "a/b").iterdir())
+
+    def test_that_can_not_be_written(self, tmp_path):
+        (tmp_path / "file.png").touch()
+        for path in (tmp_path / "file.png", tmp_path / "file.png/below", "/proc/nowhere"):
+            with pytest.raises(OSError, match=f"^--cache_dir {path} is no folder that can be made .*; name another"):
+                make_output_folder(path, "--cache_dir")

@@ -5,6 +5,7 @@ import importlib
 import logging
 import sys
 
+from ..reports import make_output_folder
 from ..training_utils import quiet_libraries
 
 
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quiet_libraries()
     try:
+        if hasattr(args, "output_dir"):
+            make_output_folder(args.output_dir)  # one that can't be written to shows before the work
         args.run(args)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"brics-diffusers {args.command}: {error}")

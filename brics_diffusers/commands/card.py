@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..hub import add_hub_arguments, add_license_argument, export, open_repository, push
 from ..model_card import read_facts, write_card
+from ..reports import make_output_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,8 @@ def run(args: argparse.Namespace) -> None:
     if args.push_to_hub and args.export_dir is not None:
         raise ValueError("--export_dir and --push_to_hub exclude each other; push the run itself.")
     if args.export_dir is not None:
+        read_facts(args.folder)  # a folder that holds no model makes no other
+        make_output_folder(args.export_dir, "--export_dir")
         print(export(args.folder, args.export_dir, args.hub_license))
         return
     if not args.push_to_hub:

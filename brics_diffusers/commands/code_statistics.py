@@ -17,9 +17,9 @@ from .shared import (
     add_run_arguments,
     choose_device,
     collection_facts,
-    collection_sentence,
     open_collection,
     open_model,
+    origin_sentence,
     publish,
 )
 
@@ -55,6 +55,6 @@ def as_text(result: dict) -> str:
             f"{precision['min']:.4g} to {precision['max']:.4g}; {precision['above_relaxed']:.1%} are less exact than "
             "the relaxed ones.\n"
         )
-    heading = "# Key codes\n\n" + collection_sentence(result)
+    heading = "# Key codes\n\n" + origin_sentence(result)
     note = "`near_zero` and `near_one` are shares of codes within 1/256 of 0 and 1.\n"
     return "\n".join([heading, markdown_table(rows), note, sentence])

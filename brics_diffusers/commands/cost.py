@@ -12,12 +12,13 @@ import yaml
 from tqdm.auto import tqdm
 
 from ..cost import (
-    PEERS,
     autoencoder_cost,
     peer_decoder_cost,
+    peers_of_size,
     retrieval_cost,
     retrieval_formula,
     retrieval_memory,
+    sample_size,
     variations,
 )
 from ..models.autoencoder_brics import DECODER_TYPES
@@ -52,11 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(name: str) -> dict:
-    """Keyword arguments of the autoencoder of a preset or a YAML file; a `ValueError` for anything else."""
+    """Keyword arguments of the autoencoder of a preset or a YAML file; an error for anything else."""
     if name in PRESETS:
         return PRESETS[name]
     try:
         content = yaml.safe_load(Path(name).read_text())
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{name} is neither a preset nor a YAML file that can be read ({error.strerror}); presets are "
+            f"{', '.join(PRESETS)}."
+        ) from error
     except yaml.YAMLError as error:
         raise ValueError(
             f"{name} is not valid YAML ({error}); give a file such as training/configs/*.yaml."
@@ -69,13 +75,14 @@ def read_config(name: str) -> dict:
 def run(args: argparse.Namespace) -> None:
     """Counts, and writes `cost`."""
     configs = {name if name in PRESETS else Path(name).stem: read_config(name) for name in args.configs}
+    sizes = {name: sample_size(config) for name, config in configs.items()}
     pairs = [(name, decoder) for name in configs for decoder in args.decoder_types]
     parts = [
-        part_row(name, decoder, autoencoder_cost(configs[name] | {"decoder_type": decoder}))
+        part_row(name, decoder, sizes[name], autoencoder_cost(configs[name] | {"decoder_type": decoder}))
         for name, decoder in tqdm(pairs, desc="Counting parts", leave=False)
     ]
     memory = [
-        {"config": name, "batch": size} | retrieval_memory(config, size)
+        {"config": name, "image": image_text(sizes[name]), "batch": size} | retrieval_memory(config, size)
         for name, config in tqdm(configs.items(), desc="Counting memory", leave=False)
         for size in (1, 2)
     ]
@@ -84,17 +91,27 @@ def run(args: argparse.Namespace) -> None:
         {"changed": name, "value": value} | retrieval_row(config)
         for name, value, config in tqdm(variations(configs[varied]), desc="Varying", leave=False)
     ]
-    peers = [{"decoder": name} | peer_row(peer_decoder_cost(name)) for name in tqdm(PEERS, leave=False)]
-    result = {"parts": parts, "memory": memory, "varied": varied, "retrieval": retrieval, "peers": peers}
+    pairs = [(name, size) for size in dict.fromkeys(sizes.values()) for name in peers_of_size(size)]
+    peers = [
+        {"decoder": name, "image": image_text(size)} | peer_row(peer_decoder_cost(name, size))
+        for name, size in tqdm(pairs, desc="Counting others", leave=False)
+    ]
+    result = {"parts": parts, "memory": memory, "varied": varied, "image": image_text(sizes[varied])}
+    result |= {"retrieval": retrieval, "peers": peers}
     publish(args, "cost", result, as_text(result), lambda: {"decoders": plot(result)})
 
 
-def part_row(name: str, decoder: str, cost: dict) -> dict:
+def image_text(size: int) -> str:
+    """Size of an image as tables and titles have it."""
+    return f"{size} x {size}"
+
+
+def part_row(name: str, decoder: str, size: int, cost: dict) -> dict:
     """One row of the first table."""
     sizes = {TITLES[part][0]: values["parameters"] for part, values in cost.items()}
     work = {TITLES[part][1]: values["multiply_adds"] for part, values in cost.items()}
     decode = sum(value for part, value in work.items() if part != "encoder G")
-    return {"config": name, "decoder type": decoder} | sizes | work | {"decode G": decode}
+    return {"config": name, "image": image_text(size), "decoder type": decoder} | sizes | work | {"decode G": decode}
 
 
 def retrieval_row(config: dict) -> dict:
@@ -113,7 +130,10 @@ def peer_row(cost: dict) -> dict:
 
 
 def plot(result: dict):
-    """Decoders of the first config beside the others. Parameters of a decode are those of lookup, MLPs and decoder."""
+    """
+    Decoders of the first config beside the others at its size. Parameters of a decode are those of lookup, MLPs and
+    decoder.
+    """
     parameters, work = {}, {}
     for row in result["parts"]:
         if row["config"] == result["varied"]:
@@ -121,18 +141,26 @@ def plot(result: dict):
             parameters[name] = row["grids M"] + row["MLPs M"] + row["decoder M"]
             work[name] = row["decode G"]
     for row in result["peers"]:
-        parameters[row["decoder"]], work[row["decoder"]] = row["decoder M"], row["decode G"]
-    return cost_plot(parameters, work)
+        if row["image"] == result["image"]:
+            parameters[row["decoder"]], work[row["decoder"]] = row["decoder M"], row["decode G"]
+    return cost_plot(parameters, work, result["image"])
+
+
+def peer_paragraphs(rows: list[dict]) -> list[str]:
+    """The table of other decoders."""
+    if not rows:
+        return ["Decoders of other autoencoders are left out: their encoders don't divide these sizes evenly.\n"]
+    return ["Decoders of other autoencoders for images of the same size, counted alike:\n", markdown_table(rows)]
 
 
 def as_text(result: dict) -> str:
     """The Markdown report."""
     paragraphs = [
-        "# Cost\n\nM: million parameters. G: 10^9 multiply-adds for one image. Decode: lookup, MLPs and decoder.\n",
+        "# Cost\n\nM: million parameters. G: 10^9 multiply-adds for one image of the row's size in pixels. Decode: "
+        "lookup, MLPs and decoder.\n",
         markdown_table(result["parts"]),
-        "Decoders of other autoencoders for 256 x 256 images, counted alike:\n",
-        markdown_table(result["peers"]),
-        f"Retrieval of {result['varied']} with one thing changed:\n",
+        *peer_paragraphs(result["peers"]),
+        f"Retrieval of {result['varied']} ({result['image']} pixels) with one thing changed:\n",
         markdown_table(result["retrieval"]),
         "Memory of retrieval in a training step, 10^6 bytes of float32: what autograd saves (every storage once, no "
         "parameters), outputs and their gradients; `activations` is all but the grids and their gradient:\n",

@@ -9,7 +9,22 @@ import torch
 from accelerate import PartialState
 
 from ..data import load_collection
+from ..reports import make_output_folder
 from ..sampling import load_pipeline, load_samples, read_sample_settings, sample_images_to_folder
+from ..training_utils import positive
+
+
+def json_object(text: str) -> dict:
+    """Type of a flag that takes named values as JSON."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f"must be a JSON object such as '{{\"use_karras_sigmas\": true}}', not {text}"
+        )
+    return value
 
 
 def add_generated_arguments(parser: argparse.ArgumentParser, num_samples: int) -> None:
@@ -22,7 +37,7 @@ def add_generated_arguments(parser: argparse.ArgumentParser, num_samples: int) -
     )
     add(
         "--num_samples",
-        type=int,
+        type=positive,
         default=num_samples,
         help="Images to take samples of, or to use of a folder. Default: %(default)s.",
     )
@@ -30,11 +45,11 @@ def add_generated_arguments(parser: argparse.ArgumentParser, num_samples: int) -
         "--samples_dir",
         help="Folder for a pipeline's samples, one for all machines; `samples` in --output_dir by default.",
     )
-    add("--num_inference_steps", type=int, default=250, help="Denoising steps. Default: %(default)s.")
+    add("--num_inference_steps", type=positive, default=250, help="Denoising steps. Default: %(default)s.")
     add("--scheduler", help="Class of diffusers in place of the pipeline's scheduler.")
     add(
         "--scheduler_options",
-        type=json.loads,
+        type=json_object,
         help="Arguments of the scheduler as JSON, such as '{\"use_karras_sigmas\": true}'.",
     )
 
@@ -60,6 +75,7 @@ def make_samples(args: argparse.Namespace, state: PartialState, device: torch.de
     if is_image_folder(args):
         return Path(args.generated).expanduser()
     folder = Path(args.samples_dir or Path(args.output_dir) / "samples")
+    make_output_folder(folder, "--samples_dir")
     pipe = load_pipeline(args.generated, args.scheduler, args.scheduler_options, device)
     sample_images_to_folder(
         pipe,

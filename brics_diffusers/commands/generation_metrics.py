@@ -1,10 +1,11 @@
 """FID, inception score, precision, recall, F1 and CLIP-FID of generated images.
 
-Samples are made on all processes of `accelerate launch -m brics_diffusers.commands generation-metrics ...`, kept as
-PNG files and gone on with after an interruption. The metrics are torch-fidelity's. `input1` is the generated images
-(--num_samples), taken as they are: square and of one size. `input2` is the real ones (all of the split, or
---max_images), cut to their central square and resized (Lanczos) to the size of the generated ones. Unreadable files
-are left out and counted. By default:
+Samples are made on all processes of `accelerate launch --multi_gpu --num_processes N -m brics_diffusers.commands
+generation-metrics ...` (on a CPU with `ACCELERATE_USE_CPU=true` in front of it, not with `--cpu`, which starts one
+process), kept as PNG files and gone on with after an interruption. The metrics are torch-fidelity's. `input1` is the
+generated images (--num_samples), taken as they are: square and of one size. `input2` is the real ones (all of the
+split, or --max_images), cut to their central square and resized (Lanczos) to the size of the generated ones.
+Unreadable files are left out and counted. By default:
 
 FID: squared Fréchet distance between 2048 features of inception-v3-compat (images resized to 299 x 299, bilinear as in
 TensorFlow 1), covariances unbiased.
@@ -20,6 +21,7 @@ from importlib import metadata
 
 from accelerate import PartialState
 
+from ..caching import default_cache_dir
 from ..data import evaluation_loader
 from ..generation_metrics import (
     INCEPTION,
@@ -30,7 +32,7 @@ from ..generation_metrics import (
     generation_metrics,
     load_extractors,
 )
-from ..reports import machine, markdown_table
+from ..reports import machine, make_output_folder, markdown_table
 from ..visualization import image_grid
 from .generated import (
     add_generated_arguments,
@@ -85,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
     """Makes the samples, computes the metrics on the main process and writes the report."""
     device, state = choose_device(args.device), PartialState()
     if state.is_main_process:  # what can fail does so before the samples are made
+        cache_dir = make_output_folder(args.features_cache_dir or default_cache_dir(), "--features_cache_dir")
         real = read_collection(args)
         if not is_image_folder(args):
             check_image_counts(args.metrics, args.num_samples, len(real))
@@ -102,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
         args.batch_size,
         args.dataloader_num_workers,
         device,
-        args.features_cache_dir,
+        cache_dir,
     )
     result["input1"] |= origin
     result["input2"] |= {"source": args.dataset_name, "split": args.dataset_split}
@@ -138,7 +141,8 @@ def _describe(result: dict) -> str:
             f"Samples: {sampling['pipeline']} with {sampling['scheduler']}, {sampling['num_inference_steps']} steps, "
             f"seed {sampling['seed']}, {sampling['dtype']}."
         )
-    parts.append(f"{PRECISION_RECALL} The pictures show the first images of each.")
+    pictures = "The pictures show the first images of each."
+    parts.append(f"{PRECISION_RECALL} {pictures}" if "precision" in result["metrics"] else pictures)
     parts.append(f"{result['machine']['device']}, torch-fidelity {result['machine']['torch-fidelity']}.")
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 

@@ -15,16 +15,16 @@ from ..evaluation import image_batches
 from ..grid_usage import collection_codebook_hits, collection_entry_hits, hit_statistics, usage_by_group_and_level
 from ..plots import usage_plot
 from ..reports import markdown_table
-from ..safe_loading import load_model_safely
+from ..safe_loading import load_class_safely
 from .shared import (
     MODEL_HELP,
     add_collection_arguments,
     add_run_arguments,
     choose_device,
     collection_facts,
-    collection_sentence,
     open_collection,
     open_model,
+    origin_sentence,
     publish,
 )
 
@@ -41,9 +41,7 @@ def run(args: argparse.Namespace) -> None:
     """Counts, and writes `grid-usage`."""
     device = choose_device(args.device)
     autoencoder = open_model(args.model, device)
-    vq_model = None
-    if args.vq_model is not None:
-        vq_model = load_model_safely(VQModel.from_pretrained, args.vq_model).to(device)
+    vq_model = None if args.vq_model is None else open_vq_model(args.vq_model, device)
     resolution, unreadable = autoencoder.config.sample_size, UnreadableLog()
     dataset, loader = open_collection(args, resolution)
 
@@ -60,12 +58,23 @@ def run(args: argparse.Namespace) -> None:
     publish(args, "grid-usage", result, as_text(result), lambda: {"plot": usage_plot(usage, codebook)}, device)
 
 
+def open_vq_model(name_or_path: str, device) -> VQModel:
+    """The model of `--vq_model`; a `ValueError` for one that does not encode RGB images."""
+    vq_model = load_class_safely(VQModel, name_or_path)
+    channels = vq_model.config.in_channels
+    if channels != 3:
+        raise ValueError(
+            f"--vq_model {name_or_path} takes images of {channels} channels, not 3; name one for RGB images."
+        )
+    return vq_model.to(device)
+
+
 def as_text(result: dict) -> str:
     """The Markdown report."""
     usage = result["grids"]
     totals = [{"table": "feature grids"} | usage["total"]]
     if result["codebook"] is not None:
-        totals.append({"table": "VQ codebook"} | result["codebook"])
+        totals.append({"table": f"VQ codebook of `{result['vq_model']}`"} | result["codebook"])
     shared = sum(level["shared"] for level in usage["levels"])
     note = (
         f"Counted by entry; {shared} of {len(usage['levels'])} levels share entries among nodes. The variance is that "
@@ -74,7 +83,7 @@ def as_text(result: dict) -> str:
     shares = {}
     for row in usage["groups_and_levels"]:
         shares.setdefault(row["group"], {"group": row["group"]})[f"level {row['level']}"] = row["used"]
-    paragraphs = ["# Use of the feature grids\n\n" + collection_sentence(result), note]
+    paragraphs = ["# Use of the feature grids\n\n" + origin_sentence(result), note]
     paragraphs += [figures_table(rows) for rows in (totals, usage["levels"], usage["groups"])]
     paragraphs += ["Share of the entries used:\n", markdown_table(list(shares.values()))]
     return "\n".join(paragraphs)

@@ -13,6 +13,7 @@ from ..data import evaluation_loader, image_name
 from ..image_features import common_image_size, to_uint8
 from ..nearest_neighbours import load_embedding, nearest_in_collection, neighbour_grid
 from ..reports import markdown_table
+from ..training_utils import positive
 from .generated import (
     add_generated_arguments,
     load_generated,
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lpips-vgg, lpips-alex, lpips-squeeze, pixels, random-conv or a name of torch-fidelity's registry. "
         "Default: lpips-vgg.",
     )
-    add("--num_neighbours", type=int, default=5, help="Training images to show for each generated one.")
+    add("--num_neighbours", type=positive, default=5, help="Training images to show for each generated one.")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """LPIPS, SSIM and PSNR of an autoencoder's reconstructions: mean and two standard deviations.
 
-Runs on several processes under `accelerate launch -m brics_diffusers.commands reconstruct-metrics ...`; the result
-depends neither on their number nor on the batch size (to 1e-4 dB, rounding).
+Runs on several processes under `accelerate launch --multi_gpu --num_processes N -m brics_diffusers.commands
+reconstruct-metrics ...`; the result depends neither on their number nor on the batch size (to 1e-4 dB, rounding). On a
+CPU put `ACCELERATE_USE_CPU=true` in front of that: with `--cpu` accelerate starts one process, whatever N is.
 """
 
 import argparse
@@ -31,9 +32,9 @@ from .shared import (
     add_run_arguments,
     choose_device,
     collection_facts,
-    collection_sentence,
     open_collection,
     open_model,
+    origin_sentence,
     publish,
 )
 
@@ -51,16 +52,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocol", choices=tuple(PROTOCOLS), default="standard", help="What is compared: see above."
     )
-    parser.add_argument("--lpips_network", choices=tuple(LPIPS_WEIGHTS), default="alex", help="Backbone of LPIPS.")
+    parser.add_argument(
+        "--lpips_network",
+        choices=tuple(LPIPS_WEIGHTS),
+        default="alex",
+        help="Backbone of LPIPS; protocol paper has alex. Default: %(default)s.",
+    )
     parser.add_argument("--no_lpips", action="store_true", help="Leave LPIPS out, for instance without its weights.")
-    add_run_arguments(parser, seed="the perturbation of protocol paper, not negative")
+    add_run_arguments(parser, seed="the perturbation of protocol paper")
 
 
 def run(args: argparse.Namespace) -> None:
     """Measures on every process, gathers, and writes `reconstruct-metrics-<protocol>` on the first."""
     device, state = choose_device(args.device), PartialState()
     autoencoder = open_model(args.model, device)
-    lpips_metric = None if args.no_lpips else load_lpips(args.lpips_network).to(device)
+    lpips_metric = None
+    if not args.no_lpips:
+        lpips_metric = load_lpips(args.lpips_network, remedy="leave LPIPS out: --no_lpips").to(device)
     resolution, unreadable = autoencoder.config.sample_size, UnreadableLog()
     with state.main_process_first():
         dataset, loader = open_collection(args, resolution, slice(state.process_index, None, state.num_processes))
@@ -71,8 +79,9 @@ def run(args: argparse.Namespace) -> None:
     names = chain.from_iterable(gather_object([unreadable.names]))
     if state.is_main_process:
         unreadable.add(names)
-        facts = collection_facts(args, dataset, resolution, unreadable)
-        result = describe(args, autoencoder, state.num_processes) | facts | {"metrics": summarize_metrics(metrics)}
+        result = describe(args, autoencoder, state.num_processes)
+        result |= collection_facts(args, dataset, resolution, unreadable)
+        result["metrics"] = summarize_metrics(metrics, unreadable)
         name = f"reconstruct-metrics-{args.protocol}"
         publish(args, name, result, as_text(result), lambda: {"images": picture(args, autoencoder, dataset)}, device)
     if state.num_processes > 1:
@@ -104,10 +113,17 @@ def as_text(result: dict) -> str:
         row[TITLES[name]] = None if values["mean"] is None else f"{values['mean']:.4f} ± {values['two_std']:.4f}"
     left_out = {TITLES[name]: values["left_out"] for name, values in result["metrics"].items() if values["left_out"]}
     notes = [f"{count} images have no finite {name} and are left out of it." for name, count in left_out.items()]
-    if result["lpips_network"] is None:
+    network, paper = result["lpips_network"], result["protocol"] == "paper"
+    if network is None:
         notes.append("LPIPS was not measured: `--no_lpips` left it out.")
+    else:
+        notes.append(
+            f"LPIPS is that of the network {network}" + (", not alex." if paper and network != "alex" else ".")
+        )
+    if paper:
+        notes.append(f"The seed of the perturbation is {result['seed']}.")
     heading = f"# Reconstruction, protocol {result['protocol']}\n\nMean ± two standard deviations over images. "
-    paragraphs = [heading + collection_sentence(result), markdown_table([row]), *notes, result["description"]]
+    paragraphs = [heading + origin_sentence(result), markdown_table([row]), *notes, result["description"]]
     return "\n".join(paragraphs) + "\n"
 
 

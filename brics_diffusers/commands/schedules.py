@@ -17,6 +17,7 @@ from ..plots import noised_plot, schedule_plot
 from ..reports import markdown_table
 from ..schedulers import CosineVariantScheduler
 from ..schedulers.scheduling_cosine_variant import GAMMA_SCHEDULES, PREDICTION_TYPES
+from ..training_utils import positive
 from .shared import (
     MODEL_HELP,
     add_collection_arguments,
@@ -25,6 +26,7 @@ from .shared import (
     collection_facts,
     open_collection,
     open_model,
+    origin_sentence,
     publish,
 )
 
@@ -37,11 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this subcommand."""
     parser.add_argument("model", nargs="?", help=f"{MODEL_HELP} Left out, there are no pictures.")
     add_collection_arguments(parser, split="validation", required=False)
-    parser.add_argument("--num_images", type=int, default=2, help="Images to noise, the first of the collection.")
-    parser.add_argument("--num_train_timesteps", type=int, default=1000, help="Steps of the schedules.")
+    parser.add_argument("--num_images", type=positive, default=2, help="Images to noise, the first of the collection.")
+    parser.add_argument("--num_train_timesteps", type=positive, default=1000, help="Steps of the schedules.")
     parser.add_argument("--prediction_type", choices=PREDICTION_TYPES, default="epsilon", help="What is predicted.")
     parser.add_argument("--snr_gamma", type=float, default=5.0, help="Cap of min-SNR weighting.")
-    add_run_arguments(parser, seed="the noise, not negative")
+    add_run_arguments(parser, seed="the noise")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -59,13 +61,11 @@ def run(args: argparse.Namespace) -> None:
         pictures = {} if decoded is None else {"noised": noised_plot(decoded, PICTURE_TIMES)}
         return {"log-snr": schedule_plot(curves, args.prediction_type, args.snr_gamma)} | pictures
 
-    publish(args, "schedules", result, as_text(args, curves), draw, device)
+    publish(args, "schedules", result, as_text(args, result), draw, device)
 
 
 def noised(args: argparse.Namespace, device) -> tuple[dict, dict]:
     """Decoded noised codes by schedule, and what images they come from."""
-    if args.num_images < 1:
-        raise ValueError(f"--num_images is {args.num_images}; give at least 1.")
     autoencoder, unreadable = open_model(args.model, device), UnreadableLog()
     dataset, loader = open_collection(args, autoencoder.config.sample_size)
     batches = image_batches(loader, device, unreadable, progress=False)
@@ -76,15 +76,24 @@ def noised(args: argparse.Namespace, device) -> tuple[dict, dict]:
         scheduler = CosineVariantScheduler(args.num_train_timesteps, name)
         decoded[name] = decode_noised(autoencoder, images, scheduler, PICTURE_TIMES, args.seed).cpu()
     facts = collection_facts(args, dataset, autoencoder.config.sample_size, unreadable)
-    return decoded, facts | {"images": len(images)}
+    return decoded, facts | {"num_images": args.num_images, "images": len(images)}
 
 
-def as_text(args: argparse.Namespace, curves: dict) -> str:
+def as_text(args: argparse.Namespace, result: dict) -> str:
     """The Markdown report."""
     total, rows = args.num_train_timesteps, []
-    for time, (name, curve) in itertools.product(TABLE_TIMES, curves.items()):
+    for time, (name, curve) in itertools.product(TABLE_TIMES, result["schedules"].items()):
         step = max(round(time * total) - 1, 0)
         values = {"logSNR": curve["log_snr"][step], "weight with min-SNR": curve["min_snr_weight"][step]}
         rows.append({"t": curve["t"][step], "schedule": name} | values)
     heading = f"# Noise schedules\n\n{total} train steps; min-SNR-{args.snr_gamma:g} for {args.prediction_type}.\n"
-    return "\n".join([heading, markdown_table(rows)])
+    return "\n".join([heading, markdown_table(rows), *pictures_sentences(result)])
+
+
+def pictures_sentences(result: dict) -> list[str]:
+    """What the picture of noised codes shows, if there is one."""
+    if "model" not in result:
+        return []
+    found, wanted = result["images"], result["num_images"]
+    fewer = f" There are only {found} of the {wanted} images of --num_images." if found < wanted else ""
+    return [f"Noised key codes, decoded, with noise of seed {result['seed']}.{fewer} {origin_sentence(result)}"]

@@ -13,7 +13,7 @@ from accelerate.utils import parse_flag_from_env
 from ..data import UnreadableLog, collection_fingerprint, evaluation_loader, load_collection
 from ..models import BricsAutoencoder
 from ..reports import machine, write_report
-from ..training_utils import load_autoencoder, positive
+from ..training_utils import load_autoencoder, not_negative, positive
 
 
 logger = logging.getLogger(__name__)
@@ -36,15 +36,15 @@ def add_collection_arguments(parser: argparse.ArgumentParser, split: str, requir
     )
     add("--image_column", help="Column that holds the images; found by itself if there is one.")
     add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")
-    add("--max_images", type=int, help="Use the first images of the collection only.")
+    add("--max_images", type=positive, help="Use the first images of the collection only.")
     add("--batch_size", type=positive, default=16, help="Images in a batch; has no influence on results.")
-    add("--dataloader_num_workers", type=int, default=0, help="Processes that read data.")
+    add("--dataloader_num_workers", type=not_negative, default=0, help="Processes that read data.")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, seed: str | None = None) -> None:
     """Adds the flags for where to compute and where to write, and `--seed` if something is drawn."""
     if seed is not None:
-        parser.add_argument("--seed", type=int, default=0, help=f"Seed of {seed}.")
+        parser.add_argument("--seed", type=not_negative, default=0, help=f"Seed of {seed}, not negative.")
     add_device_argument(parser)
     parser.add_argument("--output_dir", default="runs/reports", help="Folder for the report. Default: %(default)s.")
 
@@ -107,12 +107,13 @@ def collection_facts(args: argparse.Namespace, dataset, resolution: int, unreada
     }
 
 
-def collection_sentence(facts: dict) -> str:
-    """The same for people."""
-    skipped = len(facts["unreadable"])
+def origin_sentence(result: dict) -> str:
+    """The same for people, with the model: `result` has [`collection_facts`] and `"model"`."""
+    skipped = len(result["unreadable"])
     files = "file was" if skipped == 1 else "files were"
     note = f" {skipped} {files} unreadable and skipped." if skipped else ""
-    return f"{facts['images']} images of `{facts['dataset_name']}` ({facts['split']}).{note}\n"
+    images = f"{result['images']} images of `{result['dataset_name']}` ({result['split']})"
+    return f"Autoencoder `{result['model']}`. {images}: {result['preprocessing']}.{note}\n"
 
 
 def publish(

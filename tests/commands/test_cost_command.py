@@ -23,13 +23,40 @@ def test_report(run_command, config_file):
     for row in result["retrieval"]:
         assert row["lookup G, formula"] == pytest.approx(row["lookup G, counted"])
         assert row["MLPs G, formula"] == pytest.approx(row["MLPs G, counted"])
-    assert "VQGAN f16" in text and "Retrieval of small" in text
+    assert "VQGAN f16" in text and "Retrieval of small (32 x 32 pixels)" in text
+    assert {row["image"] for row in result["parts"] + result["memory"] + result["peers"]} == {"32 x 32"}
+    assert "256" not in text
     assert Image.open(folder / "cost-decoders.png").width > 600
+
+
+def test_configs_of_several_sizes(run_command, tmp_path, monkeypatch):
+    for name, size in (("one", 24), ("two", 32)):
+        section = CONFIG["autoencoder"] | {"sample_size": size, "feature_size": size // 2}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"autoencoder": section}))
+    drawn = []
+    monkeypatch.setattr(
+        "brics_diffusers.commands.cost.cost_plot", lambda *bars: drawn.append(bars) or Image.new("L", (1, 1))
+    )
+    result, _, _ = run_command("cost", *tmp_path.glob("*.yaml"), "--decoder_types", "style")
+    sizes = {row["config"]: row["image"] for row in result["parts"]}
+    assert sizes == {"one": "24 x 24", "two": "32 x 32"}
+    found = sorted((row["image"], row["decoder"]) for row in result["peers"])  # 24 does not divide by 16
+    eighths = ["LDM KL-f8", "LDM VQ-f8"]
+    assert found == [("24 x 24", name) for name in eighths] + [("32 x 32", name) for name in [*eighths, "VQGAN f16"]]
+    ((parameters, _, image),) = drawn
+    assert image == sizes[result["varied"]] and list(parameters) == [
+        f"{result['varied']}, style",
+        *(row["decoder"] for row in result["peers"] if row["image"] == image),
+    ]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("unet: {}", "has no section `autoencoder`"), ("a: [", "is not valid YAML"), (None, "No such file")],
+    [
+        ("unet: {}", "has no section `autoencoder`"),
+        ("a: [", "is not valid YAML"),
+        (None, "is neither a preset nor a YAML file .*No such file.*presets are church-64x64x4, church-32x32x4,"),
+    ],
 )
 def test_unusable_configs(tmp_path, content, message):
     path = tmp_path / "config.yaml"

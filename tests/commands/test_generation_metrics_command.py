@@ -89,12 +89,16 @@ def test_folder_of_images(flags, image_folder, tmp_path):
     assert result["metrics"]["precision"] == 1  # they are real ones
     assert result["input1"]["num_images"] == 5 and result["input1"]["num_unreadable"] == 1
     assert result["input1"]["sampling"] is None and not (tmp_path / "out/samples").exists()
+    assert "Precision: share of input1" in (tmp_path / "out/generation-metrics.md").read_text()
+    main([*flags, "--generated", str(generated), "--output_dir", str(tmp_path / "out"), "--metrics", "fid"])
+    assert "Precision" not in (tmp_path / "out/generation-metrics.md").read_text()
 
 
 def test_errors_come_before_the_samples(flags, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(feature_extractors, "is_offline_mode", lambda: True)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
     flags += ["--output_dir", str(tmp_path / "out")]
     for changes, message in (
         (["--feature_extractor", "inception-v3-compat"], "could not load weights-inception-2015-12-05-6726825d.pth"),
@@ -105,6 +109,11 @@ def test_errors_come_before_the_samples(flags, tmp_path, monkeypatch):
         (["--generated", str(tmp_path / "missing")], "holds no model_index.json"),
         (["--generated", str(tmp_path / "empty")], "is empty; expected images"),
         (["--scheduler", "NoScheduler"], "NoScheduler is no scheduler of diffusers"),
+        (
+            ["--features_cache_dir", str(tmp_path / "file")],
+            "--features_cache_dir .*file is no folder that can be made",
+        ),
+        (["--samples_dir", str(tmp_path / "file")], "--samples_dir .*file is no folder that can be made or written"),
     ):
         with pytest.raises(SystemExit, match=f"brics-diffusers generation-metrics: .*{message}"):
             main(flags + changes)

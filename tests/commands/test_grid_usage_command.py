@@ -22,7 +22,8 @@ def test_report(run_command, model_folder, image_folder, tmp_path):
     assert header + "\n".join(rows) in text and len(set(shares)) > 4
     for row in [*usage["groups_and_levels"], result["codebook"]]:
         assert sum(row["histogram"]) == pytest.approx(row["used"] * row["entries"])
-    assert "Counted by entry" in text and "VQ codebook" in text and "1 file was unreadable" in text
+    assert f"Autoencoder `{model_folder}`. 24 images" in text and f"VQ codebook of `{tmp_path / 'vq'}`" in text
+    assert "Counted by entry" in text and "1 file was unreadable" in text
     assert Image.open(folder / "grid-usage-plot.png").width > 600
 
 
@@ -31,6 +32,25 @@ def test_a_pickled_vq_model_is_not_read(model_folder, image_folder, tmp_path):
     flags = ["--dataset_name", str(image_folder), "--vq_model", str(tmp_path / "vq")]
     with pytest.raises(SystemExit, match="grid-usage: .*vq has its weights in diffusion_pytorch_model.bin"):
         main(["grid-usage", str(model_folder), *flags])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("grey", "--vq_model .*grey takes images of 1 channels, not 3; name one for RGB images"),
+        ("model", "model/config.json is that of a BricsAutoencoder, but a VQModel is needed"),
+        ("empty", "empty holds no config.json; name the folder of a saved VQModel"),
+        ("nosuch", "nosuch does not exist; name a saved VQModel or a model on the Hub"),
+    ],
+)
+def test_unusable_vq_models(autoencoder, image_folder, tmp_path, monkeypatch, name, message):
+    VQModel(1, 1, block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "grey")
+    autoencoder.save_pretrained(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr("brics_diffusers.commands.grid_usage.collection_entry_hits", pytest.fail)  # comes after
+    flags = [str(tmp_path / "model"), "--dataset_name", str(image_folder), "--vq_model", str(tmp_path / name)]
+    with pytest.raises(SystemExit, match=message):
+        main(["grid-usage", *flags])
 
 
 def test_without_readable_images(model_folder, tmp_path):

@@ -16,8 +16,7 @@ def flags(saved_pipe, image_folder, tmp_path):
 
 
 def test_samples_of_a_pipeline_by_lpips(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(nearest_neighbours, "lpips_is_cached", lambda network: True)
-    monkeypatch.setattr(nearest_neighbours, "load_lpips", lambda network: load_lpips(network, pretrained=False))
+    monkeypatch.setattr(nearest_neighbours, "load_lpips", lambda network, remedy: load_lpips(network, False))
     main([*flags, "--distance", "lpips-squeeze", "--batch_size", "7"])
     result = json.loads((tmp_path / "out/nearest-neighbours.json").read_text())
     assert result["distance"]["definition"] == "LPIPS 0.1, squeeze, backbone weights: random"
@@ -47,9 +46,8 @@ def test_copies_are_found(flags, tmp_path, image_folder):
 
 def test_errors(flags, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(nearest_neighbours, "is_offline_mode", lambda: True)
     for changes, message in (
-        ([], "lpips-vgg could not load vgg16-397923af.pth .*hub/checkpoints/ or choose another distance"),
+        ([], "LPIPS needs vgg16-397923af.pth, .*HF_HUB_OFFLINE.*hub/checkpoints/, or choose another distance"),
         (["--distance", "ssim"], "'ssim' is no distance"),
         (["--distance", "pixels", "--num_neighbours", "99"], "99 neighbours are wanted of 24 training images"),
     ):

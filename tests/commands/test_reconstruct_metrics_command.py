@@ -12,7 +12,7 @@ from brics_diffusers.losses import load_lpips
 @pytest.mark.parametrize("protocol", ["standard", "paper"])
 def test_report(run_command, model_folder, image_folder, monkeypatch, protocol):
     random_lpips = load_lpips("alex", pretrained=False)
-    monkeypatch.setattr("brics_diffusers.commands.reconstruct_metrics.load_lpips", lambda _: random_lpips)
+    monkeypatch.setattr("brics_diffusers.commands.reconstruct_metrics.load_lpips", lambda *_, **__: random_lpips)
     flags = [model_folder, "--dataset_name", image_folder, "--dataset_split", "train", "--protocol", protocol]
     name = f"reconstruct-metrics-{protocol}"
     results = [run_command("reconstruct-metrics", *flags, "--batch_size", size, report=name) for size in (5, 25)]
@@ -20,6 +20,9 @@ def test_report(run_command, model_folder, image_folder, monkeypatch, protocol):
     assert result["images"] == 24 and result["unreadable"] == [str(image_folder / "broken.png")]
     assert "24 images" in text and "1 file was unreadable and skipped" in text and result["description"] in text
     assert "not measured" not in text
+    assert f"Autoencoder `{model_folder}`." in text and "central square, Lanczos to 32 x 32, [-1, 1]." in text
+    assert "\nLPIPS is that of the network alex.\n" in text
+    assert ("The seed of the perturbation is 0." in text) == (protocol == "paper")
     for metric in ("lpips", "ssim", "psnr"):
         assert result["metrics"][metric]["images"] == 24 and result["metrics"][metric]["two_std"] > 0
         for value in ("mean", "two_std"):
@@ -68,23 +71,27 @@ class TestErrors:
         message = self.message(model_folder, "--dataset_name", image_folder, "--no_lpips")
         assert "no split 'validation'; available splits: train" in message
 
-    @pytest.mark.parametrize(("names", "count"), [(["a.png"], 1), (["broken.png"], 0)])
-    def test_too_few_images(self, model_folder, tmp_path, names, count):
+    @pytest.mark.parametrize(
+        ("names", "expected"),
+        [
+            (["a.png"], "1 readable images (skipped 0 unreadable files); a standard deviation needs at least 2"),
+            (["broken.png"], "0 readable images (skipped 1 unreadable file: "),
+        ],
+    )
+    def test_too_few_images(self, model_folder, tmp_path, names, expected):
         Image.new("RGB", (64, 48), "red").save(tmp_path / "a.png")
         if names == ["broken.png"]:
             (tmp_path / "a.png").rename(tmp_path / "a.jpg.txt")
             (tmp_path / "broken.png").write_text("not an image")
         flags = ["--dataset_name", tmp_path, "--dataset_split", "train", "--no_lpips"]
-        assert f"{count} readable images; a standard deviation needs at least 2" in self.message(model_folder, *flags)
+        assert expected in self.message(model_folder, *flags)
 
     def test_missing_weights_of_lpips(self, model_folder, image_folder, tmp_path, monkeypatch):
-        def no_network(*_, **__):
-            raise OSError("no network")
-
-        monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+        monkeypatch.setattr(torch.hub, "download_url_to_file", pytest.fail)  # HF_HUB_OFFLINE is set
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         message = self.message(model_folder, "--dataset_name", image_folder, "--dataset_split", "train")
-        assert "alexnet-owt-7be5be79.pth" in message and "--no_lpips" in message
+        assert "alexnet-owt-7be5be79.pth, which could not be downloaded (HF_HUB_OFFLINE is set)" in message
+        assert message.endswith("or leave LPIPS out: --no_lpips.") and "--lpips_weight" not in message
 
     def test_no_such_device(self, model_folder, image_folder):
         message = self.message(model_folder, "--dataset_name", image_folder, "--device", "cuda:99")

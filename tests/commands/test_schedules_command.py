@@ -10,7 +10,7 @@ def test_without_a_model(run_command):
     assert len(result["schedules"]["linear"]["log_snr"]) == 100
     assert "| 0.5 | linear | 0 | 1 |" in text  # half signal, half noise
     assert Image.open(folder / "schedules-log-snr.png").width > 1000
-    assert not (folder / "schedules-noised.png").exists()
+    assert not (folder / "schedules-noised.png").exists() and "Autoencoder" not in text
 
 
 def test_with_a_model(run_command, model_folder, image_folder):
@@ -25,10 +25,18 @@ def test_with_a_model(run_command, model_folder, image_folder):
         "--num_images",
         3,
     ]
-    result, _, folder = run_command("schedules", *flags)
+    result, text, folder = run_command("schedules", *flags)
+    assert "noise of seed 0. Autoencoder `" in text and "3 images of `" in text and "--num_images" not in text
     assert result["images"] == 3 and result["times"][0] == 0
     picture = Image.open(folder / "schedules-noised.png")
     assert picture.width > 11 * 34 and picture.height > 9 * 34
+
+
+def test_fewer_images_than_wanted(run_command, model_folder, image_folder):
+    flags = [model_folder, "--dataset_name", image_folder, "--dataset_split", "train", "--seed", 3]
+    result, text, _ = run_command("schedules", *flags, "--max_images", 2, "--num_images", 4)
+    assert result["images"] == 2
+    assert "with noise of seed 3. There are only 2 of the 4 images of --num_images. Autoencoder `" in text
 
 
 @pytest.mark.parametrize("flags", [["--dataset_name", "x"], ["model"]])

@@ -8,6 +8,7 @@ from brics_diffusers.commands.shared import choose_device
 
 
 def test_numbers_are_written_without_matplotlib(run_command, monkeypatch, caplog):
+    pytest.importorskip("torchmetrics")  # imports matplotlib itself where that is installed
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     _, _, folder = run_command("schedules", "--num_train_timesteps", 10)
     assert "No plots: plots need matplotlib; install it" in caplog.text
@@ -27,7 +28,53 @@ def test_device():
         choose_device("tpu9")
 
 
-def test_batch_size(capsys):
+MEASURE = ["reconstruct-metrics", "model", "--dataset_name", "images"]
+GENERATED = ["nearest-neighbours", "--generated", "model", "--dataset_name", "images"]
+
+
+@pytest.mark.parametrize(
+    ("words", "flag", "value", "message"),
+    [
+        (MEASURE, "--batch_size", "0", "must be at least 1, not 0"),
+        (MEASURE, "--max_images", "0", "must be at least 1, not 0"),
+        (MEASURE, "--dataloader_num_workers", "-1", "must be at least 0, not -1"),
+        (MEASURE, "--seed", "-1", "must be at least 0, not -1"),
+        (["schedules"], "--seed", "-2", "must be at least 0, not -2"),
+        (["schedules"], "--num_images", "0", "must be at least 1, not 0"),
+        (["schedules"], "--num_train_timesteps", "0", "must be at least 1, not 0"),
+        (GENERATED, "--num_samples", "0", "must be at least 1, not 0"),
+        (GENERATED, "--num_inference_steps", "0", "must be at least 1, not 0"),
+        (GENERATED, "--num_neighbours", "0", "must be at least 1, not 0"),
+        (
+            GENERATED,
+            "--scheduler_options",
+            "[1]",
+            "must be a JSON object such as '{\"use_karras_sigmas\": true}', not [1]",
+        ),
+        (GENERATED, "--scheduler_options", "banana", "must be a JSON object such as "),
+    ],
+)
+def test_values_that_are_not_allowed(capsys, words, flag, value, message):
     with pytest.raises(SystemExit):
-        main(["grid-usage", "model", "--dataset_name", "images", "--batch_size", "0"])
-    assert "argument --batch_size: must be at least 1, not 0" in capsys.readouterr().err
+        main([*words, flag, value])
+    assert f"argument {flag}: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["reconstruct-metrics", "model", "--dataset_name", "images"],
+        ["grid-usage", "model", "--dataset_name", "images"],
+        ["code-statistics", "model", "--dataset_name", "images"],
+        ["schedules"],
+        ["cost"],
+        ["generation-metrics", "--generated", "model", "--dataset_name", "images"],
+        ["nearest-neighbours", "--generated", "model", "--dataset_name", "images"],
+        ["remote-code", "model"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_output_folder_that_is_a_file(tmp_path, words):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=f"diffusers {words[0]}: --output_dir .*file is no folder that can be made"):
+        main([*words, "--output_dir", str(tmp_path / "file")])

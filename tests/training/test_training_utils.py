@@ -5,8 +5,10 @@ import pytest
 import torch
 import train_autoencoder
 from accelerate import Accelerator
+from diffusers import VQModel
 from launching import CONFIG, assert_same_movement
 
+from brics_diffusers import BricsAutoencoder
 from brics_diffusers.checkpoints import RunState
 from brics_diffusers.optimization import build_lr_scheduler, check_weights, count_skipped, step_if_finite
 from brics_diffusers.training_utils import StepLog, load_autoencoder
@@ -135,6 +137,21 @@ def test_step_log_averages_and_keeps_rare_losses():
 def test_missing_autoencoder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist; name a saved autoencoder"):
         load_autoencoder(str(tmp_path / "nowhere"))
+
+
+def test_other_models_are_no_autoencoder(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe")
+    VQModel(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vq")
+    (tmp_path / "empty").mkdir()
+    assert isinstance(load_autoencoder(str(tmp_path / "pipe")), BricsAutoencoder)
+    for name, error, message in (
+        ("pipe/unet", ValueError, "unet/config.json is that of a UNet2DModel, but a BricsAutoencoder is needed; name"),
+        ("vq", ValueError, "vq/config.json is that of a VQModel, but a BricsAutoencoder is needed; name"),
+        ("no/such", FileNotFoundError, "no/such is no folder, and the Hub could not provide it .*; check the path"),
+        ("empty", FileNotFoundError, "empty holds neither config.json nor a folder `autoencoder`; name a saved"),
+    ):
+        with pytest.raises(error, match=message):
+            load_autoencoder(name if name == "no/such" else str(tmp_path / name))
 
 
 def test_pictures():
