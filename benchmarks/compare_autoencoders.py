@@ -23,6 +23,7 @@ from brics_diffusers import BricsAutoencoder
 from brics_diffusers.checkpoints import appearing_folder, clean_up
 from brics_diffusers.data import (
     ImageCollection,
+    UnreadableLog,
     collate_images,
     collection_fingerprint,
     evaluation_loader,
@@ -158,14 +159,15 @@ def reconstruct(model, images: torch.Tensor):
         posterior = model.encode(images).latent_dist
         return model.decode(posterior.sample()).sample, KL_WEIGHT * posterior.kl().mean()
     output = model(images)
-    # VQGAN's: the codebook's loss and a quarter of the encoder's. BRICS' is the noise on its codes.
+    # As diffusers weighs them by default: the encoder's loss, and a quarter of the codebook's. VQGAN's paper weighs
+    # them the other way round. BRICS' regularizer is the noise on its codes.
     return output.sample, output.commit_loss if isinstance(model, VQModel) else 0.0
 
 
 class Run:
     """One model in training, with a folder that it can go on from."""
 
-    def __init__(self, args, class_name: str, learning_rate: float, changes: dict, folder: Path, collection: dict):
+    def __init__(self, args, class_name: str, learning_rate: float, changes: dict, folder: Path, collections: dict):
         self.args, self.folder = args, folder
         torch.manual_seed(args.seed)
         arguments = args.preset[class_name] | changes
@@ -178,7 +180,7 @@ class Run:
         self.stateful = {name: getattr(self, name) for name in ("model", "optimizer", "lr_scheduler", "ema")}
         names = ("max_train_steps", "validation_steps", "num_validation_images", "train_batch_size", "seed")
         names += ("mse_weight", "lpips_weight")
-        self.settings = {name: getattr(args, name) for name in names} | collection
+        self.settings = {name: getattr(args, name) for name in names} | collections
         self.settings |= {"model": repr(arguments), "learning_rate": learning_rate}
         self.seconds, self.curve = 0.0, []
         self.resume()
@@ -203,11 +205,13 @@ class Run:
             part.load_state_dict(state[name])
         self.ema.to(self.args.device)
         self.seconds, self.curve = state["seconds"], state["curve"]
+        self.args.unreadable.add(state["unreadable"])
 
     def save(self) -> None:
         """Writes everything, complete or not at all."""
         state = {name: part.state_dict() for name, part in self.stateful.items()}
         state |= {"settings": self.settings, "seconds": self.seconds, "curve": self.curve}
+        state["unreadable"] = self.args.unreadable.names
         with appearing_folder(self.folder) as folder:
             torch.save(state, folder / "state.pt")
 
@@ -221,7 +225,9 @@ class Run:
         # Other work on a CPU does not lengthen the time that a process has computed.
         clock = time.perf_counter if args.device.type == "cuda" else time.process_time
         for _ in tqdm(range(self.step, last_step), desc=self.folder.name, leave=False):
-            batch = next(loader)["pixel_values"].to(args.device)
+            batch = next(loader)
+            args.unreadable.add(batch["unreadable"])
+            batch = batch["pixel_values"].to(args.device)
             started = clock()
             sample, regularizer = reconstruct(self.model, batch)
             loss, _ = reconstruction_loss(sample, batch, args.mse_weight, args.lpips_weight, lpips_metric)
@@ -238,7 +244,7 @@ class Run:
         """Appends a point to the curve: means and two standard deviations over the images."""
         loader = evaluation_loader(dataset, self.model.config.sample_size, self.args.train_batch_size)
         with averaged_weights(self.model, self.ema) as model:
-            metrics = reconstruction_metrics(model, loader, lpips_metric, progress=False)
+            metrics = reconstruction_metrics(model, loader, lpips_metric, self.args.unreadable, progress=False)
         point = {"step": step, "seconds": self.seconds, "images": len(metrics.pop("index"))}
         for name, values in metrics.items():
             point |= {name: values.mean().item(), f"{name}_2sd": 2 * values.std().item()}
@@ -252,11 +258,15 @@ def main(argv=None):
     train_set, validation_set = load_splits(args)
     if validation_set is None:
         raise ValueError(f"{args.dataset_name} has fewer than 10 images, none to hold out; give a larger collection.")
+    if len(validation_set) < 2:
+        raise ValueError("1 image is held out; at least 2 are needed for a standard deviation, so hold out more.")
     lpips_metric = load_lpips().to(args.device) if args.lpips_weight > 0 or lpips_is_cached() else None
-    collection, folder = {"collection": collection_fingerprint(train_set)}, Path(args.output_dir) / "runs"
+    folder, args.unreadable = Path(args.output_dir) / "runs", UnreadableLog()
+    sets = {"collection": train_set, "validation_collection": validation_set}
+    collections = {name: collection_fingerprint(dataset) for name, dataset in sets.items()}
     clean_up(folder)
     runs = {
-        name: Run(args, *run, folder / name.replace(" ", "-"), collection) for name, run in planned_runs(args).items()
+        name: Run(args, *run, folder / name.replace(" ", "-"), collections) for name, run in planned_runs(args).items()
     }
     turns = range(args.validation_steps, args.max_train_steps, args.validation_steps)
     for last_step in [*turns, args.max_train_steps]:

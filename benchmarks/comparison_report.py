@@ -106,6 +106,7 @@ def report_text(args, runs: dict, table: list[dict], on: dict, num_images: int) 
         for index, point in enumerate(reference.curve)
     ]
     loss = f"{args.mse_weight:g} MSE" + (f" + {args.lpips_weight:g} LPIPS (VGG)" if args.lpips_weight > 0 else "")
+    unreadable = f" ({args.unreadable.summary()})" if args.unreadable.count else ""
     unmeasured = f"LPIPS was not measured: torch's cache has no `{LPIPS_WEIGHTS['vgg']}`, its backbone's weights.\n"
     return f"""# BRICS beside diffusers' autoencoders: {args.config}
 
@@ -113,9 +114,9 @@ def report_text(args, runs: dict, table: list[dict], on: dict, num_images: int) 
 
 {on["device"]}; torch {on["torch"]}, diffusers {on["diffusers"]}.
 
-{last["step"]} steps of {args.train_batch_size} images, mirrored at random, out of {num_images}; loss {loss} and each
-model's own regularizer; seed {args.seed}. Validation: {last["images"]} held-out images of {size} x {size}, averaged
-weights, protocol `standard`, mean ± two standard deviations over the images.
+{last["step"]} steps of {args.train_batch_size} images, mirrored at random, out of {num_images}{unreadable};
+loss {loss} and each model's own regularizer; seed {args.seed}. Validation: {last["images"]} held-out images of
+{size} x {size}, averaged weights, protocol `standard`, mean ± two standard deviations over the images.
 {"" if "lpips" in last else unmeasured}
 {markdown_table(table)}
 M: million parameters. G: 10⁹ multiply-adds of decoding one image; lookups in grids and codebook are not counted. Time
@@ -135,6 +136,7 @@ def write_comparison(args, runs: dict, train_set, validation_set) -> None:
     table = [table_row(name, run, reference, train_set) for name, run in runs.items()]
     details = {name: {**run.settings, "seconds": run.seconds, "curve": run.curve} for name, run in runs.items()}
     result = {"machine": on, "config": args.config, "num_training_images": len(train_set)}
+    result["unreadable"] = args.unreadable.names
     result |= {"table": table, "runs": details}
     text = report_text(args, runs, table, on, len(train_set))
     figures = {"curves": plot_curves(runs), "reconstructions": picture(runs, validation_set, args.show_images)}

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import compare_autoencoders
 import pytest
@@ -64,6 +65,15 @@ class TestRuns:
             ValueError, match="was trained with max_train_steps 4, not 6; give the same flags as before"
         ):
             compare("run", "--max_train_steps", "6")
+
+    def test_unreadable_images_are_counted(self, compare, image_folder, tmp_path):
+        folder = tmp_path / "images"
+        for split in ("train", "validation"):
+            shutil.copytree(image_folder, folder / split)  # with a file that is no image
+        flags = ("--dataset_name", str(folder), "--train_batch_size", "40")
+        for _ in range(2):  # the second time the runs are complete
+            result = compare("run", *flags, "--max_train_steps", "2", "--validation_steps", "2")
+            assert len(result["unreadable"]) == 2 and "unreadable" in (tmp_path / "run/comparison.md").read_text()
 
     def test_lpips_is_measured_where_its_weights_are(self, compare, monkeypatch, tmp_path):
         monkeypatch.setattr(compare_autoencoders, "lpips_is_cached", lambda: True)
