@@ -81,7 +81,7 @@ CLASSES = {"BricsAutoencoder": BricsAutoencoder, "AutoencoderKL": AutoencoderKL,
 LEARNING_RATES = {"BricsAutoencoder": 2e-3, "AutoencoderKL": 1e-3, "VQModel": 1e-3}
 SWEEP = (2e-3, 1e-3, 5e-4, 2e-4)
 # What BRICS' result may hang on, one change at a time: learning rate and arguments. Coarse grids have the noise of the
-# fine ones. The peers' decoder begins at the resolution of the key code, as it does there.
+# fine ones of emoji. The peers' decoder begins at the resolution of the key code, as it does there.
 ABLATIONS = {
     "BricsAutoencoder": (2e-3, {}),
     "learning rate 1e-3": (1e-3, {}),
