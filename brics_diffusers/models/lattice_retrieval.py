@@ -6,7 +6,7 @@ It is exact. Resampling costs as much as reading a number of images, which grows
 from some batch on; for one image the corners themselves are read (torch_retrieval.py).
 
 Resampled levels are not kept between calls. At inference that would make the lookup 2 to 4 times faster, but it is
-4% of a decode at the paper's 64x64x4 preset, and the levels would take 153 MB for one feature size.
+3% of a decode at the paper's 64x64x4 preset, and the levels would take 153 MB for one feature size.
 """
 
 import torch
