@@ -9,6 +9,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
 
 from ..safe_loading import SafeModelMixin
 from .feature_grids import FeatureGrids
@@ -108,6 +109,11 @@ class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
         use_coordinates (`bool`, defaults to `True`):
             Whether pixel coordinates are part of the points that are looked up (Eq. 1). Without them, for ablation, a
             pixel's features follow from its key alone, on grids of `key_length` dimensions.
+        encoder_shortcut (`bool`, defaults to `True`):
+            Whether a strided convolution from the image to the key code's logits (kernel = stride = `encoder_factor`)
+            is added to the encoder's output before the sigmoid; with `"kl"`, to the means. It is ours, not the
+            paper's: without it colour reaches the codes late, through the whole normalised encoder. A saved config
+            without this key means `False`.
 
     Raises:
         `ValueError`: If the arguments contradict each other.
@@ -157,6 +163,7 @@ class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
         regularization: str = "noise",
         key_noise_scale: float | None = None,
         use_coordinates: bool = True,
+        encoder_shortcut: bool = True,
     ):
         super().__init__()
         self._check_config()
@@ -170,6 +177,8 @@ class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
             norm_num_groups=norm_num_groups,
             double_z=regularization == "kl",
         )
+        factor = self.encoder_factor
+        self.shortcut = nn.Conv2d(in_channels, key_channels, factor, stride=factor) if encoder_shortcut else None
         num_groups = key_channels // key_length
         self.grids = FeatureGrids(
             num_groups=num_groups,
@@ -200,6 +209,13 @@ class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
                 norm_num_groups=norm_num_groups,
                 norm_type="spatial" if decoder_type == "movq" else "group",
             )
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        """As in diffusers; a saved config that does not know of the shortcut is of a model without one."""
+        if "_class_name" in config_dict and "encoder_shortcut" not in config_dict:
+            config_dict = {**config_dict, "encoder_shortcut": False}
+        return super().extract_init_dict(config_dict, **kwargs)
 
     def _check_config(self):
         config = self.config
@@ -276,9 +292,9 @@ class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
         """
         self._check_sample(sample)
         if self.use_slicing and sample.shape[0] > 1 and not self.training:
-            logits = torch.cat([self.encoder(part) for part in sample.split(1)])
+            logits = torch.cat([self._logits(part) for part in sample.split(1)])
         else:
-            logits = self.encoder(sample)
+            logits = self._logits(sample)
         # Autocast's bfloat16 steps by 1/256 near 1, as far as the training noise reaches: codes keep the input's type.
         logits = logits.to(sample.dtype)
         kl_loss = None
@@ -294,6 +310,15 @@ class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
         if not return_dict:
             return (key_codes,) if kl_loss is None else (key_codes, kl_loss)
         return BricsEncoderOutput(key_codes=key_codes, kl_loss=kl_loss)
+
+    def _logits(self, sample: torch.Tensor) -> torch.Tensor:
+        """What the sigmoid takes, or with "kl" means and log-variances, one after the other along the channels."""
+        logits = self.encoder(sample)
+        if self.shortcut is None:
+            return logits
+        shortcut = self.shortcut(sample)  # (B, C_z, H_z, W_z)
+        means, rest = logits.split((shortcut.shape[1], logits.shape[1] - shortcut.shape[1]), dim=1)
+        return torch.cat([means + shortcut, rest], dim=1)
 
     def relax_precision(self, key_codes: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         r"""
