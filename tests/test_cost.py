@@ -1,6 +1,7 @@
 import pytest
 import torch
 from small_models import AUTOENCODER
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from brics_diffusers import BricsAutoencoder
@@ -45,7 +46,7 @@ def test_parts_make_up_the_whole():
     autoencoder = BricsAutoencoder(**AUTOENCODER).eval()
     total = sum(part["parameters"] for part in cost.values()) * 1e6
     assert total == pytest.approx(autoencoder.num_parameters())
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         autoencoder(torch.zeros(1, 3, 32, 32))  # counted on tensors with storage, where the lookup is not seen
     total = sum(part["multiply_adds"] for name, part in cost.items() if name != "lookup")
     assert total == pytest.approx(counter.get_total_flops() / 2e9)
@@ -121,7 +122,8 @@ class TestMemory:
     def test_grows_with_the_batch(self):
         one, two = (retrieval_memory(AUTOENCODER, size) for size in (1, 2))
         assert two["grids"] == one["grids"] and two["features"] == 2 * one["features"]
-        assert one["activations"] < two["activations"] <= 2 * one["activations"]
+        copy = two["features"]  # of more than one image the MLP keeps the features in another order
+        assert one["activations"] < two["activations"] <= 2 * one["activations"] + copy
 
 
 def test_variations_change_one_thing():

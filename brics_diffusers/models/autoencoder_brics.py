@@ -68,6 +68,24 @@ class BricsAutoencoderOutput(BaseOutput):
     kl_loss: torch.Tensor | None = None
 
 
+class ShortcutEncoder(Encoder):
+    """
+    diffusers' encoder, and beside it one strided convolution from the image to the logits, or to their means where the
+    encoder gives log-variances too. Arguments by name, as of `Encoder`.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        factor = 2 ** (len(kwargs["block_out_channels"]) - 1)
+        self.shortcut = nn.Conv2d(kwargs["in_channels"], kwargs["out_channels"], factor, stride=factor)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H / f, W / f), or twice the channels."""
+        logits, shortcut = super().forward(sample), self.shortcut(sample)
+        log_variances = logits[:, shortcut.shape[1] :]  # none but with a double output
+        return torch.cat([logits[:, : shortcut.shape[1]] + shortcut, log_variances], dim=1)
+
+
 class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""
     Autoencoder with bounded continuous key codes, grouped multi-resolution feature grids and a small style decoder
@@ -168,7 +186,7 @@ class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
         super().__init__()
         self._check_config()
         self.use_slicing = False
-        self.encoder = Encoder(
+        self.encoder = (ShortcutEncoder if encoder_shortcut else Encoder)(
             in_channels=in_channels,
             out_channels=key_channels,
             down_block_types=tuple(down_block_types),
@@ -177,8 +195,6 @@ class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
             norm_num_groups=norm_num_groups,
             double_z=regularization == "kl",
         )
-        factor = self.encoder_factor
-        self.shortcut = nn.Conv2d(in_channels, key_channels, factor, stride=factor) if encoder_shortcut else None
         num_groups = key_channels // key_length
         self.grids = FeatureGrids(
             num_groups=num_groups,
@@ -292,9 +308,9 @@ class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
         """
         self._check_sample(sample)
         if self.use_slicing and sample.shape[0] > 1 and not self.training:
-            logits = torch.cat([self._logits(part) for part in sample.split(1)])
+            logits = torch.cat([self.encoder(part) for part in sample.split(1)])
         else:
-            logits = self._logits(sample)
+            logits = self.encoder(sample)
         # Autocast's bfloat16 steps by 1/256 near 1, as far as the training noise reaches: codes keep the input's type.
         logits = logits.to(sample.dtype)
         kl_loss = None
@@ -310,15 +326,6 @@ class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
         if not return_dict:
             return (key_codes,) if kl_loss is None else (key_codes, kl_loss)
         return BricsEncoderOutput(key_codes=key_codes, kl_loss=kl_loss)
-
-    def _logits(self, sample: torch.Tensor) -> torch.Tensor:
-        """What the sigmoid takes, or with "kl" means and log-variances, one after the other along the channels."""
-        logits = self.encoder(sample)
-        if self.shortcut is None:
-            return logits
-        shortcut = self.shortcut(sample)  # (B, C_z, H_z, W_z)
-        means, rest = logits.split((shortcut.shape[1], logits.shape[1] - shortcut.shape[1]), dim=1)
-        return torch.cat([means + shortcut, rest], dim=1)
 
     def relax_precision(self, key_codes: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         r"""

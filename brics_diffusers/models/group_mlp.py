@@ -60,21 +60,31 @@ class ModulatedGroupLinear(nn.Module):
         in_features (`int`): Width of the input.
         out_features (`int`): Width of the output.
         style_features (`int`): Width of the vector that modulates.
+        activate (`bool`, defaults to `False`): Whether `scaled_leaky_relu` follows.
     """
 
-    def __init__(self, num_groups: int, in_features: int, out_features: int, style_features: int):
+    def __init__(
+        self, num_groups: int, in_features: int, out_features: int, style_features: int, activate: bool = False
+    ):
         super().__init__()
         self.affine = GroupLinear(num_groups, style_features, in_features, bias_init=1.0)
         self.weight = nn.Parameter(torch.randn(num_groups, out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(num_groups, out_features, 1, 1))
         self.scale = 1 / math.sqrt(in_features)
+        self.activate = activate
 
     def forward(self, x: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
-        """x (g, in_features, B, P), style (g, style_features, B) -> (g, out_features, B, P)."""
+        """x (g, B, in_features, P), style (g, style_features, B) -> (g, B, out_features, P)."""
         scale = self.affine(style) * self.scale  # (g, in, B)
-        norm = torch.rsqrt(torch.bmm(self.weight.square(), scale.square()) + 1e-8)  # (g, out, B)
-        x = torch.bmm(self.weight, (x * scale.unsqueeze(-1)).flatten(2)).unflatten(2, x.shape[2:])
-        return torch.addcmul(self.bias.to(x.dtype), x, norm.to(x.dtype).unsqueeze(-1))
+        # The activation's gain k goes into norm and bias: relu(k * x) = k * relu(x) saves a pass over the data.
+        gain = ACTIVATION_GAIN if self.activate else 1.0
+        norm = torch.rsqrt(torch.bmm(self.weight.square(), scale.square()) + 1e-8) * gain  # (g, out, B)
+        # Weights are fewer than activations: they are modulated, for every group and image, and one product is left.
+        scale, norm = scale.transpose(1, 2).unsqueeze(2), norm.transpose(1, 2).unsqueeze(3)
+        weight = (self.weight.unsqueeze(1) * scale * norm.to(self.weight.dtype)).flatten(0, 1)  # (g * B, out, in)
+        bias = (self.bias.transpose(1, 2) * gain).expand(-1, x.shape[1], -1, -1).flatten(0, 1)  # (g * B, out, 1)
+        x = torch.baddbmm(bias, weight, x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return F.leaky_relu_(x, LEAKY_SLOPE) if self.activate else x
 
 
 class GroupMLP(nn.Module):
@@ -104,8 +114,8 @@ class GroupMLP(nn.Module):
             )
         widths = [in_features] * num_layers + [out_channels // num_groups]
         self.layers = nn.ModuleList(
-            ModulatedGroupLinear(num_groups, fan_in, fan_out, in_features)
-            for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True)
+            ModulatedGroupLinear(num_groups, fan_in, fan_out, in_features, activate=index < num_layers - 1)
+            for index, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True))
         )
         self.modulation = GroupMapping(num_groups, in_features, in_features)
         self.style = GroupMapping(num_groups, in_features, style_dim // num_groups) if style_dim else None
@@ -124,9 +134,8 @@ class GroupMLP(nn.Module):
         mean = mean * torch.rsqrt(mean.square().mean(dim=1, keepdim=True) + 1e-20)
         mean = mean.to(features.dtype)
         modulation = self.modulation(mean)
-        for index, layer in enumerate(self.layers):
-            if index > 0:
-                features = scaled_leaky_relu(features)
+        features = features.transpose(1, 2)  # (g, B, N_r * C_r, P)
+        for layer in self.layers:
             features = layer(features, modulation)
         style = None if self.style is None else self.style(mean).flatten(0, 1).t()
-        return features.flatten(0, 1).transpose(0, 1), style
+        return features.transpose(0, 1).flatten(1, 2), style
