@@ -10,10 +10,38 @@ from diffusers.optimization import get_scheduler
 from .checkpoints import RunState, checkpoint_step, list_checkpoints
 
 
-def build_optimizer(model: torch.nn.Module, learning_rate: float, beta1: float, beta2: float, epsilon: float):
-    """Adam, one fused kernel a step, for the parameters of a model that are not frozen."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.Adam(parameters, lr=learning_rate, betas=(beta1, beta2), eps=epsilon, fused=True)
+def build_optimizer(
+    model: torch.nn.Module,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    part_learning_rates: dict[str, float | None] | None = None,
+) -> torch.optim.Adam:
+    r"""
+    Adam, one fused kernel a step, for the parameters of a model that are not frozen.
+
+    Args:
+        model (`nn.Module`): What is trained.
+        learning_rate (`float`): Learning rate of all that has none of its own.
+        beta1, beta2, epsilon (`float`): Adam's.
+        part_learning_rates (`dict[str, float]`, *optional*):
+            Learning rates of direct submodules by name; `None` means `learning_rate`. Layers with an equalized
+            learning rate (StyleGAN2's: the MLPs and the style decoder) hold weights of about 1 and take larger steps
+            than an encoder with PyTorch's initialisation bears.
+
+    Returns:
+        `torch.optim.Adam`: Its first group is what has no learning rate of its own, the others are in the order of
+        `part_learning_rates`, empty ones included, so that checkpoints do not depend on the rates.
+    """
+    rates = part_learning_rates or {}
+    parts = {name: [] for name in ("", *rates)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = name.partition(".")[0]
+            parts[part if part in rates else ""].append(parameter)
+    groups = [{"params": params, "lr": rates.get(name) or learning_rate} for name, params in parts.items()]
+    return torch.optim.Adam(groups, lr=learning_rate, betas=(beta1, beta2), eps=epsilon, fused=True)
 
 
 def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer):

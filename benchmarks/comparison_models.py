@@ -1,0 +1,196 @@
+"""The models that compare_autoencoders.py trains, and how each is trained."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from diffusers import AutoencoderKL, VQModel
+from diffusers.configuration_utils import register_to_config
+
+from brics_diffusers import BricsAutoencoder
+from brics_diffusers.models.autoencoder_brics import ShortcutEncoder
+
+
+# LDM's weight of the KL divergence; a few percent of the loss here.
+KL_WEIGHT = 1e-6
+
+SMALL_BRICS = {
+    "encoder_block_out_channels": (16, 32, 64),
+    "encoder_layers_per_block": 1,
+    "norm_num_groups": 16,
+    "key_channels": 4,
+    "feature_channels": 64,
+    "num_levels": 8,
+    "min_resolution": 1,
+    "style_dim": 64,
+    "decoder_block_out_channels": (64, 32),
+}
+# The same encoder but for attention, which BRICS has once more; a decoder that costs half as much again as BRICS'.
+SMALL_PEER = {
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "block_out_channels": (16, 32, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "latent_channels": 4,
+}
+CODEBOOK = {"num_vq_embeddings": 1024, "vq_embed_dim": 4}
+
+# Photographs are shrunk to 128 x 128: at 256 x 256 two CPU cores would not get through some hundred steps.
+PRESETS = {
+    "noto-emoji-64": {
+        "train_batch_size": 8,
+        "max_train_steps": 3000,
+        "BricsAutoencoder": SMALL_BRICS | {"sample_size": 64, "feature_size": 32, "max_resolution": 32},
+        "AutoencoderKL": SMALL_PEER | {"sample_size": 64},
+        "VQModel": SMALL_PEER | CODEBOOK | {"sample_size": 64},
+    },
+    "photos-256": {
+        "train_batch_size": 4,
+        "max_train_steps": 1250,
+        "BricsAutoencoder": SMALL_BRICS | {"sample_size": 128, "feature_size": 64, "max_resolution": 64},
+        "AutoencoderKL": SMALL_PEER | {"sample_size": 128},
+        "VQModel": SMALL_PEER | CODEBOOK | {"sample_size": 128},
+    },
+}
+
+
+class NoisyAutoencoderKL(AutoencoderKL):
+    """
+    `AutoencoderKL` with BRICS' shortcut in the encoder, and with noise on the latents in training. Arguments as of
+    `AutoencoderKL`, and `relative_noise`: standard deviation of that noise, in units of the latents' own in the batch.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int,
+        down_block_types: tuple[str, ...],
+        up_block_types: tuple[str, ...],
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        norm_num_groups: int,
+        latent_channels: int,
+        relative_noise: float = 0.0,
+    ):
+        encoder = {
+            "down_block_types": down_block_types,
+            "block_out_channels": block_out_channels,
+            "layers_per_block": layers_per_block,
+            "norm_num_groups": norm_num_groups,
+        }
+        sizes = {"sample_size": sample_size, "up_block_types": up_block_types, "latent_channels": latent_channels}
+        super().__init__(**encoder, **sizes, use_quant_conv=False)
+        self.encoder = ShortcutEncoder(in_channels=3, out_channels=latent_channels, double_z=True, **encoder)
+
+
+CLASSES = {
+    "BricsAutoencoder": BricsAutoencoder,
+    "AutoencoderKL": AutoencoderKL,
+    "NoisyAutoencoderKL": NoisyAutoencoderKL,
+    "VQModel": VQModel,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model of the comparison: its class, what of the preset's arguments is changed, and how it is trained."""
+
+    class_name: str
+    changes: dict = field(default_factory=dict)
+    learning_rate: float = 2e-3
+    part_learning_rates: dict = field(default_factory=dict)
+    adam_beta2: float = 0.99
+    warmup: float = 0.02  # share of the steps
+    steps: float = 1.0  # share of --max_train_steps
+
+    @property
+    def adam_epsilon(self) -> float:
+        """The paper's for BRICS; Adam's usual one for the others."""
+        return 1e-15 if self.class_name == "BricsAutoencoder" else 1e-8
+
+    def arguments(self, preset: dict) -> dict:
+        """Keyword arguments of the class."""
+        of_class = "AutoencoderKL" if self.class_name == "NoisyAutoencoderKL" else self.class_name
+        return preset[of_class] | self.changes
+
+    def build(self, preset: dict) -> torch.nn.Module:
+        """The model, with new weights from torch's random state."""
+        return CLASSES[self.class_name](**self.arguments(preset))
+
+
+# BRICS' noise over the standard deviation of its codes, as the reports print it.
+RELATIVE_NOISE = 0.04
+BRICS = Variant("BricsAutoencoder", {}, 12e-3, {"encoder": 2e-3, "grids": 4e-3})
+KL = Variant("AutoencoderKL", {}, 2e-3)
+# The first five are trained unless --models says otherwise.
+VARIANTS = {
+    "BRICS": BRICS,
+    "AutoencoderKL": KL,
+    "AutoencoderKL, shortcut": replace(KL, class_name="NoisyAutoencoderKL"),
+    "AutoencoderKL, shortcut, noise": replace(
+        KL, class_name="NoisyAutoencoderKL", changes={"relative_noise": RELATIVE_NOISE}
+    ),
+    "VQModel": replace(KL, class_name="VQModel"),
+    "BRICS, two thirds of the steps": replace(BRICS, steps=2 / 3),
+    "BRICS without noise": replace(BRICS, changes={"key_noise_scale": 0.0}),
+    "BRICS without shortcut": replace(BRICS, changes={"encoder_shortcut": False}),
+    "BRICS, grids from 4 cells": replace(BRICS, changes={"min_resolution": 4}),
+    "BRICS, decoder as costly as the others'": replace(BRICS, changes={"decoder_block_out_channels": (80, 40)}),
+    "BRICS, one learning rate 4e-3": replace(BRICS, learning_rate=4e-3, part_learning_rates={}),
+    "BRICS, the paper's learning rate 2e-3": replace(BRICS, learning_rate=2e-3, part_learning_rates={}),
+}
+DEFAULT_MODELS = list(VARIANTS)[:5]
+
+
+def search_variants() -> dict[str, Variant]:
+    """As many trials of the learning rate, Adam's second beta and the warm-up for every class of models."""
+    trials = {}
+    for name in DEFAULT_MODELS[:3] + DEFAULT_MODELS[4:]:
+        variant = VARIANTS[name]
+        rates = (1e-3, 2e-3, 4e-3, 8e-3)
+        options = [{"learning_rate": rate, "adam_beta2": beta} for rate in rates for beta in (0.99, 0.999)]
+        options += [{"learning_rate": rate, "warmup": 0.1} for rate in rates[1:3]]
+        if name == "BRICS":  # the decoder's rate, with those of the others in proportion
+            options = [
+                option
+                | {"learning_rate": 6 * option["learning_rate"]}
+                | {"part_learning_rates": {"encoder": option["learning_rate"], "grids": 2 * option["learning_rate"]}}
+                for option in options
+            ]
+        for option in options:
+            text = ", ".join(f"{key} {value:g}" for key, value in option.items() if key != "part_learning_rates")
+            trials[f"{name}: {text}"] = replace(variant, **option)
+    return trials
+
+
+def reconstruct(model, images: torch.Tensor):
+    """Reconstructions as in training, and the model's own regularizer, weighted."""
+    if isinstance(model, AutoencoderKL):
+        posterior = model.encode(images).latent_dist
+        latents = posterior.sample()
+        noise = model.config.get("relative_noise", 0.0)
+        if noise > 0:
+            latents = latents + noise * latent_deviation(posterior.mean.detach()) * torch.randn_like(latents)
+        return model.decode(latents).sample, KL_WEIGHT * posterior.kl().mean()
+    output = model(images)
+    # As diffusers weighs them by default: the encoder's loss, and a quarter of the codebook's. VQGAN's paper weighs
+    # them the other way round. BRICS' regularizer is the noise on its codes.
+    return output.sample, output.commit_loss if isinstance(model, VQModel) else 0.0
+
+
+def latent_deviation(latents: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of latents (B, C, H, W): the root mean square over the channels of each one's own."""
+    return latents.var(dim=(0, 2, 3)).mean().sqrt()
+
+
+def encode(model, images: torch.Tensor) -> torch.Tensor:
+    """The latents without any noise."""
+    encoded = model.encode(images)
+    if isinstance(model, AutoencoderKL):
+        return encoded.latent_dist.mode()
+    return encoded.latents if isinstance(model, VQModel) else encoded.key_codes
+
+
+def decode(model, latents: torch.Tensor) -> torch.Tensor:
+    """Images of latents that may be noisy: key codes stay in [0, 1], and `VQModel` takes the nearest codes."""
+    return model.decode(latents.clamp(0, 1) if isinstance(model, BricsAutoencoder) else latents).sample
