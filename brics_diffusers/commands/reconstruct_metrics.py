@@ -23,7 +23,7 @@ from ..evaluation import (
     reconstruction_metrics,
     summarize_metrics,
 )
-from ..losses import LPIPS_WEIGHTS, load_lpips
+from ..perceptual import LPIPS_WEIGHTS, load_lpips
 from ..reports import markdown_table
 from ..visualization import side_by_side
 from .shared import (

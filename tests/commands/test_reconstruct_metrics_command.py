@@ -6,7 +6,7 @@ from launching import launch_subcommand
 from PIL import Image
 
 from brics_diffusers.commands import main
-from brics_diffusers.losses import load_lpips
+from brics_diffusers.perceptual import load_lpips
 
 
 @pytest.mark.parametrize("protocol", ["standard", "paper"])
