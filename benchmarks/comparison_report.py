@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from brics_diffusers.data import evaluation_loader
 from brics_diffusers.evaluation import reconstruction_metrics
-from brics_diffusers.losses import LPIPS_WEIGHTS
+from brics_diffusers.perceptual import LPIPS_WEIGHTS
 from brics_diffusers.reports import machine, markdown_table, write_report
 from brics_diffusers.training_utils import averaged_weights
 from brics_diffusers.visualization import image_grid

@@ -5,6 +5,7 @@ import importlib.util
 from importlib.metadata import version
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -28,8 +29,8 @@ def efficientnet_is_installed(name: str) -> bool:
 
 def load_efficientnet(name: str, pretrained: bool = True, remedy: str | None = None) -> nn.Module:
     r"""
-    An EfficientNet-lite, frozen, in eval mode. It takes [`efficientnet_input`] of any size, which it pads as
-    TensorFlow does (`SAME`).
+    An EfficientNet-lite, frozen, in eval mode. It takes [`efficientnet_input`] of any size, padded as TensorFlow
+    pads those of the training (224 pixels for lite0, 260 for lite2), so that strides fall where they fell then.
 
     Args:
         name (`str`): One of `EFFICIENTNETS`.
@@ -44,8 +45,7 @@ def load_efficientnet(name: str, pretrained: bool = True, remedy: str | None = N
     """
     package = NETWORK_PACKAGE
     try:
-        # With a size given, padding would be that of this size, whatever the images'.
-        network = importlib.import_module(_module(package)).EfficientNet.from_name(name, image_size=None)
+        network = importlib.import_module(_module(package)).EfficientNet.from_name(name)
         if pretrained:
             package = weights_package(name)
             file = getattr(importlib.import_module(_module(package)), f"EfficientnetLite{name[-1]}ModelFile")
@@ -64,6 +64,32 @@ def efficientnet_input(images: torch.Tensor) -> torch.Tensor:
     return ((images + 1) * 127.5 - 127) / 128
 
 
-def weights_version(name: str) -> str:
-    """Package and version of the weights of one of `EFFICIENTNETS`, for the record."""
-    return f"{weights_package(name)} {version(weights_package(name))} (ImageNet)"
+class EfficientNetFeatures(nn.Module):
+    r"""
+    The means over the pixels of an EfficientNet-lite's last feature maps (1,280), for FID and KID where Inception's
+    weights can't be downloaded. Computed in float32.
+
+    Args:
+        name (`str`): One of `EFFICIENTNETS`.
+        size (`int`, defaults to 128): Side in pixels to which images are resized: small ones are enlarged.
+
+    Raises:
+        `ImportError`: If a package is not installed.
+    """
+
+    def __init__(self, name: str, size: int = 128):
+        super().__init__()
+        self.size, self.network = size, load_efficientnet(name)
+        package = weights_package(name)
+        self.description = {
+            "name": name,
+            "weights": f"ImageNet's, of {package} {version(package)}",
+            "resizing": f"bicubic, antialiased, to {size} x {size} within the network",
+        }
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images (B, 3, H, W) to features (B, 1280)."""
+        with torch.autocast(images.device.type, enabled=False):
+            sample = images.float() / 127.5 - 1
+            sample = F.interpolate(sample, (self.size, self.size), mode="bicubic", antialias=True)
+            return self.network.extract_features(efficientnet_input(sample)).mean(dim=(2, 3))
