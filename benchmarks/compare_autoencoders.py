@@ -32,8 +32,9 @@ from brics_diffusers.data import (
     training_loader,
 )
 from brics_diffusers.evaluation import reconstruction_metrics
-from brics_diffusers.losses import load_lpips, lpips_is_cached, reconstruction_loss
+from brics_diffusers.losses import reconstruction_loss
 from brics_diffusers.optimization import build_lr_scheduler, build_optimizer
+from brics_diffusers.perceptual import load_lpips, lpips_is_cached
 from brics_diffusers.training_utils import averaged_weights, ema_half_life_decay, load_splits, positive
 
 

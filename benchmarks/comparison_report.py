@@ -11,7 +11,7 @@ from brics_diffusers import BricsAutoencoder
 from brics_diffusers.cost import count_multiply_adds
 from brics_diffusers.data import evaluation_loader
 from brics_diffusers.evaluation import image_batches, image_metrics, reconstruction_metrics, row_generator
-from brics_diffusers.losses import LPIPS_WEIGHTS
+from brics_diffusers.perceptual import LPIPS_WEIGHTS
 from brics_diffusers.reports import machine, markdown_table, write_report
 from brics_diffusers.training_utils import averaged_weights
 from brics_diffusers.visualization import image_grid

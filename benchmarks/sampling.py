@@ -76,7 +76,7 @@ def quality(pipe, dataset, num_images: int, num_steps: int, cache_dir: str, batc
         sample_images_to_folder(pipe, folder, num_images, batch_size, num_steps, progress=False)
         samples = load_collection(folder)
         found = generation_metrics(samples, dataset, extractors, batch_size, device=pipe.device, cache_dir=cache_dir)
-    return found["metrics"]["fid"]
+    return found["metrics"]["fid_random_conv"]
 
 
 def time_compiled(pipe, batch_size: int, device: torch.device, rounds: int) -> dict[str, float]:

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from brics_diffusers import BricsAutoencoder, BricsDiscriminator
-from brics_diffusers.losses import DiscriminatorLoss, adversarial_loss, load_lpips, reconstruction_loss
+from brics_diffusers.losses import DiscriminatorLoss, adversarial_loss, reconstruction_loss
+from brics_diffusers.perceptual import load_lpips
 
 
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"

@@ -1,10 +1,11 @@
-"""Networks that images are compared by: torch-fidelity's, CLIP as clean-fid feeds it, and one without training."""
+"""Networks that images are compared by: torch-fidelity's, CLIP, those of Python packages, and one without training."""
 
 import contextlib
 import hashlib
 import os
 import pickle
 import socket
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from .caching import weights_digest
+from .efficientnet import EFFICIENTNETS, EfficientNetFeatures
 
 
 RANDOM_CONV = "random-conv"
@@ -149,8 +151,8 @@ def _resize_one_for_clip(image: torch.Tensor) -> torch.Tensor:
 def extractor_names() -> list[str]:
     """What [`load_feature_extractor`] takes, as far as it is known without torch-fidelity."""
     with contextlib.suppress(ImportError):
-        return [RANDOM_CONV, CLIP_FID, *sorted(_fidelity().registry.FEATURE_EXTRACTORS_REGISTRY)]
-    return [RANDOM_CONV]
+        return [RANDOM_CONV, *EFFICIENTNETS, CLIP_FID, *sorted(_fidelity().registry.FEATURE_EXTRACTORS_REGISTRY)]
+    return [RANDOM_CONV, *EFFICIENTNETS]
 
 
 def load_feature_extractor(extractor: str | nn.Module, device: str | torch.device = "cpu") -> nn.Module:
@@ -159,9 +161,10 @@ def load_feature_extractor(extractor: str | nn.Module, device: str | torch.devic
 
     Args:
         extractor (`str` or `nn.Module`):
-            `"random-conv"` ([`RandomConvFeatures`]), `"clip-fid"` ([`ClipFidFeatures`]), a name of torch-fidelity's
-            registry ([`FidelityFeatures`]), or a module of one's own: it maps uint8 images (B, 3, H, W) to features
-            (B, D), or to a tuple of features and class logits (B, C).
+            `"random-conv"` ([`RandomConvFeatures`]), `"clip-fid"` ([`ClipFidFeatures`]), `"efficientnet-lite0"` or
+            `"efficientnet-lite2"` ([`EfficientNetFeatures`]), a name of torch-fidelity's registry
+            ([`FidelityFeatures`]), or a module of one's own: it maps uint8 images (B, 3, H, W) to features (B, D), or
+            to a tuple of features and class logits (B, C).
         device (`str` or `torch.device`, defaults to `"cpu"`): Where it works.
 
     Returns:
@@ -169,11 +172,12 @@ def load_feature_extractor(extractor: str | nn.Module, device: str | torch.devic
 
     Raises:
         `FileNotFoundError`: If weights are neither in torch's cache nor to be downloaded.
-        `ImportError`: If torch-fidelity is not installed.
+        `ImportError`: If torch-fidelity, or a package of the extra `learned-features`, is not installed.
         `ValueError`: If the name is unknown.
     """
     if isinstance(extractor, str):
         known = {RANDOM_CONV: RandomConvFeatures, CLIP_FID: ClipFidFeatures}
+        known |= {name: partial(EfficientNetFeatures, name) for name in EFFICIENTNETS}
         extractor = known[extractor]() if extractor in known else FidelityFeatures(extractor)
     return extractor.requires_grad_(False).eval().to(device)
 

@@ -1,4 +1,4 @@
-"""How close generated images are to real ones: FID, inception score, precision and recall, CLIP-FID."""
+"""How close generated images are to real ones: FID, inception score, precision and recall, CLIP-FID, KID."""
 
 import os
 from collections.abc import Iterable
@@ -9,23 +9,24 @@ from torch import nn
 
 from .caching import default_cache_dir
 from .data import collection_fingerprint
+from .feature_distances import KID_SCALE, check_count, frechet_distance, kernel_distance, name_with_features
 from .feature_extractors import CLIP_FID, extractor_description, load_feature_extractor
 from .image_features import cached_features, common_image_size, extract_features
 
 
-METRICS = ("fid", "inception-score", "precision-recall", "clip-fid")
+METRICS = ("fid", "inception-score", "precision-recall", "clip-fid", "kid")
 INCEPTION = "inception-v3-compat"
+KID_FEATURES = "efficientnet-lite2"
+# With these features a metric is what everyone calls by its name; with others its name says which.
+USUAL = {
+    "fid": INCEPTION,
+    "inception-score": INCEPTION,
+    "precision-recall": "vgg16",
+    "clip-fid": "clip-fid: clip-vit-b-32",
+}
 NEIGHBOURS = 3  # Kynkäänniemi et al. 2019, torch-fidelity's default
 SPLITS = 10  # Salimans et al. 2016, torch-fidelity's default
 ROWS_AT_ONCE = 10_000  # torch-fidelity's default: distances of so many images to all are in memory
-
-
-def _check_count(metric: str, least: int, **counts: int) -> None:
-    if min(counts.values()) < least:
-        numbers = " and ".join(f"{count} {name}" for name, count in counts.items())
-        raise ValueError(
-            f"{metric} needs at least {least} images of each kind, got {numbers}; add images or leave {metric} out."
-        )
 
 
 def check_image_counts(metrics: Iterable[str], generated: int, real: int) -> None:
@@ -38,42 +39,18 @@ def check_image_counts(metrics: Iterable[str], generated: int, real: int) -> Non
         real (`int`): Number of real images.
 
     Raises:
-        `ValueError`: If there are too few: FID and CLIP-FID need 2 of each, precision and recall 4 of each, the
+        `ValueError`: If there are too few: FID, CLIP-FID and KID need 2 of each, precision and recall 4 of each, the
         inception score 10 generated ones.
     """
     for metric in metrics:
-        if metric in ("fid", "clip-fid"):
-            _check_count(metric, 2, generated=generated, real=real)
+        if metric in ("fid", "clip-fid", "kid"):
+            check_count(metric, 2, generated=generated, real=real)
         elif metric == "precision-recall":
-            _check_count(metric, NEIGHBOURS + 1, generated=generated, real=real)
+            check_count(metric, NEIGHBOURS + 1, generated=generated, real=real)
         elif metric == "inception-score":
-            _check_count(metric, SPLITS, generated=generated)
+            check_count(metric, SPLITS, generated=generated)
         else:
             raise ValueError(f"{metric!r} is no metric; give some of {', '.join(METRICS)}.")
-
-
-def frechet_distance(generated: torch.Tensor, real: torch.Tensor) -> float:
-    r"""
-    Squared Fréchet distance of two Gaussians with the features' means and (unbiased) covariances, by torch-fidelity:
-    the trace of the matrix square root is the sum of the square roots of the product's eigenvalues. It stays defined
-    for fewer images than features, where covariances are singular.
-
-    Args:
-        generated (`torch.Tensor` of shape (N, D)): Features, float32, on the CPU.
-        real (`torch.Tensor` of shape (M, D)): Features.
-
-    Returns:
-        `float`: at least 0, but for rounding.
-
-    Raises:
-        `ValueError`: If there are fewer than 2 of each.
-    """
-    from torch_fidelity import KEY_METRIC_FID
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-
-    _check_count("fid", 2, generated=len(generated), real=len(real))
-    statistics = (fid_features_to_statistics(features) for features in (generated, real))
-    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
 
 def inception_score(logits: torch.Tensor) -> tuple[float, float]:
@@ -93,7 +70,7 @@ def inception_score(logits: torch.Tensor) -> tuple[float, float]:
     from torch_fidelity import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD
     from torch_fidelity.metric_isc import isc_features_to_metric
 
-    _check_count("inception-score", SPLITS, generated=len(logits))
+    check_count("inception-score", SPLITS, generated=len(logits))
     score = isc_features_to_metric(logits, SPLITS)
     return score[KEY_METRIC_ISC_MEAN], score[KEY_METRIC_ISC_STD]
 
@@ -120,7 +97,7 @@ def precision_recall(
     from torch_fidelity import KEY_METRIC_F_SCORE, KEY_METRIC_PRECISION, KEY_METRIC_RECALL
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    _check_count("precision-recall", NEIGHBOURS + 1, generated=len(generated), real=len(real))
+    check_count("precision-recall", NEIGHBOURS + 1, generated=len(generated), real=len(real))
     options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": ROWS_AT_ONCE, "save_cpu_ram": True, "verbose": False}
     values = prc_features_to_metric(generated.to(device), real.to(device), **options)
     names = {"precision": KEY_METRIC_PRECISION, "recall": KEY_METRIC_RECALL, "f1": KEY_METRIC_F_SCORE}
@@ -132,6 +109,7 @@ def load_extractors(
     feature_extractor: str | nn.Module = INCEPTION,
     precision_recall_extractor: str | nn.Module | None = None,
     clip_extractor: str | nn.Module = CLIP_FID,
+    kid_extractor: str | nn.Module = KID_FEATURES,
     device: str | torch.device = "cpu",
 ) -> dict[str, nn.Module]:
     r"""
@@ -145,6 +123,7 @@ def load_extractors(
             By default `"vgg16"` beside `"inception-v3-compat"`, as in torch-fidelity and the definition of precision
             and recall; else `feature_extractor`.
         clip_extractor (`str` or `nn.Module`, defaults to `"clip-fid"`): For CLIP-FID.
+        kid_extractor (`str` or `nn.Module`, defaults to `"efficientnet-lite2"`): For KID.
         device (`str` or `torch.device`, defaults to `"cpu"`): Where they work.
 
     Returns:
@@ -153,7 +132,7 @@ def load_extractors(
     if precision_recall_extractor is None:
         precision_recall_extractor = "vgg16" if feature_extractor == INCEPTION else feature_extractor
     wanted = dict.fromkeys(("fid", "inception-score"), feature_extractor)
-    wanted |= {"precision-recall": precision_recall_extractor, "clip-fid": clip_extractor}
+    wanted |= {"precision-recall": precision_recall_extractor, "clip-fid": clip_extractor, "kid": kid_extractor}
     wanted = {metric: wanted[metric] for metric in metrics}
     loaded = {extractor: load_feature_extractor(extractor, device) for extractor in dict.fromkeys(wanted.values())}
     return {metric: loaded[extractor] for metric, extractor in wanted.items()}
@@ -183,7 +162,9 @@ def generation_metrics(
 
     Returns:
         `dict`: `"metrics"` (`"fid"`, `"inception_score"`, `"inception_score_std"`, `"precision"`, `"recall"`, `"f1"`,
-        `"clip_fid"`), `"not_computed"` (metric to reason), `"remarks"`, `"extractors"`, `"input1"` and `"input2"`.
+        `"clip_fid"`, and `"kid_efficientnet_lite2"`, times 1,000), `"not_computed"` (metric to reason), `"remarks"`,
+        `"extractors"`, `"input1"` and `"input2"`.
+        With other features than are usual, a metric's name says which, for instance `"fid_random_conv"`.
 
     Raises:
         `ValueError`: If generated images differ in size, or there are fewer images than a metric needs.
@@ -212,19 +193,24 @@ def _add_metric(result: dict, metric: str, name: str, generated, real, device) -
     if metric == "inception-score":
         if generated.logits is None:
             result["not_computed"][metric] = f"{name} has no class logits, which the inception score needs"
-        else:
-            mean, deviation = inception_score(generated.logits)
-            result["metrics"] |= {"inception_score": mean, "inception_score_std": deviation}
+            return
+        mean, deviation = inception_score(generated.logits)
+        found = {"inception_score": mean, "inception_score_std": deviation}
     elif metric == "precision-recall":
-        result["metrics"] |= precision_recall(generated.features, real.features, device)
+        found = precision_recall(generated.features, real.features, device)
+    elif metric == "kid":
+        found = {"kid": KID_SCALE * kernel_distance(generated.features.to(device), real.features.to(device))}
     else:
-        result["metrics"][metric.replace("-", "_")] = frechet_distance(generated.features, real.features)
+        found = {metric.replace("-", "_"): frechet_distance(generated.features, real.features)}
         fewest, width = min(len(generated.features), len(real.features)), generated.features.shape[1]
         if fewest <= width:
             result["remarks"].append(
                 f"{metric}: {fewest} images for {width} features, so that a covariance is singular; the number is "
                 "biased and compares only at equal numbers of images."
             )
+    if USUAL.get(metric) != name:
+        found = {name_with_features(key, name): value for key, value in found.items()}
+    result["metrics"] |= found
 
 
 def _input_facts(what: str, dataset, features, resolution: int, resizing: str) -> dict:

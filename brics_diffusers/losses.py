@@ -1,65 +1,8 @@
 """Losses of both training stages, as functions of tensors (App. A.3 and A.5)."""
 
-import os
-import pickle
-import urllib.error
-import warnings
-
 import torch
 import torch.nn.functional as F
-from huggingface_hub import is_offline_mode
 from torch import nn
-
-from .feature_extractors import download_timeout
-
-
-LPIPS_WEIGHTS = {
-    "vgg": "vgg16-397923af.pth",
-    "alex": "alexnet-owt-7be5be79.pth",
-    "squeeze": "squeezenet1_1-b8a52dc0.pth",
-}
-
-
-def lpips_is_cached(network: str = "vgg") -> bool:
-    """Whether torch's cache folder holds the weights of an LPIPS backbone, so that [`load_lpips`] needs no network."""
-    return os.path.exists(os.path.join(torch.hub.get_dir(), "checkpoints", LPIPS_WEIGHTS[network]))
-
-
-def load_lpips(
-    network: str = "vgg", pretrained: bool = True, remedy: str = "do without LPIPS: --lpips_weight 0"
-) -> nn.Module:
-    r"""
-    The LPIPS metric of Zhang et al. 2018, frozen, in eval mode.
-
-    Args:
-        network (`str`, defaults to `"vgg"`): Backbone: `"vgg"`, `"alex"` or `"squeeze"`.
-        pretrained (`bool`, defaults to `True`): `False` for a backbone of random weights, for tests without a network.
-        remedy (`str`): What to do without the weights, the end of the error. By default the flag of training.
-
-    Returns:
-        `nn.Module`: takes two batches of images in [-1, 1] and returns distances of shape (B, 1, 1, 1). Gradients flow
-        to the images.
-
-    Raises:
-        `FileNotFoundError`: If the backbone's weights are neither in torch's cache, whole, nor to be downloaded; with
-            HF_HUB_OFFLINE nothing is.
-    """
-    import lpips
-
-    try:
-        if pretrained and is_offline_mode() and not lpips_is_cached(network):
-            raise OSError("HF_HUB_OFFLINE is set")
-        with warnings.catch_warnings(), download_timeout():
-            warnings.simplefilter("ignore")  # torchvision deprecates the argument names that lpips uses
-            metric = lpips.LPIPS(net=network, pnet_rand=not pretrained, verbose=False)
-    except (urllib.error.URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        fault = "is damaged" if lpips_is_cached(network) else "could not be downloaded"
-        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-        raise FileNotFoundError(
-            f"LPIPS needs {LPIPS_WEIGHTS[network]}, which {fault} ({error}); put that file into {folder}{os.sep}, or "
-            f"{remedy}."
-        ) from error
-    return metric.requires_grad_(False).eval()
 
 
 def reconstruction_loss(
@@ -70,14 +13,15 @@ def reconstruction_loss(
     lpips_metric: nn.Module | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     r"""
-    Weighted sum of squared error and LPIPS (App. A.3).
+    Weighted sum of squared error and LPIPS, or another perceptual distance (App. A.3).
 
     Args:
         sample (`torch.Tensor` of shape (B, 3, H, W)): Reconstructions.
         target (`torch.Tensor` of shape (B, 3, H, W)): Images in [-1, 1].
         mse_weight (`float`, defaults to 20.0): Weight of the mean squared error.
         lpips_weight (`float`, defaults to 5.0): Weight of LPIPS.
-        lpips_metric (`nn.Module`, *optional*): Result of [`load_lpips`]; needed unless `lpips_weight` is 0.
+        lpips_metric (`nn.Module`, *optional*):
+            Result of `load_perceptual_network`; needed unless `lpips_weight` is 0. Its `metric_name` names the part.
 
     Returns:
         `tuple`: the loss, and its unweighted parts by name, detached.
@@ -86,7 +30,8 @@ def reconstruction_loss(
     loss, parts = mse_weight * mse, {"mse": mse.detach()}
     if lpips_weight > 0:
         distance = lpips_metric(sample, target).mean()
-        loss, parts["lpips"] = loss + lpips_weight * distance, distance.detach()
+        loss = loss + lpips_weight * distance
+        parts[getattr(lpips_metric, "metric_name", "lpips")] = distance.detach()
     return loss, parts
 
 

@@ -17,7 +17,7 @@ from .feature_extractors import (
     load_feature_extractor,
 )
 from .image_features import to_uint8
-from .losses import LPIPS_WEIGHTS, load_lpips
+from .perceptual import LPIPS_WEIGHTS, load_lpips
 
 
 COLUMNS_AT_ONCE = 2**16  # of embeddings: sums of so many squares in float32 stay exact to five digits

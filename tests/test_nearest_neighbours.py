@@ -6,7 +6,6 @@ import torch
 from brics_diffusers import nearest_neighbours as module
 from brics_diffusers.data import ImageCollection, load_collection
 from brics_diffusers.image_features import to_uint8
-from brics_diffusers.losses import load_lpips
 from brics_diffusers.nearest_neighbours import (
     LpipsEmbedding,
     PixelEmbedding,
@@ -17,6 +16,7 @@ from brics_diffusers.nearest_neighbours import (
     neighbour_grid,
     squared_distances,
 )
+from brics_diffusers.perceptual import load_lpips
 
 
 def random_images(count, size=32, seed=0):

@@ -27,8 +27,6 @@ from brics_diffusers.losses import (
     DiscriminatorLoss,
     adversarial_loss,
     adversarial_ramp,
-    load_lpips,
-    lpips_is_cached,
     reconstruction_loss,
 )
 from brics_diffusers.optimization import (
@@ -39,6 +37,7 @@ from brics_diffusers.optimization import (
     set_adam,
     step_if_finite,
 )
+from brics_diffusers.perceptual import load_lpips, lpips_is_cached
 from brics_diffusers.run_record import finish_run, summarize_run
 from brics_diffusers.training_utils import (
     StepLog,

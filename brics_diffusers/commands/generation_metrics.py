@@ -1,11 +1,11 @@
-"""FID, inception score, precision, recall, F1 and CLIP-FID of generated images.
+"""FID, inception score, precision, recall, F1, CLIP-FID and KID of generated images.
 
 Samples are made on all processes of `accelerate launch --multi_gpu --num_processes N -m brics_diffusers.commands
 generation-metrics ...` (on a CPU with `ACCELERATE_USE_CPU=true` in front of it, not with `--cpu`, which starts one
-process), kept as PNG files and gone on with after an interruption. The metrics are torch-fidelity's. `input1` is the
-generated images (--num_samples), taken as they are: square and of one size. `input2` is the real ones (all of the
-split, or --max_images), cut to their central square and resized (Lanczos) to the size of the generated ones.
-Unreadable files are left out and counted. By default:
+process), kept as PNG files and gone on with after an interruption. All metrics but KID are torch-fidelity's.
+`input1` is the generated images (--num_samples), taken as they are: square and of one size. `input2` is the real ones
+(all of the split, or --max_images), cut to their central square and resized (Lanczos) to the size of the generated
+ones. Unreadable files are left out and counted. With other features than these, a metric's name says which:
 
 FID: squared Fréchet distance between 2048 features of inception-v3-compat (images resized to 299 x 299, bilinear as in
 TensorFlow 1), covariances unbiased.
@@ -14,6 +14,9 @@ Precision, recall, F1: 4096 features of vgg16 after the ReLU of fc2 (images resi
 images of both sets.
 CLIP-FID: FID's distance between 512 image embeddings of CLIP ViT-B/32 (float32, not normalised), images resized to 224
 x 224 as clean-fid does (Pillow's bicubic filter, rounded to uint8).
+KID: unbiased squared MMD with the kernel (x.y / d + 1)^3, times 1,000, of all images of both sets (no subsets);
+x and y are d = 1280 means over the pixels of efficientnet-lite2's last features (images resized to 128 x 128, bicubic,
+antialiased). Its name always has the features.
 """
 
 import argparse
@@ -25,6 +28,7 @@ from ..caching import default_cache_dir
 from ..data import evaluation_loader
 from ..generation_metrics import (
     INCEPTION,
+    KID_FEATURES,
     METRICS,
     NEIGHBOURS,
     SPLITS,
@@ -58,6 +62,7 @@ TITLES = {
     "recall": "recall",
     "f1": "F1",
     "clip_fid": "CLIP-FID",
+    "kid": "KID x 1,000",
 }
 
 
@@ -80,6 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"For precision and recall. Default: vgg16 beside {INCEPTION}, else that of --feature_extractor.",
     )
+    add(
+        "--kid_extractor",
+        default=KID_FEATURES,
+        metavar="NAME",
+        help=f"For KID. Default: {KID_FEATURES}, of the extra learned-features.",
+    )
     add("--features_cache_dir", help="Folder for features of real images; ~/.cache/brics_diffusers by default.")
 
 
@@ -92,7 +103,11 @@ def run(args: argparse.Namespace) -> None:
         if not is_image_folder(args):
             check_image_counts(args.metrics, args.num_samples, len(real))
         extractors = load_extractors(
-            args.metrics, args.feature_extractor, args.precision_recall_extractor, device=device
+            args.metrics,
+            args.feature_extractor,
+            args.precision_recall_extractor,
+            kid_extractor=args.kid_extractor,
+            device=device,
         )
     folder = make_samples(args, state, device)
     if not state.is_main_process:
@@ -127,8 +142,15 @@ def _picture(dataset, resolution: int):
     return image_grid(batch["pixel_values"]) if len(batch["pixel_values"]) else None
 
 
+def _title(name: str) -> str:
+    """For people, with the features in brackets if the name has them."""
+    metric = max((metric for metric in TITLES if f"{name}_".startswith(f"{metric}_")), key=len)
+    features = name.removeprefix(metric).strip("_").replace("_", "-")
+    return f"{TITLES[metric]} ({features})" if features else TITLES[metric]
+
+
 def _describe(result: dict) -> str:
-    values = [{"metric": TITLES[name], "value": value} for name, value in result["metrics"].items()]
+    values = [{"metric": _title(name), "value": value} for name, value in result["metrics"].items()]
     columns = ("what", "source", "num_images", "num_unreadable", "resolution", "resizing")
     inputs = [{"input": name} | {column: result[name][column] for column in columns} for name in ("input1", "input2")]
     extractors = [{"metric": metric} | facts for metric, facts in _extractor_rows(result).items()]
@@ -142,7 +164,7 @@ def _describe(result: dict) -> str:
             f"seed {sampling['seed']}, {sampling['dtype']}."
         )
     pictures = "The pictures show the first images of each."
-    parts.append(f"{PRECISION_RECALL} {pictures}" if "precision" in result["metrics"] else pictures)
+    parts.append(f"{PRECISION_RECALL} {pictures}" if "precision-recall" in result["extractors"] else pictures)
     parts.append(f"{result['machine']['device']}, torch-fidelity {result['machine']['torch-fidelity']}.")
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 

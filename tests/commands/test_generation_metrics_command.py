@@ -40,19 +40,20 @@ def test_two_processes_give_the_report_of_one(flags, pipe, image_folder, tmp_pat
     launch_subcommand(*flags, "--output_dir", two, "--batch_size", 2, processes=2)
     assert np.abs(pixels(one / "samples") - pixels(two / "samples")).max() <= 1  # rounding to 8 bits
     first, second = (json.loads((folder / "generation-metrics.json").read_text()) for folder in (one, two))
-    assert first["metrics"]["fid"] == pytest.approx(second["metrics"]["fid"], rel=1e-2)
-    for name in ("precision", "recall"):
+    assert first["metrics"]["fid_random_conv"] == pytest.approx(second["metrics"]["fid_random_conv"], rel=1e-2)
+    for name in ("precision_random_conv", "recall_random_conv"):
         assert 0 < first["metrics"][name] == second["metrics"][name] < 1
     assert not first["extractors"]["fid"]["real_features_cached"]
     assert second["extractors"]["fid"]["real_features_cached"]
 
-    assert set(first["metrics"]) == {"fid", "precision", "recall", "f1"} and first["metrics"]["fid"] > 0
+    assert set(first["metrics"]) == {f"{name}_random_conv" for name in ("fid", "precision", "recall", "f1")}
+    assert first["metrics"]["fid_random_conv"] > 0
     assert first["input1"]["num_images"] == 6 and first["input1"]["sampling"]["num_inference_steps"] == 2
     assert first["input1"]["sampling"]["scheduler"] == "CosineVariantScheduler"
     assert first["input2"]["num_images"] == 28 and first["input2"]["num_unreadable"] == 1
     assert first["machine"]["torch-fidelity"].startswith("0.4")
     text = (one / "generation-metrics.md").read_text()
-    assert "| FID |" in text and "| input1 | generated |" in text and "2 steps, seed 0, float32" in text
+    assert "| FID (random-conv) |" in text and "| input1 | generated |" in text and "2 steps, seed 0, float32" in text
     assert Image.open(one / "generation-metrics-generated.png").width == 6 * 34 + 2
     assert Image.open(one / "generation-metrics-real.png").height == 4 * 34 + 2
 
@@ -73,6 +74,7 @@ def test_help_says_what_is_computed(capsys):
         f"{INCEPTION}'s logits without bias, of the generated images, shuffled, in {SPLITS} splits",
         "4096 features of vgg16 after the ReLU of fc2 (images resized to 224 x 224, as for FID)",
         f"512 image embeddings of CLIP ViT-B/32 (float32, not normalised), images resized to {clip_size} x",
+        "d = 1280 means over the pixels of efficientnet-lite2's last features (images resized to 128 x 128, bicubic",
         f"share of input2 within input1's; {NEIGHBOURS} neighbours.",
     ):
         assert words in text
@@ -86,12 +88,19 @@ def test_folder_of_images(flags, image_folder, tmp_path):
     (generated / "broken.png").write_text("no image")
     main([*flags, "--generated", str(generated), "--output_dir", str(tmp_path / "out")])
     result = json.loads((tmp_path / "out/generation-metrics.json").read_text())
-    assert result["metrics"]["precision"] == 1  # they are real ones
+    assert result["metrics"]["precision_random_conv"] == 1  # they are real ones
     assert result["input1"]["num_images"] == 5 and result["input1"]["num_unreadable"] == 1
     assert result["input1"]["sampling"] is None and not (tmp_path / "out/samples").exists()
     assert "Precision: share of input1" in (tmp_path / "out/generation-metrics.md").read_text()
     main([*flags, "--generated", str(generated), "--output_dir", str(tmp_path / "out"), "--metrics", "fid"])
     assert "Precision" not in (tmp_path / "out/generation-metrics.md").read_text()
+
+
+def test_kid(flags, tmp_path):
+    main([*flags, "--metrics", "kid", "--kid_extractor", "random-conv", "--output_dir", str(tmp_path / "out")])
+    result = json.loads((tmp_path / "out/generation-metrics.json").read_text())
+    assert set(result["metrics"]) == {"kid_random_conv"} and result["extractors"]["kid"]["name"] == "random-conv"
+    assert "| KID x 1,000 (random-conv) |" in (tmp_path / "out/generation-metrics.md").read_text()
 
 
 def test_errors_come_before_the_samples(flags, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from PIL import Image
 
 from brics_diffusers import nearest_neighbours
 from brics_diffusers.commands import main
-from brics_diffusers.losses import load_lpips
+from brics_diffusers.perceptual import load_lpips
 
 
 @pytest.fixture
