@@ -91,7 +91,7 @@ class StageOne:
     def gradients(self) -> None:
         self.optimizer.zero_grad()
         sample, regularizer = reconstruct(self.model, self.reader.batch)
-        (reconstruction_loss(sample, self.reader.batch, lpips_weight=0.0)[0] + regularizer).backward()
+        (reconstruction_loss(sample, self.reader.batch, perceptual_weight=0.0)[0] + regularizer).backward()
 
 
 class StageTwo:

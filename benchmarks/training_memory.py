@@ -73,7 +73,7 @@ def stage_one(config: dict, batch_size: int, checkpointing: bool) -> None:
         images = torch.rand(batch_size, 3, size, size) * 2 - 1
         critic.requires_grad_(False)
         sample = autoencoder(images, return_dict=False)[0]
-        loss, _ = reconstruction_loss(sample, images, lpips_metric=lpips_metric)
+        loss, _ = reconstruction_loss(sample, images, perceptual_metric=lpips_metric)
         (loss + adversarial_loss(critic.discriminator(sample))).backward()
         critic.requires_grad_(True)
         critic(images, sample.detach(), penalize=True)[0].backward()

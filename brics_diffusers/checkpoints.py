@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 LAUNCHER = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
 
+# Settings of checkpoints of earlier versions, by what they are called now.
+RENAMED = {"lpips_weight": "perceptual_weight", "lpips_network": "perceptual_network"}
+
+
 class RunState:
     r"""
     Counters of a run that belong in its checkpoints: whatever is set as an attribute.
@@ -50,6 +54,32 @@ class RunState:
     def load_state_dict(self, state: dict) -> None:
         """Sets attributes from a `state_dict`."""
         vars(self).update(state)
+
+
+# What a state knows of validations before the first.
+NO_BEST = {"best_psnr": float("-inf"), "best_perceptual": float("inf")}
+
+
+def improves(state: RunState, metrics: dict[str, float], name: str) -> bool:
+    r"""
+    Whether a validation is the best so far, which the state then remembers. PSNR and a perceptual distance are kept
+    apart, so that where the second takes over, its first value is the best.
+
+    Args:
+        state (`RunState`): With the attributes of `NO_BEST`.
+        metrics (`dict`): Metrics by name; empty if no image could be read.
+        name (`str`): The one that decides: `"psnr"`, of which more is better, or a distance.
+
+    Returns:
+        `bool`.
+    """
+    if name not in metrics:
+        return False
+    value, kept = metrics[name], "best_psnr" if name == "psnr" else "best_perceptual"
+    better = value > state.best_psnr if name == "psnr" else value < state.best_perceptual
+    if better:
+        setattr(state, kept, value)
+    return better
 
 
 @contextlib.contextmanager
@@ -274,7 +304,8 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
         accelerator.scaler = scaler
     accelerator.step = 0  # checkpoints are saved between steps: the next batch is the first that is accumulated
     logger.info("Resumed from %s", checkpoint)
-    pairs = {name: (state.settings.get(name, value), value) for name, value in settings.items()}
+    earlier = {RENAMED.get(name, name): value for name, value in state.settings.items()}
+    pairs = {name: (earlier.get(name, value), value) for name, value in settings.items()}
     changes = [f"{name} was {before} and is {now}" for name, (before, now) in pairs.items() if before != now]
     if changes and accelerator.is_main_process:
         logger.warning("The run can't end as it would have without the break: %s.", ", ".join(changes))

@@ -162,7 +162,7 @@ def reconstruct(
 def reconstruction_metrics(
     autoencoder,
     loader: Iterable[dict],
-    lpips_metric=None,
+    perceptual_metric=None,
     unreadable: UnreadableLog | None = None,
     progress: bool = True,
     protocol: str = "standard",
@@ -174,8 +174,8 @@ def reconstruction_metrics(
     Args:
         autoencoder ([`BricsAutoencoder`] or any module whose `forward(x).sample` is an image): The model.
         loader (`Iterable[dict]`): Batches with `pixel_values` in [-1, 1] and `index`.
-        lpips_metric (`nn.Module`, *optional*): Result of `load_perceptual_network`; adds `"lpips"`, or what its
-            `metric_name` is.
+        perceptual_metric (`nn.Module`, *optional*):
+            Result of `load_perceptual_network`; adds its distance as its network calls it, `"lpips"` for LPIPS.
         unreadable (`UnreadableLog`, *optional*): Notes the files that the loader could not read.
         progress (`bool`, defaults to `True`): Whether to show a progress bar.
         protocol (`str`, defaults to `"standard"`): `"standard"` or `"paper"`, as [`PROTOCOLS`] describes them.
@@ -193,10 +193,10 @@ def reconstruction_metrics(
     for target, index in image_batches(loader, device, unreadable, "Reconstructing", progress, least=0):
         sample = reconstruct(autoencoder, target, index, protocol == "paper", seed)
         metrics = image_metrics(sample, target, protocol)
-        if lpips_metric is not None:
+        if perceptual_metric is not None:
             compared = sample.float() if protocol == "paper" else sample.float().clamp(-1, 1)
-            name = getattr(lpips_metric, "metric_name", "lpips")
-            metrics[name] = lpips_metric(compared, target).flatten()
+            name = getattr(perceptual_metric, "metric_name", "lpips")
+            metrics[name] = perceptual_metric(compared, target).flatten()
         batches.append({"index": index} | {name: value.cpu() for name, value in metrics.items()})
     if not batches:
         return {"index": torch.empty(0, dtype=torch.int64)}

@@ -4,34 +4,37 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .augmentation import augment
+
 
 def reconstruction_loss(
     sample: torch.Tensor,
     target: torch.Tensor,
     mse_weight: float = 20.0,
-    lpips_weight: float = 5.0,
-    lpips_metric: nn.Module | None = None,
+    perceptual_weight: float = 5.0,
+    perceptual_metric: nn.Module | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     r"""
-    Weighted sum of squared error and LPIPS, or another perceptual distance (App. A.3).
+    Weighted sum of squared error and a perceptual distance, LPIPS in the paper (App. A.3).
 
     Args:
         sample (`torch.Tensor` of shape (B, 3, H, W)): Reconstructions.
         target (`torch.Tensor` of shape (B, 3, H, W)): Images in [-1, 1].
         mse_weight (`float`, defaults to 20.0): Weight of the mean squared error.
-        lpips_weight (`float`, defaults to 5.0): Weight of LPIPS.
-        lpips_metric (`nn.Module`, *optional*):
-            Result of `load_perceptual_network`; needed unless `lpips_weight` is 0. Its `metric_name` names the part.
+        perceptual_weight (`float`, defaults to 5.0): Weight of the perceptual distance.
+        perceptual_metric (`nn.Module`, *optional*):
+            Result of [`load_perceptual_network`]; needed unless `perceptual_weight` is 0.
 
     Returns:
-        `tuple`: the loss, and its unweighted parts by name, detached.
+        `tuple`: the loss, and its unweighted parts by name, detached: `"mse"`, and the distance as its network calls
+        it, `"lpips"` for LPIPS.
     """
     mse = F.mse_loss(sample, target)
     loss, parts = mse_weight * mse, {"mse": mse.detach()}
-    if lpips_weight > 0:
-        distance = lpips_metric(sample, target).mean()
-        loss = loss + lpips_weight * distance
-        parts[getattr(lpips_metric, "metric_name", "lpips")] = distance.detach()
+    if perceptual_weight > 0:
+        distance = perceptual_metric(sample, target).mean()
+        loss = loss + perceptual_weight * distance
+        parts[getattr(perceptual_metric, "metric_name", "lpips")] = distance.detach()
     return loss, parts
 
 
@@ -93,13 +96,26 @@ class DiscriminatorLoss(nn.Module):
         discriminator (`nn.Module`): Images to logits.
         gradient_penalty_weight (`float`, defaults to 4.0): Gamma of R1 (App. A.3).
         gradient_penalty_interval (`int`, defaults to 16): Steps from one penalty to the next; scales its weight.
+        augmentation (`str`, defaults to `""`):
+            What [`~augmentation.augment`] does to all images before they are judged. R1 is that of plain real images.
     """
 
-    def __init__(self, discriminator: nn.Module, gradient_penalty_weight=4.0, gradient_penalty_interval=16):
+    def __init__(
+        self,
+        discriminator: nn.Module,
+        gradient_penalty_weight: float = 4.0,
+        gradient_penalty_interval: int = 16,
+        augmentation: str = "",
+    ):
         super().__init__()
         self.discriminator = discriminator
         self.gradient_penalty_weight = gradient_penalty_weight
         self.gradient_penalty_interval = gradient_penalty_interval
+        self.augmentation = augmentation
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (B,) of images (B, 3, H, W), augmented."""
+        return self.discriminator(augment(images, self.augmentation))
 
     def forward(self, real: torch.Tensor, fake: torch.Tensor, penalize: bool):
         r"""
@@ -111,7 +127,7 @@ class DiscriminatorLoss(nn.Module):
         Returns:
             `tuple`: the loss to minimise, and its parts by name, detached.
         """
-        real_logits, fake_logits = self.discriminator(real), self.discriminator(fake)
+        real_logits, fake_logits = self.logits(real), self.logits(fake)
         loss = discriminator_loss(real_logits.float(), fake_logits.float())
         parts = {"discriminator": loss.detach()}
         if penalize and self.gradient_penalty_weight > 0:

@@ -55,6 +55,11 @@ def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimize
     )
 
 
+def schedule_factor(lr_scheduler: torch.optim.lr_scheduler.LambdaLR) -> float:
+    """Share of the full learning rate that a schedule gives at its step."""
+    return lr_scheduler.lr_lambdas[0](lr_scheduler.last_epoch)
+
+
 def set_adam(optimizer, learning_rate: float | None = None, beta1: float | None = None) -> None:
     """Changes Adam's learning rate or momentum from the next step on."""
     for group in optimizer.param_groups:

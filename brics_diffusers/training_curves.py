@@ -9,6 +9,7 @@ LOGS = "logs/tensorboard"
 BOOKKEEPING = (
     "learning_rate",
     "grid_usage",
+    "adaptive_gan_weight",
     "skipped_steps",
     "images_per_second",
     "data_wait_share",

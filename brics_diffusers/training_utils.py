@@ -343,6 +343,7 @@ FREE_FLAGS = {
     *("mixed_precision", "gradient_checkpointing", "dataloader_num_workers", "encode_batch_size", "shard_size"),
     *("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps", "max_nonfinite_steps"),
     *("validation_split", "num_validation_images", "num_inference_steps", "pretrained_autoencoder_name_or_path"),
+    *("best_metric", "save_validation_weights"),
     *("autoencoder_name_or_path", "save_dtype", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_license"),
 }
 

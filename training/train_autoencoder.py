@@ -5,6 +5,7 @@ accelerate launch training/train_autoencoder.py --config training/configs/photos
 
 import argparse
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,23 +13,22 @@ from accelerate.utils import gather_object, set_seed
 from diffusers.training_utils import EMAModel
 from torchvision.transforms.functional import to_tensor
 
-from brics_diffusers import BricsAutoencoder, BricsDiscriminator
+from brics_diffusers import BricsAutoencoder
+from brics_diffusers.adversarial import Adversary
+from brics_diffusers.augmentation import policy
 from brics_diffusers.checkpoints import (
+    NO_BEST,
     RunState,
     TerminationSignal,
     appearing_folder,
+    improves,
     naming_the_last_checkpoint,
     save_checkpoint,
 )
 from brics_diffusers.data import ImageCollection, UnreadableLog, collate_images, evaluation_loader, training_loader
 from brics_diffusers.evaluation import reconstruction_metrics
 from brics_diffusers.grid_usage import GridUsage
-from brics_diffusers.losses import (
-    DiscriminatorLoss,
-    adversarial_loss,
-    adversarial_ramp,
-    reconstruction_loss,
-)
+from brics_diffusers.losses import reconstruction_loss
 from brics_diffusers.optimization import (
     build_lr_scheduler,
     build_optimizer,
@@ -37,7 +37,7 @@ from brics_diffusers.optimization import (
     set_adam,
     step_if_finite,
 )
-from brics_diffusers.perceptual import load_lpips, lpips_is_cached
+from brics_diffusers.perceptual import PERCEPTUAL_NETWORKS, load_perceptual_network, perceptual_is_cached
 from brics_diffusers.run_record import finish_run, summarize_run
 from brics_diffusers.training_utils import (
     StepLog,
@@ -47,6 +47,7 @@ from brics_diffusers.training_utils import (
     load_autoencoder,
     load_splits,
     parse_arguments,
+    positive,
     resume_run,
     run_settings,
     start_run,
@@ -62,11 +63,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     """Flags of this script, and the models of its config."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
-    add = parser.add_argument
+    add, flag = parser.add_argument, partial(parser.add_argument, action=argparse.BooleanOptionalAction)
     add("--pretrained_autoencoder_name_or_path", help="Start from these weights and their config.")
-    add(
+    flag(
         "--train_decoder_only",
-        action=argparse.BooleanOptionalAction,
         default=False,
         help="Freeze the encoder and train grids, MLPs and decoder on key codes with noise of --key_noise_scale.",
     )
@@ -80,15 +80,43 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--adam_epsilon", type=float, default=1e-15, help="Tiny, so that rarely hit grid entries move.")
     add("--discriminator_adam_epsilon", type=float, default=1e-8)
     add("--mse_weight", type=float, default=20.0, help="Weight of the mean squared error.")
-    add("--lpips_weight", type=float, default=5.0, help="Weight of LPIPS; 0 trains without its network.")
-    add("--lpips_network", default="vgg", choices=("vgg", "alex", "squeeze"), help="Backbone of LPIPS.")
+    add(
+        "--perceptual_weight",
+        "--lpips_weight",
+        type=float,
+        default=5.0,
+        help="Weight of the perceptual distance; 0 trains without its network.",
+    )
+    add(
+        "--perceptual_network",
+        "--lpips_network",
+        default="vgg",
+        choices=PERCEPTUAL_NETWORKS,
+        help="Backbone of LPIPS (vgg, alex, squeeze), or another network that sees images as people do.",
+    )
     add("--kl_weight", type=float, default=1e-4, help="Weight of the KL divergence, with regularization: kl.")
     add("--adversarial_weight", type=float, default=1.0, help="Weight of the adversarial loss; 0 for none.")
     add("--gan_start_step", type=int, default=0, help="Optimizer step at which the adversarial loss starts.")
     add("--gan_warmup_steps", type=int, default=0, help="Steps in which its weight rises to the full one.")
+    flag(
+        "--adaptive_gan_weight",
+        default=False,
+        help="Multiply it by the ratio of both losses' gradients, as VQGAN does.",
+    )
+    add("--discriminator_start_step", type=int, help="Step from which it learns; default: that of --gan_start_step.")
+    add("--discriminator_learning_rate", type=float, help="Default: that of --learning_rate; has the same schedule.")
+    add("--augmentation", type=policy, default="", help="Of what it sees: some of color,translation,cutout.")
     add("--gradient_penalty_weight", type=float, default=4.0, help="Gamma of R1.")
-    add("--gradient_penalty_interval", type=int, default=16, help="Steps from one penalty to the next.")
+    add("--gradient_penalty_interval", type=positive, default=16, help="Steps from one penalty to the next.")
+    flag("--lazy_r1_correction", default=True, help="StyleGAN2's correction of the discriminator's Adam for it.")
     add("--ema_half_life_images", type=float, default=10_000, help="Half-life of the averaged weights, in images.")
+    flag("--save_validation_weights", default=False, help="Keep the weights of every validation: autoencoder-STEP.")
+    add(
+        "--best_metric",
+        default="auto",
+        choices=("auto", "psnr", "perceptual"),
+        help="What decides on autoencoder-best; auto: PSNR, and the perceptual distance once a discriminator counts.",
+    )
     parser.set_defaults(output_dir="runs/autoencoder")
     return parse_arguments(parser, "train_autoencoder", ("autoencoder", "discriminator"), argv)
 
@@ -117,71 +145,59 @@ def build_autoencoder(args) -> BricsAutoencoder:
     return autoencoder
 
 
-def build_discriminator(args, autoencoder: BricsAutoencoder) -> DiscriminatorLoss | None:
-    """The discriminator with its loss, or none if the adversarial loss has no weight."""
-    if args.adversarial_weight == 0:
-        return None
-    config = {"in_channels": autoencoder.config.out_channels, "sample_size": autoencoder.config.sample_size}
-    discriminator = BricsDiscriminator(**config | args.discriminator)
-    return DiscriminatorLoss(discriminator, args.gradient_penalty_weight, args.gradient_penalty_interval)
-
-
-def build_lpips(args):
-    """LPIPS for the loss, or for validation alone where its weights are at hand, or none."""
-    if args.lpips_weight > 0:
-        return load_lpips(args.lpips_network)
+def build_perceptual_metric(args, channels: int):
+    """The network of the perceptual loss, or for validation alone where its weights are at hand, or none."""
+    name = args.perceptual_network
+    if args.perceptual_weight > 0 or args.best_metric == "perceptual":
+        if channels != 3:
+            raise ValueError(
+                f"images have {channels} channels, but perceptual networks take 3; give --perceptual_weight 0 and "
+                "--best_metric psnr."
+            )
+        return load_perceptual_network(name)
     try:
-        return load_lpips(args.lpips_network) if lpips_is_cached(args.lpips_network) else None
+        return load_perceptual_network(name) if channels == 3 and perceptual_is_cached(name) else None
     except FileNotFoundError as error:
-        logger.warning("No LPIPS in validation: %s", error)
+        logger.warning("No perceptual distance in validation: %s", error)
         return None
 
 
 class Trainer:
-    """The two networks with their optimizers, and one step of both."""
+    """The autoencoder and its adversary with their optimizers, and one step of both."""
 
     def __init__(self, args, accelerator):
         self.args, self.accelerator = args, accelerator
         self.bare = build_autoencoder(args)
-        self.lpips_metric = build_lpips(args)
-        if self.lpips_metric is not None:
-            self.lpips_metric.to(accelerator.device)
+        self.perceptual_metric = build_perceptual_metric(args, self.bare.config.out_channels)
+        if self.perceptual_metric is not None:
+            self.perceptual_metric.to(accelerator.device)
         optimizer = build_optimizer(self.bare, args.learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon)
         # Not prepared: accelerate would advance it once a process.
         self.lr_scheduler = build_lr_scheduler(args, optimizer)
         self.loss = torch.zeros((), device=accelerator.device)  # summed since the last step
         self.autoencoder, self.optimizer = accelerator.prepare(self.bare, optimizer)
         self.networks, self.optimizers = [self.autoencoder], [self.optimizer]
-        self.critic = build_discriminator(args, self.bare)
-        if self.critic is not None:
-            optimizer = build_optimizer(
-                self.critic,
-                args.learning_rate,
-                args.adam_beta1_gan,
-                args.adam_beta2,
-                args.discriminator_adam_epsilon,
-            )
-            self.critic, self.critic_optimizer = accelerator.prepare(self.critic, optimizer)
-            self.networks.append(self.critic)
-            self.optimizers.append(self.critic_optimizer)
+        self.adversary = None
+        if args.adversarial_weight > 0:
+            self.adversary = Adversary(args, accelerator, self.bare, self.lr_scheduler)
+            self.networks.append(self.adversary.network)
+            self.optimizers.append(self.adversary.optimizer)
 
     def step(self, images: torch.Tensor, step: int) -> tuple[dict[str, torch.Tensor], bool]:
         """One batch through both networks: loss parts, and whether losses and gradients were finite."""
         args, accelerator, finite = self.args, self.accelerator, True
-        gan_on = self.critic is not None and step >= args.gan_start_step
+        learns = self.adversary is not None and self.adversary.learns(step)
+        gan_on = learns and self.adversary.counts(step)
         set_adam(self.optimizer, beta1=args.adam_beta1_gan if gan_on else args.adam_beta1)
         with accelerator.accumulate(*self.networks):
             loss, parts, sample = self.generator_loss(images, step, gan_on)
             self.backward(loss)
-            if gan_on:
-                set_adam(self.critic_optimizer, learning_rate=self.lr_scheduler.get_last_lr()[0])
-                self.critic.requires_grad_(True)
-                penalize = step % args.gradient_penalty_interval == 0
-                loss, critic_parts = self.critic(images, sample.detach(), penalize)
+            if learns:
+                loss, adversary_parts = self.adversary.discriminator_loss(images, sample, step)
                 self.backward(loss)
-                parts |= critic_parts
+                parts |= adversary_parts
             if accelerator.sync_gradients:
-                finite = step_if_finite(accelerator, self.optimizers[: 1 + gan_on], args.max_grad_norm, self.loss)
+                finite = step_if_finite(accelerator, self.optimizers[: 1 + learns], args.max_grad_norm, self.loss)
                 self.loss.zero_()
                 self.lr_scheduler.step()
         return parts, finite
@@ -196,29 +212,31 @@ class Trainer:
         args = self.args
         sample, _, *kl_loss = self.autoencoder(images, return_dict=False)
         sample = sample.float()
-        loss, parts = reconstruction_loss(sample, images, args.mse_weight, args.lpips_weight, self.lpips_metric)
+        weights = args.mse_weight, args.perceptual_weight
+        loss, parts = reconstruction_loss(sample, images, *weights, self.perceptual_metric)
+        if gan_on:
+            adversarial, adversary_parts = self.adversary.generator_loss(sample, loss, step)
+            loss, parts = loss + adversarial, parts | adversary_parts
         if kl_loss:
             parts["kl"] = kl_loss[0].detach().mean()
             loss = loss + args.kl_weight * kl_loss[0].mean()
-        if gan_on:
-            # The bare network: its parameters take no gradient here, so there is nothing to synchronise.
-            self.critic.requires_grad_(False)
-            with self.accelerator.autocast():
-                logits = self.accelerator.unwrap_model(self.critic).discriminator(sample)
-            adversarial = adversarial_loss(logits.float())
-            parts["adversarial"] = adversarial.detach()
-            ramp = adversarial_ramp(step, args.gan_start_step, args.gan_warmup_steps)
-            loss = loss + ramp * args.adversarial_weight * adversarial
         return loss, parts, sample
 
+    def best_metric(self, step: int) -> str:
+        """Name of the validation metric that decides, after a number of steps, which weights are the best."""
+        args, metric = self.args, self.perceptual_metric
+        gan_on = self.adversary is not None and step > args.gan_start_step
+        perceptual = metric is not None and (args.best_metric == "perceptual" or args.best_metric == "auto" and gan_on)
+        return metric.metric_name if perceptual else "psnr"
 
-def validate(args, accelerator, autoencoder, dataset, lpips_metric) -> dict[str, float]:
+
+def validate(args, accelerator, autoencoder, dataset, perceptual_metric) -> dict[str, float]:
     """Mean metrics over the held-out images, shared among the processes."""
     unreadable = UnreadableLog()
     rows = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     size = autoencoder.config.sample_size
     loader = evaluation_loader(dataset, size, args.train_batch_size, args.dataloader_num_workers, rows=rows)
-    metrics = reconstruction_metrics(autoencoder, loader, lpips_metric, unreadable, accelerator.is_main_process)
+    metrics = reconstruction_metrics(autoencoder, loader, perceptual_metric, unreadable, accelerator.is_main_process)
     shares = gather_object([{name: value.tolist() for name, value in metrics.items()}])
     names = {name for share in shares for name in share if name != "index"}
     values = {name: [value for share in shares for value in share.get(name, [])] for name in sorted(names)}
@@ -244,20 +262,19 @@ def show(accelerator, autoencoder, dataset, output_dir: Path, step: int, count: 
 
 
 def validate_and_keep_best(args, accelerator, trainer: Trainer, ema, dataset, state: RunState) -> None:
-    """Metrics and pictures from the averaged weights, which are kept if no earlier ones had a better PSNR."""
+    """Metrics and pictures from the averaged weights, which are kept if no earlier ones were better."""
+    output_dir, step = Path(args.output_dir), state.global_step
     with averaged_weights(trainer.bare, ema) as autoencoder:
-        metrics = validate(args, accelerator, autoencoder, dataset, trainer.lpips_metric)
-        state.validation = {"step": state.global_step} | metrics
-        accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=state.global_step)
-        better = metrics.get("psnr", float("-inf")) > state.best_psnr
-        if better:
-            state.best_psnr = metrics["psnr"]
+        metrics = validate(args, accelerator, autoencoder, dataset, trainer.perceptual_metric)
+        state.validation = {"step": step} | metrics
+        accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=step)
+        better = improves(state, metrics, trainer.best_metric(step))
         if accelerator.is_main_process:
-            rounded = {name: round(value, 4) for name, value in metrics.items()}
-            logger.info("step %d: %s", state.global_step, rounded)
-            show(accelerator, autoencoder, dataset, Path(args.output_dir), state.global_step)
-            if better:
-                save_autoencoder(autoencoder, Path(args.output_dir) / "autoencoder-best")
+            logger.info("step %d: %s", step, {name: round(value, 4) for name, value in metrics.items()})
+            show(accelerator, autoencoder, dataset, output_dir, step)
+            kept = ["best"] * better + [step] * args.save_validation_weights
+            for name in kept:
+                save_autoencoder(autoencoder, output_dir / f"autoencoder-{name}")
     accelerator.wait_for_everyone()
 
 
@@ -280,7 +297,7 @@ def main(argv=None):
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     ema = EMAModel(bare.parameters(), decay=ema_half_life_decay(global_batch, args.ema_half_life_images), foreach=True)
     usage = GridUsage(bare.grids)
-    state = RunState(run_settings(args, accelerator, len(train_set)), best_psnr=float("-inf"), validation=None)
+    state = RunState(run_settings(args, accelerator, len(train_set)), **NO_BEST, validation=None)
     accelerator.register_for_checkpointing(ema, trainer.lr_scheduler, usage, state)
     set_seed(args.seed, device_specific=True)  # noise differs between processes
     resume_run(args, accelerator, state, ema, trainer.lr_scheduler, trainer.optimizers)
