@@ -322,10 +322,10 @@ def resume_run(
         state (`RunState`): Its counters.
         ema (`EMAModel`): Its averaged weights.
         lr_scheduler (`LambdaLR`):
-            Its schedule. From the second step on it follows `--learning_rate`, even if that was another before.
+            Its schedule. From the second step on it follows this run's learning rates, whatever they were before.
         optimizers (`list`): Its optimizers.
     """
-    decay = ema.decay
+    decay, rates = ema.decay, lr_scheduler.base_lrs
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     adam = [{name: group[name] for name in ("betas", "eps")} for group in groups]
     resume(accelerator, args.output_dir, args.resume_from_checkpoint, state)
@@ -334,7 +334,7 @@ def resume_run(
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group, values in zip(groups, adam, strict=True):
         group.update(values)
-    lr_scheduler.base_lrs = [args.learning_rate]
+    lr_scheduler.base_lrs = rates
 
 
 # Flags that a resumed run may have otherwise without another result.

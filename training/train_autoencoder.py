@@ -74,6 +74,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--validation_split", help="Held-out split; default: `validation`, or images held out from training.")
     add("--num_validation_images", type=int, default=256, help="Held-out images to use at most; 0 for no validation.")
     add("--learning_rate", type=float, default=2e-3, help="Adam's learning rate, both networks.")
+    add("--encoder_learning_rate", type=float, help="That of the encoder; default: that of --learning_rate.")
     add("--adam_beta1", type=float, default=0.9, help="Adam's momentum before the adversarial loss starts.")
     add("--adam_beta1_gan", type=float, default=0.0, help="Adam's momentum from then on, and the discriminator's.")
     add("--adam_beta2", type=float, default=0.99, help="Adam's second decay rate.")
@@ -171,7 +172,14 @@ class Trainer:
         self.perceptual_metric = build_perceptual_metric(args, self.bare.config.out_channels)
         if self.perceptual_metric is not None:
             self.perceptual_metric.to(accelerator.device)
-        optimizer = build_optimizer(self.bare, args.learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon)
+        optimizer = build_optimizer(
+            self.bare,
+            args.learning_rate,
+            args.adam_beta1,
+            args.adam_beta2,
+            args.adam_epsilon,
+            {"encoder": args.encoder_learning_rate},
+        )
         # Not prepared: accelerate would advance it once a process.
         self.lr_scheduler = build_lr_scheduler(args, optimizer)
         self.loss = torch.zeros((), device=accelerator.device)  # summed since the last step
