@@ -1,8 +1,10 @@
-"""Peak memory of one training step of both stages for the paper's presets, computed on tensors without storage.
+"""Peak memory and hours of training of both stages for presets, computed on tensors without storage.
 
 Every storage that two steps allocate in `FakeTensorMode` is counted while it is alive: parameters, gradients, Adam's
 moments, averaged weights and activations in float32, with LPIPS, discriminator and R1 in stage one. Allocator slack,
-CUDA's own context and workspaces are not in it.
+CUDA's own context and workspaces are not in it. `--hours` also counts the operations of matrix products, convolutions
+and attention, and divides those of all steps by what a GPU is taken to get done, `--teraflops`; discriminator and R1
+are counted at every step, so stage one takes less.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from diffusers import UNet2DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
 
 from brics_diffusers import BricsAutoencoder, BricsDiscriminator
 from brics_diffusers.losses import DiscriminatorLoss, adversarial_loss, reconstruction_loss
@@ -25,17 +28,22 @@ CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 PRESETS = ("church-32x32x4", "church-32x32x8", "church-64x64x4", "ffhq-16x16x8", "ffhq-16x16x16")
 
 
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive and remembers the largest sum."""
+class Cost(TorchDispatchMode):
+    """
+    Counts the bytes of all storages that are alive and remembers the largest sum; counts multiplications and additions
+    of matrix products, convolutions and attention.
+    """
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.operations = 0
         self.alive = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self._see, result)
+        if function._overloadpacket in flop_registry:
+            self.operations += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=result)
         return result
 
     def _see(self, tensor: torch.Tensor) -> None:
@@ -63,7 +71,8 @@ def stage_one(config: dict, batch_size: int, checkpointing: bool) -> None:
     autoencoder = BricsAutoencoder(**config["autoencoder"])
     if checkpointing:
         autoencoder.enable_gradient_checkpointing()
-    critic = DiscriminatorLoss(BricsDiscriminator(sample_size=autoencoder.config.sample_size))
+    discriminator = {"sample_size": autoencoder.config.sample_size, **config.get("discriminator", {})}
+    critic = DiscriminatorLoss(BricsDiscriminator(**discriminator))
     lpips_metric = load_lpips("vgg", pretrained=False)
     averaged = [torch.empty_like(parameter) for parameter in autoencoder.parameters()]  # noqa: F841
     optimizers = [torch.optim.Adam(model.parameters(), fused=True) for model in (autoencoder, critic)]
@@ -97,11 +106,49 @@ def stage_two(config: dict, batch_size: int, checkpointing: bool) -> None:
     two_steps(step, [optimizer])
 
 
-def peak_memory(stage, config: dict, batch_size: int, checkpointing: bool) -> int:
-    """Bytes at the peak of two training steps; `stage` is `stage_one` or `stage_two`."""
-    with FakeTensorMode(), PeakMemory() as memory:
+def two_steps_cost(stage, config: dict, batch_size: int, checkpointing: bool = False) -> Cost:
+    """Cost of two training steps; `stage` is `stage_one` or `stage_two`."""
+    with FakeTensorMode(), Cost() as cost:
         stage(config, batch_size, checkpointing)
-    return memory.peak
+    return cost
+
+
+def print_memory(presets: list[str], batch_sizes: dict) -> None:
+    """Table of the peak memory by batch size; `batch_sizes` by stage."""
+    columns = [(stage, size) for stage, sizes in batch_sizes.items() for size in sizes]
+    print("Computed peak memory in GiB, float32; in brackets with --gradient_checkpointing.\n")
+    print("| preset | " + " | ".join(f"{STAGES[stage][0]}, batch {size}" for stage, size in columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for preset in presets:
+        config = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text())
+        cells = []
+        for stage, size in columns:
+            values = [
+                two_steps_cost(stage, config, size, checkpointing).peak / 2**30 for checkpointing in (False, True)
+            ]
+            cells.append("{:.1f} ({:.1f})".format(*values))
+        print(f"| {preset} | " + " | ".join(cells) + " |", flush=True)
+
+
+def print_hours(presets: list[str], teraflops: float) -> None:
+    """Table of the presets' own batch sizes and steps, what they need, and how long it takes."""
+    print(f"Computed: peak memory in float32, and hours at {teraflops:g} x 10^12 operations a second.\n")
+    columns = [f"{title}: {what}" for title, _ in STAGES.values() for what in ("batch", "steps", "GiB", "hours")]
+    print("| preset | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for preset in presets:
+        config = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text())
+        cells = []
+        for stage, (_, section) in STAGES.items():
+            batch_size, steps = config[section]["train_batch_size"], config[section]["max_train_steps"]
+            cost = two_steps_cost(stage, config, batch_size)
+            hours = cost.operations / 2 * steps / (teraflops * 1e12) / 3600
+            cells += [str(batch_size), f"{steps:,}", f"{cost.peak / 2**30:.1f}", f"{hours:.1f}"]
+        print(f"| {preset} | " + " | ".join(cells) + " |", flush=True)
+
+
+# Titles of the columns, and sections of the presets.
+STAGES = {stage_one: ("stage one", "train_autoencoder"), stage_two: ("stage two", "train_key_codes")}
 
 
 def main():
@@ -109,19 +156,13 @@ def main():
     parser.add_argument("--presets", nargs="*", default=PRESETS)
     parser.add_argument("--stage_one_batch_sizes", nargs="*", type=int, default=[1, 4, 8])
     parser.add_argument("--stage_two_batch_sizes", nargs="*", type=int, default=[1, 8, 64])
+    parser.add_argument("--hours", action="store_true", help="Memory and hours at the presets' own batch sizes.")
+    parser.add_argument("--teraflops", type=float, default=10, help="10^12 operations that a GPU does in a second.")
     args = parser.parse_args()
-    columns = [("one", stage_one, size) for size in args.stage_one_batch_sizes]
-    columns += [("two", stage_two, size) for size in args.stage_two_batch_sizes]
-    print("Computed peak memory in GiB, float32; in brackets with --gradient_checkpointing.\n")
-    print("| preset | " + " | ".join(f"stage {stage}, batch {size}" for stage, _, size in columns) + " |")
-    print("|---" * (len(columns) + 1) + "|")
-    for preset in args.presets:
-        config = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text())
-        cells = []
-        for _, stage, size in columns:
-            values = [peak_memory(stage, config, size, checkpointing) / 2**30 for checkpointing in (False, True)]
-            cells.append("{:.1f} ({:.1f})".format(*values))
-        print(f"| {preset} | " + " | ".join(cells) + " |", flush=True)
+    if args.hours:
+        print_hours(args.presets, args.teraflops)
+    else:
+        print_memory(args.presets, {stage_one: args.stage_one_batch_sizes, stage_two: args.stage_two_batch_sizes})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 import pytest
 import torch
 import training_memory
+import yaml
+from launching import plain
 from small_models import AUTOENCODER, UNET
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -8,7 +10,7 @@ from brics_diffusers import BricsAutoencoder
 
 
 def test_peak_is_of_what_is_alive_together():
-    with FakeTensorMode(), training_memory.PeakMemory() as memory:
+    with FakeTensorMode(), training_memory.Cost() as memory:
         a = torch.zeros(1000)
         b = a + 1
         a.add_(1)  # in place, and a view: no new storage
@@ -31,5 +33,28 @@ def autoencoder_step(config, batch_size, checkpointing):
 def test_memory_grows_with_the_batch_and_falls_with_checkpointing(stage):
     config = {"autoencoder": AUTOENCODER, "unet": UNET}
     cases = ((1, False), (16, True), (16, False))
-    small, saving, large = (training_memory.peak_memory(stage, config, *case) for case in cases)
+    costs = [training_memory.two_steps_cost(stage, config, *case) for case in cases]
+    small, saving, large = (cost.peak for cost in costs)
     assert small < saving < large < 16 * small  # weights and Adam's moments don't grow
+    small, saving, large = (cost.operations for cost in costs)
+    assert small < large < saving  # the forward pass twice
+
+
+def test_operations_are_those_of_products_and_convolutions():
+    with FakeTensorMode(), training_memory.Cost() as cost:
+        weight = torch.zeros(5, 4, requires_grad=True)
+        (torch.zeros(3, 5) @ weight).sum().backward()  # the gradient of the weight is one product more
+        torch.nn.functional.conv2d(torch.zeros(2, 3, 8, 8), torch.zeros(4, 3, 3, 3), padding=1)
+    assert cost.operations == 2 * (2 * 3 * 5 * 4) + 2 * (2 * 8 * 8 * 4 * 3 * 3 * 3)
+
+
+def test_hours(monkeypatch, tmp_path, capsys):
+    flags = {"train_batch_size": 2, "max_train_steps": 3600}
+    config = {"train_key_codes": flags, "autoencoder": plain(AUTOENCODER), "unet": plain(UNET)}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(training_memory, "CONFIGS", tmp_path)
+    monkeypatch.setattr(training_memory, "STAGES", {training_memory.stage_two: ("stage two", "train_key_codes")})
+    training_memory.print_hours(["small"], teraflops=1e-6)
+    hours = float(capsys.readouterr().out.split("|")[-2])
+    operations = training_memory.two_steps_cost(training_memory.stage_two, config, 2).operations / 2
+    assert hours == pytest.approx(operations * 3600 / 1e6 / 3600, rel=0.05) and hours > 0
