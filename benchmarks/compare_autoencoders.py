@@ -57,7 +57,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help=f"What to train, the first is what the others are compared with; of {'; '.join(VARIANTS)}. Default: the "
         f"first {len(DEFAULT_MODELS)}.",
     )
-    add("--search", action="store_true", help="Train each class with several learning rates, betas and warm-ups.")
+    add("--search", action="store_true", help="Train each model with several learning rates, betas and warm-ups.")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds of weights, data order and noise.")
     add(
         "--show_images",
@@ -80,7 +80,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.preset = dict(PRESETS[args.config])
     for name in ("train_batch_size", "max_train_steps"):
         setattr(args, name, getattr(args, name) or args.preset[name])
-    args.variants = search_variants() if args.search else {name: VARIANTS[name] for name in args.models}
+    args.variants = search_variants(args.models) if args.search else {name: VARIANTS[name] for name in args.models}
     args.dataset_split, args.validation_split, args.seed = "train", None, args.seeds[0]
     return args
 

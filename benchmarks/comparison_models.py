@@ -14,6 +14,7 @@ from brics_diffusers.models.autoencoder_brics import ShortcutEncoder
 KL_WEIGHT = 1e-6
 
 SMALL_BRICS = {
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
     "encoder_block_out_channels": (16, 32, 64),
     "encoder_layers_per_block": 1,
     "norm_num_groups": 16,
@@ -24,7 +25,7 @@ SMALL_BRICS = {
     "style_dim": 64,
     "decoder_block_out_channels": (64, 32),
 }
-# The same encoder but for attention, which BRICS has once more; a decoder that costs half as much again as BRICS'.
+# The same encoder but for the groups of its normalisation; a decoder that costs half as much again as BRICS'.
 SMALL_PEER = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
@@ -120,7 +121,7 @@ class Variant:
 
 # BRICS' noise over the standard deviation of its codes, as the reports print it.
 RELATIVE_NOISE = 0.04
-BRICS = Variant("BricsAutoencoder", {}, 12e-3, {"encoder": 2e-3, "grids": 4e-3})
+BRICS = Variant("BricsAutoencoder", {}, 12e-3, {"encoder": 2e-3})
 KL = Variant("AutoencoderKL", {}, 2e-3)
 # The first five are trained unless --models says otherwise.
 VARIANTS = {
@@ -142,19 +143,19 @@ VARIANTS = {
 DEFAULT_MODELS = list(VARIANTS)[:5]
 
 
-def search_variants() -> dict[str, Variant]:
-    """As many trials of the learning rate, Adam's second beta and the warm-up for every class of models."""
+def search_variants(names: list[str]) -> dict[str, Variant]:
+    """As many trials of the learning rate, Adam's second beta and the warm-up for each of some `VARIANTS`."""
     trials = {}
-    for name in DEFAULT_MODELS[:3] + DEFAULT_MODELS[4:]:
+    for name in names:
         variant = VARIANTS[name]
         rates = (1e-3, 2e-3, 4e-3, 8e-3)
         options = [{"learning_rate": rate, "adam_beta2": beta} for rate in rates for beta in (0.99, 0.999)]
         options += [{"learning_rate": rate, "warmup": 0.1} for rate in rates[1:3]]
-        if name == "BRICS":  # the decoder's rate, with those of the others in proportion
+        if variant.part_learning_rates:  # in proportion
             options = [
                 option
                 | {"learning_rate": 6 * option["learning_rate"]}
-                | {"part_learning_rates": {"encoder": option["learning_rate"], "grids": 2 * option["learning_rate"]}}
+                | {"part_learning_rates": {"encoder": option["learning_rate"]}}
                 for option in options
             ]
         for option in options:
