@@ -125,8 +125,8 @@ BRICS = Variant("BricsAutoencoder", {}, 12e-3, {"encoder": 2e-3})
 KL = Variant("AutoencoderKL", {}, 2e-3)
 # The first five are trained unless --models says otherwise.
 VARIANTS = {
-    "BRICS": BRICS,
     "AutoencoderKL": KL,
+    "BRICS": BRICS,
     "AutoencoderKL, shortcut": replace(KL, class_name="NoisyAutoencoderKL"),
     "AutoencoderKL, shortcut, noise": replace(
         KL, class_name="NoisyAutoencoderKL", changes={"relative_noise": RELATIVE_NOISE}
