@@ -166,7 +166,7 @@ class Run:
         self.model.train()
         # Other work on a CPU does not lengthen the time that a process has computed.
         clock = time.perf_counter if args.device.type == "cuda" else time.process_time
-        for _ in tqdm(range(self.step, last_step), desc=self.folder.name, leave=False):
+        for _ in tqdm(range(self.step, last_step), desc=self.folder.name, leave=False, disable=None):
             batch = next(loader)
             args.unreadable.add(batch["unreadable"])
             batch = batch["pixel_values"].to(args.device)
