@@ -1,5 +1,5 @@
-"""Shows what the trained model of this repository makes, then trains both stages small on photographs that ship with
-scikit-image, and shows what comes out of that.
+"""Shows what the trained model of this repository makes, then trains both stages small on crops of photographs that
+ship with scikit-image, and shows what comes out of that: held-out crops and whole photographs, reconstructed.
 
 Run by `make demo`. Everything is written to one folder, which is named at the end.
 """
@@ -17,6 +17,7 @@ import numpy as np
 import skimage.data
 import torch
 from PIL import Image, ImageOps
+from torchvision.transforms.functional import pil_to_tensor
 
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data import evaluation_loader, load_collection
@@ -30,6 +31,7 @@ TRAINED = ROOT / "model_cards/brics-noto-emoji-64"
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle")
 CROPS = {"train": 160, "validation": 12}  # of each photograph
 SIZE = 64
+WHOLE_SIZE = 256  # of the photographs that the model of 64 x 64 crops reconstructs in the end
 MARKER = ".brics-demo"  # in a folder that a demo has made
 PARTS = ("photos", "stage-one", "pipeline")
 
@@ -53,7 +55,7 @@ def load_photograph(name: str) -> Image.Image:
     return Image.fromarray(np.asarray(pixels)[..., :3])
 
 
-def write_crops(folder: Path, seed: int) -> None:
+def write_crops(folder: Path, seed: int = 0) -> None:
     """Random square crops at several scales; validation crops come from the right quarter, training ones do not."""
     random = np.random.default_rng(seed)
     for name in PHOTOGRAPHS:
@@ -85,6 +87,16 @@ def show_trained_model(output_dir: Path, seed: int) -> None:
     side_by_side(targets, 2 * reconstructions - 1).save(output_dir / "emoji-reconstructions.png")
 
 
+@torch.no_grad()
+def show_whole_photographs(autoencoder, path: Path) -> None:
+    """Photographs above their reconstructions by an autoencoder that has seen crops a quarter as wide only."""
+    photographs = [
+        ImageOps.fit(load_photograph(name), (WHOLE_SIZE,) * 2, Image.Resampling.LANCZOS) for name in PHOTOGRAPHS
+    ]
+    images = torch.stack([pil_to_tensor(photograph) for photograph in photographs]) / 127.5 - 1
+    side_by_side(images, autoencoder(images).sample).save(path)
+
+
 def launch(script: str, *arguments: str) -> None:
     """Runs a training script as a user would."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--mixed_precision", "no"]
@@ -98,7 +110,7 @@ def main():
     parser.add_argument(
         "--output_dir", default="demo-output", help="Folder for everything: a new one, or an earlier demo's."
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="Of training and samples; the crops are always the same.")
     args = parser.parse_args()
     started = time.monotonic()
     output_dir = Path(args.output_dir)
@@ -109,7 +121,7 @@ def main():
         parser.error(str(error))
     show_trained_model(output_dir, args.seed)
     print(f"Samples and reconstructions of the trained model after {time.monotonic() - started:.0f} s: {output_dir}")
-    write_crops(photos, args.seed)
+    write_crops(photos)
 
     common = ["--config", str(ROOT / "training/configs/photos-demo.yaml"), "--dataset_name", str(photos)]
     common += ["--seed", str(args.seed)]
@@ -130,8 +142,12 @@ def main():
     images = torch.cat([batch["pixel_values"] for batch in loader])[:: max(len(metrics["index"]) // 16, 1)][:16]
     with torch.no_grad():
         side_by_side(images, pipe.autoencoder(images).sample).save(output_dir / "reconstructions.png")
+    show_whole_photographs(pipe.autoencoder, output_dir / "photographs.png")
     print(f"\nHeld-out crops: PSNR {summary['psnr']:.2f} dB, SSIM {summary['ssim']:.3f} ({summary['images']} images)")
-    print(f"Reconstructions, samples and metrics after {summary['seconds']} s are in {output_dir.resolve()}")
+    print(
+        f"After {summary['seconds']} s, {output_dir.resolve()} holds reconstructions of held-out crops and of whole "
+        "photographs (photographs.png), samples and metrics"
+    )
 
 
 if __name__ == "__main__":
