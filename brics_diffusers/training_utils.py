@@ -141,7 +141,7 @@ def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple
         if unknown:
             parser.error(f"--config {path} names unknown flags in {section}: {', '.join(unknown)}")
         # Before the command line's own flags, which so have the last word; both are checked alike.
-        argv = [text for name, value in flags.items() for text in _as_flag(name, value)] + list(argv)
+        argv = [text for name, value in flags.items() for text in flag_words(name, value)] + list(argv)
     args = parser.parse_args(argv)
     for name in models:
         setattr(args, name, config.get(name) or {})
@@ -154,7 +154,8 @@ def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple
     return args
 
 
-def _as_flag(name: str, value) -> list[str]:
+def flag_words(name: str, value) -> list[str]:
+    """A flag as words of a command line: `--name`, `--no-name`, `--name=value`, or none for `None`."""
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     return [] if value is None else [f"--{name}={value}"]

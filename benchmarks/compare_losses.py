@@ -1,0 +1,207 @@
+"""What perceptual and adversarial losses are worth: BRICS trained with three losses, and what keeps a discriminator
+from ruining reconstructions, one change at a time.
+
+    python benchmarks/compare_losses.py --config noto-emoji-64 --dataset_name FOLDER --output_dir DIR
+
+Each run is one of training/train_autoencoder.py, in a process of its own and in the folder runs/VARIANT-SEED. Flags
+that this script does not know are passed on to all of them, as in `--adversarial_weight 0.2` or `--set
+discriminator.max_channels=64`; they beat DEFAULTS below, which beat the config, and what makes a variant beats them.
+A run is measured when it ends: held-out images, and features that no loss has seen. After an interruption, run the
+same command again: finished runs are skipped, others go on from their last checkpoint. The report has all --variants
+and --seeds, so that several processes may share the work, each with other ones and with --no-report.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from loss_report import measure, write_loss_report
+
+from brics_diffusers.training_utils import flag_words, load_splits, positive
+
+
+TRAINING = Path(__file__).resolve().parents[1] / "training"
+sys.path.insert(0, str(TRAINING))  # for whoever runs this file
+
+import train_autoencoder  # noqa: E402
+
+
+# Flags of training, the same for all variants.
+DEFAULTS = {
+    "perceptual_network": "efficientnet-lite0",
+    "perceptual_weight": 1.0,
+    "adversarial_weight": 0.1,
+    "gradient_penalty_weight": 0.1,  # StyleGAN2's rule, 0.0002 * size**2 / batch, for 64 pixels and 8 images
+    "augmentation": "color,translation",
+    "checkpoints_total_limit": 1,
+}
+# Those that are a share of the steps.
+SHARES = {
+    "discriminator_start_step": 0.45,
+    "gan_start_step": 0.5,
+    "gan_warmup_steps": 0.05,
+    "validation_steps": 1 / 8,
+    "checkpointing_steps": 1 / 8,
+}
+# For a config without a discriminator; at 64 pixels, a step costs 0.6 of the autoencoder's, the paper's 30 times it.
+DISCRIMINATOR = {"base_channels": 1024, "max_channels": 128}
+# Flags that make a variant; the name of another flag stands for its value.
+VARIANTS = {
+    "mse": {"perceptual_weight": 0.0, "adversarial_weight": 0.0},
+    "mse + perceptual": {"adversarial_weight": 0.0},
+    "mse + perceptual + gan": {},
+    "no head start": {"discriminator_start_step": "gan_start_step"},
+    "no lazy R1 correction": {"lazy_r1_correction": False},
+    "adaptive weight": {"adaptive_gan_weight": True},
+    "no augmentation": {"augmentation": ""},
+}
+DEFAULT_VARIANTS = list(VARIANTS)[:3]
+
+
+def config_path(name: str) -> str:
+    """Type of a flag: path of a YAML file, or name of one in training/configs."""
+    known = TRAINING / "configs" / f"{name}.yaml"
+    path = known if known.is_file() else Path(name)
+    if not path.is_file():
+        names = ", ".join(sorted(path.stem for path in known.parent.glob("*.yaml")))
+        raise argparse.ArgumentTypeError(f"must be a YAML file or one of {names}, not {name}")
+    return str(path)
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """Flags of this script, those for training in `extra`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--config", type=config_path, default="noto-emoji-64", help="A YAML file, or the name of training/configs'.")
+    add("--dataset_name", required=True, help="Any collection that training/train_autoencoder.py takes.")
+    add("--output_dir", default="runs/losses", help="Folder for the report, and for runs to go on from.")
+    add(
+        "--variants",
+        nargs="+",
+        choices=list(VARIANTS),
+        default=DEFAULT_VARIANTS,
+        metavar="VARIANT",
+        help=f"What to train; times are in units of the first's; of {'; '.join(VARIANTS)}. Default: the first three.",
+    )
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds of weights, data order and noise.")
+    add("--max_train_steps", type=positive, help="Steps of each run; default: the config's.")
+    add("--extractor", default="efficientnet-lite2", help="Network whose features judge; not one of a loss.")
+    add("--num_reference_images", type=positive, default=3000, help="Training images for rFID, at most.")
+    add("--num_curve_images", type=positive, default=1000, help="So many of them for the curve of rFID.")
+    add("--num_kid_images", type=positive, default=10_000, help="Training images that KID compares with, at most.")
+    add(
+        "--show_images",
+        action=switch,
+        default=True,
+        help="Held-out images and reconstructions in a picture; not for those that must not be passed on.",
+    )
+    add("--report", action=switch, default=True, help="Write the report; --no-report for a share of the work.")
+    args, args.extra = parser.parse_known_args(argv)
+    args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return args
+
+
+def training_words(args: argparse.Namespace, variant: str, seed: int) -> list[str]:
+    """Command line of a variant's training, without the folder."""
+    words = [f"--config={args.config}", f"--dataset_name={args.dataset_name}"]
+    words += flag_words("max_train_steps", args.max_train_steps)
+    steps = train_autoencoder.parse_args(words + args.extra).max_train_steps
+    defaults = DEFAULTS | {name: max(round(share * steps), 1) for name, share in SHARES.items()}
+    words += [word for name, value in defaults.items() for word in flag_words(name, value)]
+    if not yaml.safe_load(Path(args.config).read_text()).get("discriminator"):
+        words += ["--set", *(f"discriminator.{name}={value}" for name, value in DISCRIMINATOR.items())]
+    words += args.extra
+    common = vars(train_autoencoder.parse_args(words))
+    for name, value in VARIANTS[variant].items():
+        words += flag_words(name, common.get(value, value) if isinstance(value, str) else value)
+    return [*words, f"--seed={seed}", "--save_validation_weights"]
+
+
+class Run:
+    """One variant of one seed: its flags, and the folder with all there is of it."""
+
+    def __init__(self, args: argparse.Namespace, variant: str, seed: int):
+        name = re.sub(r"[^a-z0-9]+", "-", variant.lower())
+        self.variant, self.seed, self.folder = variant, seed, Path(args.output_dir) / "runs" / f"{name}-{seed}"
+        self.words = training_words(args, variant, seed)
+        self.flags = train_autoencoder.parse_args([*self.words, f"--output_dir={self.folder}"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps were taken."""
+        return (self.folder / "training_summary.json").is_file()
+
+    def trainer(self, accelerator):
+        """What takes the steps of its training, in this process."""
+        return train_autoencoder.Trainer(self.flags, accelerator)
+
+    def check(self) -> None:
+        """Notes the flags in the folder; a `ValueError` if other ones are there."""
+        path = self.folder / "flags.json"
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.words, indent=2) + "\n")
+        before = json.loads(path.read_text())
+        if before != self.words:
+            changes = [word for word in before if word not in self.words], [w for w in self.words if w not in before]
+            was, now = (" ".join(words) or "without" for words in changes)
+            raise ValueError(
+                f"{self.folder} was trained with other flags ({was}, now {now}); give the same as before, or another "
+                "--output_dir."
+            )
+
+    def train(self) -> None:
+        """All steps that are left, with what the script prints in train.log."""
+        words = [*self.words, f"--output_dir={self.folder}", "--resume_from_checkpoint=latest"]
+        log = self.folder / "train.log"
+        with log.open("a") as file:
+            process = subprocess.Popen(
+                [sys.executable, str(TRAINING / "train_autoencoder.py"), *words],
+                stdout=file,
+                stderr=file,
+                env={"TQDM_MININTERVAL": "30"} | os.environ,  # seconds from one line of the progress bar to the next
+            )
+            try:
+                process.wait()
+            except BaseException:
+                process.terminate()  # it saves a checkpoint
+                process.wait()
+                raise
+        if process.returncode or not self.finished:
+            last = log.read_text().strip().splitlines()[-1:]
+            raise RuntimeError(f"{self.folder} ended early ({''.join(last)}); see {log}, and run the command again.")
+
+
+def main(argv=None):
+    """Trains, measures, reports."""
+    args = parse_args(argv)
+    runs = [Run(args, variant, seed) for seed in args.seeds for variant in args.variants]  # flags are checked first
+    for run in runs:
+        run.check()
+    torch.set_flush_denormal(True)  # Adam's second moments become denormal numbers, on which CPUs are slow
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped; run the same command to go on."))
+    try:
+        for run in runs:
+            if not run.finished:
+                print(f"{run.folder.name}: {run.flags.max_train_steps} steps", flush=True)
+                run.train()
+            point = measure(args, run, *load_splits(run.flags))["curve"][-1]
+            values = ", ".join(f"{name} {value:.4g}" for name, value in point.items())
+            print(f"{run.folder.name}: {values}", flush=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if args.report:
+        write_loss_report(args, {name: [run for run in runs if run.variant == name] for name in args.variants})
+
+
+if __name__ == "__main__":
+    main()
