@@ -38,6 +38,7 @@ DEFAULTS = {
     "perceptual_network": "efficientnet-lite0",
     "perceptual_weight": 1.0,
     "adversarial_weight": 0.1,
+    "discriminator_learning_rate": 2e-3,
     "gradient_penalty_weight": 0.1,  # StyleGAN2's rule, 0.0002 * size**2 / batch, for 64 pixels and 8 images
     "augmentation": "color,translation",
     "checkpoints_total_limit": 1,
