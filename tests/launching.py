@@ -9,6 +9,11 @@ from safetensors.torch import load_file
 from small_models import AUTOENCODER, ROOT, UNET
 
 
+# Of this process and of those that it starts. One by default: models this small lose more by sharing work among threads
+# than they gain, two tests run at a time, and threads that wait for one another on a busy core make no headway.
+THREADS = int(os.environ.get("BRICS_TEST_THREADS", "1"))
+
+
 def plain(config: dict) -> dict:
     """Tuples to lists: YAML knows no tuples."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
@@ -27,8 +32,7 @@ CONFIG = {
 
 
 def environment(cpu: bool = True) -> dict[str, str]:
-    # One thread: two tests run at a time, and threads that wait for one another on a busy core make no headway.
-    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": str(cpu).lower()}
+    return os.environ | {"OMP_NUM_THREADS": str(THREADS), "ACCELERATE_USE_CPU": str(cpu).lower()}
 
 
 def launcher_words(processes: int) -> list[str]:
