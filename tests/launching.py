@@ -10,7 +10,7 @@ from small_models import AUTOENCODER, ROOT, UNET
 
 
 # Of this process and of those that it starts. One by default: models this small lose more by sharing work among
-# threads than they gain, two tests run at a time, and threads that wait for one another on a busy core make no headway.
+# threads than they gain, and two tests run at a time: threads that wait for one another on a busy core get nowhere.
 THREADS = int(os.environ.get("BRICS_TEST_THREADS", "1"))
 
 
