@@ -39,6 +39,7 @@ VARIANTS = {
     "4d-keys": {"key_length": 2},
     "hash": {"grid_type": "hash"},
     "no-coordinates": {"use_coordinates": False},
+    "no-shortcut": {"encoder_shortcut": False},
     "vqgan": {"decoder_type": "vqgan"},
     # diffusers' spatial normalisation has 32 groups, whatever norm_num_groups says.
     "movq": {"decoder_type": "movq", "decoder_block_out_channels": (32, 32)},

@@ -107,6 +107,13 @@ class TestFlags:
         assert expected.items() <= args.autoencoder.items()
         assert args.discriminator["max_channels"] == 8
 
+    @pytest.mark.parametrize("flags", [[], ["--set", "autoencoder.encoder_shortcut=false"]])
+    def test_models_are_made_with_the_encoders_shortcut_or_without(self, write_config, tmp_path, flags):
+        args = train_autoencoder.parse_args(["--config", str(write_config()), "--dataset_name", "x", *flags])
+        train_autoencoder.build_autoencoder(args).save_pretrained(tmp_path)
+        loaded = BricsAutoencoder.from_pretrained(tmp_path)
+        assert loaded.config.encoder_shortcut == hasattr(loaded.encoder, "shortcut") == (not flags)
+
     def test_decoder_only_needs_its_noise(self, stage_one):
         flags = ["--dataset_name", "x", "--train_decoder_only", "--pretrained_autoencoder_name_or_path"]
         args = train_autoencoder.parse_args([*flags, str(stage_one[0])])
