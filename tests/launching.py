@@ -22,7 +22,7 @@ def plain(config: dict) -> dict:
 CONFIG = {
     "autoencoder": plain(AUTOENCODER),
     "discriminator": {"base_channels": 256, "max_channels": 16, "stddev_group_size": 2},
-    "train_autoencoder": {"train_batch_size": 4, "max_train_steps": 4, "lpips_weight": 0, "logging_steps": 1},
+    "train_autoencoder": {"train_batch_size": 4, "max_train_steps": 4, "perceptual_weight": 0, "logging_steps": 1},
     "unet": plain(UNET),
     "train_key_codes": {
         **{"train_batch_size": 4, "max_train_steps": 4, "logging_steps": 1},

@@ -22,7 +22,7 @@ def test_bfloat16_run(tmp_path, image_folder, write_config, run_here):
 @pytest.mark.slow
 def test_float16_stays_finite_for_hundreds_of_steps(monkeypatch):
     """What accelerate does for fp16 on a GPU, on the CPU: autocast forward passes and one loss scale."""
-    flags = ["--dataset_name", "x", "--lpips_weight", "0", "--gradient_penalty_interval", "4"]
+    flags = ["--dataset_name", "x", "--perceptual_weight", "0", "--gradient_penalty_interval", "4"]
     args = train_autoencoder.parse_args(flags)
     args.autoencoder, args.discriminator = CONFIG["autoencoder"], CONFIG["discriminator"]
     accelerator = Accelerator(cpu=True)

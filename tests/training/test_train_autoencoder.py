@@ -107,6 +107,19 @@ class TestFlags:
         assert expected.items() <= args.autoencoder.items()
         assert args.discriminator["max_channels"] == 8
 
+    def test_earlier_names_of_the_perceptual_flags(self, tmp_path):
+        """Of before there were other networks than LPIPS'."""
+        (tmp_path / "config.yaml").write_text("train_autoencoder: {lpips_weight: 3, lpips_network: alex}")
+        flags = ["--config", str(tmp_path / "config.yaml"), "--dataset_name", "x"]
+        for more, expected in (
+            ([], (3, "alex")),
+            (["--lpips_weight", "2", "--lpips_network", "squeeze"], (2, "squeeze")),
+            (["--perceptual_weight", "1", "--perceptual_network", "efficientnet-lite0"], (1, "efficientnet-lite0")),
+        ):
+            args = train_autoencoder.parse_args([*flags, *more])
+            assert (args.perceptual_weight, args.perceptual_network) == expected
+            assert not {name for name in vars(args) if name.startswith("lpips")}
+
     @pytest.mark.parametrize("flags", [[], ["--set", "autoencoder.encoder_shortcut=false"]])
     def test_models_are_made_with_the_encoders_shortcut_or_without(self, write_config, tmp_path, flags):
         args = train_autoencoder.parse_args(["--config", str(write_config()), "--dataset_name", "x", *flags])
