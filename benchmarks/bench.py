@@ -74,7 +74,7 @@ TINY = {
     "training": {"rounds": 1, "autoencoder": TINY_AUTOENCODER, "unet": TINY_UNET},
     "growth": {
         "config": TINY_AUTOENCODER,
-        "axes": {"batch": (1, 2), "resolution": (32, 64), "levels": (2, 4), "groups": (1, 2), "T": (16, 256)},
+        "axes": {"batch": (4, 8), "resolution": (32, 64), "levels": (2, 4), "groups": (1, 2), "T": (16, 256)},
     },
 }
 

@@ -6,9 +6,9 @@ For each seed, all models see the same images in the same order, with the same l
 the learning-rate schedule (warm-up, then cosine to 0) and averaging of the weights; each has its own regularizer and
 learning rate (`--search` is how they were chosen). Validation is protocol `standard`: outputs of the averaged weights
 clipped, codes exact. The models take turns, `--validation_steps` at a time, and after each turn its state is saved:
-after an interruption, run the same command again. The report has all that is finished in --output_dir, so that several
-processes may share the work, each with other --models or --seeds, or with --no-report. The averaged weights are saved
-in `models`, by `save_pretrained`.
+after an interruption, run the same command again. What is finished in --output_dir is not trained again, so several
+processes may share the work, each with --no-report and other --models or --seeds, before one command with all of them
+writes the report. The averaged weights are saved in `models`, by `save_pretrained`.
 """
 
 import argparse
@@ -81,7 +81,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name in ("train_batch_size", "max_train_steps"):
         setattr(args, name, getattr(args, name) or args.preset[name])
     args.variants = search_variants(args.models) if args.search else {name: VARIANTS[name] for name in args.models}
-    args.dataset_split, args.validation_split, args.seed = "train", None, args.seeds[0]
+    # What is held out, if the collection has no split for it, is the same for all seeds.
+    args.dataset_split, args.validation_split, args.seed = "train", None, 0
     return args
 
 
@@ -93,14 +94,9 @@ class Run:
         self.folder = Path(args.output_dir) / "runs" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
         torch.manual_seed(seed)
         self.model = variant.build(args.preset).to(args.device)
-        self.optimizer = build_optimizer(
-            self.model,
-            variant.learning_rate,
-            0.9,
-            variant.adam_beta2,
-            variant.adam_epsilon,
-            variant.part_learning_rates,
-        )
+        betas = 0.9, variant.adam_beta2
+        rates = variant.part_learning_rates
+        self.optimizer = build_optimizer(self.model, variant.learning_rate, *betas, variant.adam_epsilon, rates)
         self.last_step = round(args.max_train_steps * variant.steps)
         schedule = {"max_train_steps": self.last_step, "lr_warmup_steps": round(self.last_step * variant.warmup)}
         self.lr_scheduler = build_lr_scheduler(argparse.Namespace(lr_scheduler="cosine", **schedule), self.optimizer)
@@ -146,16 +142,16 @@ class Run:
         self.args.unreadable.add(state["unreadable"])
 
     def save(self) -> None:
-        """Writes everything, complete or not at all."""
+        """Writes everything, complete or not at all; the weights first, as a finished state is not trained again."""
+        if self.finished:
+            models = Path(self.args.output_dir) / "models"
+            with averaged_weights(self.model, self.ema), appearing_folder(models / self.folder.name) as folder:
+                self.model.save_pretrained(folder)
         state = {name: part.state_dict() for name, part in self.stateful.items()}
         state |= {"settings": self.settings, "seconds": self.seconds, "curve": self.curve}
         state["unreadable"] = self.args.unreadable.names
         with appearing_folder(self.folder / "state") as folder:
             torch.save(state, folder / "state.pt")
-        if self.finished:
-            models = Path(self.args.output_dir) / "models"
-            with averaged_weights(self.model, self.ema), appearing_folder(models / self.folder.name) as folder:
-                self.model.save_pretrained(folder)
 
     def train(self, dataset, last_step: int, lpips_metric) -> None:
         """Takes the steps up to `last_step`."""

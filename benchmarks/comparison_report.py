@@ -64,9 +64,8 @@ def decoding_seconds(runs: dict, batch_size: int) -> dict[str, float]:
         model = first.model.eval()
         latents = torch.rand(batch_size, *latent_shape(model), device=device)
         steps[name] = lambda model=model, latents=latents: decode(model, latents)
-    with torch.no_grad():
-        interleaved(steps, device, rounds=2)  # warms up
-        return medians(interleaved(steps, device, DECODING_ROUNDS))
+    interleaved(steps, device, rounds=2)  # warms up
+    return medians(interleaved(steps, device, DECODING_ROUNDS))
 
 
 def training_psnr(run, train_set) -> float:
@@ -131,7 +130,8 @@ def table_row(name: str, runs: list, reference: list, decoding: dict, noise: lis
     until = [seconds_until(run, psnr) for run, psnr in zip(runs, goal, strict=True)]
     shares = [value / other.seconds for value, other in zip(until, reference, strict=True) if value is not None]
     row |= {"steps": runs[0].last_step, "training time": spread(seconds, 2)}
-    row["time until the first's PSNR"] = spread(shares, 2) if len(shares) == len(runs) else "never"
+    some = f"with {len(shares)} of {len(runs)} seeds" if shares else "never"
+    row["time until the first's PSNR"] = spread(shares, 2) if len(shares) == len(runs) else some
     return row | {"decoding time": decoding[name] / decoding[reference[0].name]}
 
 
@@ -224,7 +224,7 @@ each one's own), and that deviation; BRICS' codes are clipped to [0, 1]:
 How each was trained:
 
 {markdown_table(settings)}
-Rows of the picture, first seed: {", ".join([*(["images"] if args.show_images else []), *runs])}.
+Rows of the picture, first seed: {"; ".join([*(["images"] if args.show_images else []), *runs])}.
 """
 
 

@@ -305,6 +305,8 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
     accelerator.step = 0  # checkpoints are saved between steps: the next batch is the first that is accumulated
     logger.info("Resumed from %s", checkpoint)
     earlier = {RENAMED.get(name, name): value for name, value in state.settings.items()}
+    if earlier.get("adversarial_weight", 0) > 0:
+        earlier.setdefault("lazy_r1_correction", False)  # earlier versions had none
     pairs = {name: (earlier.get(name, value), value) for name, value in settings.items()}
     changes = [f"{name} was {before} and is {now}" for name, (before, now) in pairs.items() if before != now]
     if changes and accelerator.is_main_process:

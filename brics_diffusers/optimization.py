@@ -33,14 +33,21 @@ def build_optimizer(
     Returns:
         `torch.optim.Adam`: Its first group is what has no learning rate of its own, the others are in the order of
         `part_learning_rates`, empty ones included, so that checkpoints do not depend on the rates.
+
+    Raises:
+        `ValueError`: If the model has no part of a name.
     """
-    rates = part_learning_rates or {}
+    rates, known = part_learning_rates or {}, [name for name, _ in model.named_children()]
+    if not rates.keys() <= set(known):
+        raise ValueError(f"part_learning_rates names {', '.join(rates)}; the model's parts are {', '.join(known)}.")
     parts = {name: [] for name in ("", *rates)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = name.partition(".")[0]
             parts[part if part in rates else ""].append(parameter)
-    groups = [{"params": params, "lr": rates.get(name) or learning_rate} for name, params in parts.items()]
+    groups = [{"params": params, "lr": learning_rate} for params in parts.values()]
+    for group, rate in zip(groups[1:], rates.values(), strict=True):
+        group["lr"] = learning_rate if rate is None else rate
     return torch.optim.Adam(groups, lr=learning_rate, betas=(beta1, beta2), eps=epsilon, fused=True)
 
 

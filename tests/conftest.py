@@ -12,13 +12,14 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from hub_server import running_hub
+from launching import THREADS
 from PIL import Image
 from small_models import AUTOENCODER, ROOT, UNET
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
 
 
-torch.set_num_threads(1)  # models this small lose more by sharing work among threads than they gain
+torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

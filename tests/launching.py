@@ -9,6 +9,11 @@ from safetensors.torch import load_file
 from small_models import AUTOENCODER, ROOT, UNET
 
 
+# Of this process and of those that it starts. One by default: models this small lose more by sharing work among
+# threads than they gain, and two tests run at a time: threads that wait for one another on a busy core get nowhere.
+THREADS = int(os.environ.get("BRICS_TEST_THREADS", "1"))
+
+
 def plain(config: dict) -> dict:
     """Tuples to lists: YAML knows no tuples."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
@@ -17,7 +22,7 @@ def plain(config: dict) -> dict:
 CONFIG = {
     "autoencoder": plain(AUTOENCODER),
     "discriminator": {"base_channels": 256, "max_channels": 16, "stddev_group_size": 2},
-    "train_autoencoder": {"train_batch_size": 4, "max_train_steps": 4, "lpips_weight": 0, "logging_steps": 1},
+    "train_autoencoder": {"train_batch_size": 4, "max_train_steps": 4, "perceptual_weight": 0, "logging_steps": 1},
     "unet": plain(UNET),
     "train_key_codes": {
         **{"train_batch_size": 4, "max_train_steps": 4, "logging_steps": 1},
@@ -27,8 +32,7 @@ CONFIG = {
 
 
 def environment(cpu: bool = True) -> dict[str, str]:
-    # One thread: two tests run at a time, and threads that wait for one another on a busy core make no headway.
-    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": str(cpu).lower()}
+    return os.environ | {"OMP_NUM_THREADS": str(THREADS), "ACCELERATE_USE_CPU": str(cpu).lower()}
 
 
 def launcher_words(processes: int) -> list[str]:

@@ -105,7 +105,10 @@ def test_growth(report):
         assert all(row[part]["seconds"] > 0 for row in axis["rows"] for part in ("lookup", "decode"))
         assert len(axis["slopes"]) == 4
     assert found["T"]["slopes"]["lookup memory"] == pytest.approx(0, abs=0.2)
-    assert found["batch"]["slopes"]["decode memory"] > 0.3
+    # Of one image or two, the peak is in the lookup, most of whose memory all images share; of four or more it is in
+    # the style decoder, which needs as much for each.
+    assert found["batch"]["slopes"]["decode memory"] == pytest.approx(1, abs=0.2)
+    assert found["resolution"]["slopes"]["lookup memory"] == pytest.approx(1, abs=0.2)
 
 
 @pytest.mark.slow

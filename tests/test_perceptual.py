@@ -1,4 +1,3 @@
-import argparse
 import sys
 import urllib.error
 
@@ -59,8 +58,13 @@ def test_damaged_lpips_weights(tmp_path, monkeypatch):
     (tmp_path / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth").write_bytes(b"\x80\x02")
     with pytest.raises(FileNotFoundError, match="squeezenet1_1-b8a52dc0.pth, which is damaged .*put that file into"):
         load_lpips("squeeze")
-    args = argparse.Namespace(lpips_weight=0, lpips_network="squeeze")
-    assert train_autoencoder.build_lpips(args) is None  # in validation alone it is no reason to stop
+    flags = ["--dataset_name", "x", "--perceptual_weight", "0", "--perceptual_network", "squeeze"]
+    args = train_autoencoder.parse_args(flags)
+    # In validation alone it is no reason to stop; where it decides what is best, it is.
+    assert train_autoencoder.build_perceptual_metric(args, channels=3) is None
+    args = train_autoencoder.parse_args([*flags, "--best_metric", "perceptual"])
+    with pytest.raises(FileNotFoundError, match="which is damaged"):
+        train_autoencoder.build_perceptual_metric(args, channels=3)
 
 
 needs_weights = pytest.mark.skipif(

@@ -55,9 +55,12 @@ def test_number_of_processes_does_not_matter(run_command, model_folder, image_fo
     two = json.loads((output / "reconstruct-metrics-paper.json").read_text())
     assert done.stdout.count("# Reconstruction") == 1
     assert (two["num_processes"], two["images"], two["unreadable"]) == (2, 24, one["unreadable"])
+    # Batches of other sizes have other kernels. SSIM, of about 0.03 an image, cancels in the mean: it has an absolute
+    # tolerance, 50 times the 1e-7 that was seen on three kinds of kernels. Noise of another seed changes it by 4e-5.
     for metric in ("ssim", "psnr"):
         for value in ("mean", "two_std"):
-            assert two["metrics"][metric][value] == pytest.approx(one["metrics"][metric][value], rel=1e-5)
+            expected = pytest.approx(one["metrics"][metric][value], rel=1e-5, abs=5e-6)
+            assert two["metrics"][metric][value] == expected
     one, two = one["feature_distances"], two["feature_distances"]
     assert list(one["metrics"]) == ["rfid_random_conv", "kid_random_conv", "kid_random_conv_originals"]
     # The sums' order, and rounding to 8 bits of reconstructions from other batches.

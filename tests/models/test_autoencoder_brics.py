@@ -39,6 +39,7 @@ VARIANTS = {
     "4d-keys": {"key_length": 2},
     "hash": {"grid_type": "hash"},
     "no-coordinates": {"use_coordinates": False},
+    "no-shortcut": {"encoder_shortcut": False},
     "vqgan": {"decoder_type": "vqgan"},
     # diffusers' spatial normalisation has 32 groups, whatever norm_num_groups says.
     "movq": {"decoder_type": "movq", "decoder_block_out_channels": (32, 32)},
@@ -348,7 +349,7 @@ class TestTraining:
     def test_a_few_steps_learn(self, images):
         images = nn.functional.interpolate(images[:, :, :4, :4], scale_factor=4)  # one colour an element of the code
         model = make_model().train()
-        optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, betas=(0.9, 0.99), eps=1e-15)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, betas=(0.9, 0.99), eps=1e-15)
         losses = []
         for step in range(40):
             loss = (model(images, generator=generator(step)).sample - images).square().mean()
@@ -356,7 +357,8 @@ class TestTraining:
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        assert sum(losses[-5:]) < 0.7 * sum(losses[:5])  # 0.55 when written
+        # 0.35 to 0.55 over eight seeds of weights and noise, on kernels of AVX-512, AVX2 and without either.
+        assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
 class TestPrecision:

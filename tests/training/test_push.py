@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 import yaml
-from launching import command
+from launching import THREADS, command
 from small_models import ROOT
 
 from brics_diffusers import BricsKeyCodePipeline
@@ -17,7 +17,7 @@ def train(hub, tmp_path, image_folder, write_config):
     def run(script, *flags, token="hf_writer"):
         flags = ["--config", write_config(), "--dataset_name", image_folder, "--push_to_hub", *flags]
         variables = hub.client_environment(tmp_path / "hf-home") | {"HF_TOKEN": token}
-        variables |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        variables |= {"OMP_NUM_THREADS": str(THREADS), "ACCELERATE_USE_CPU": "true"}
         words = command(script, *flags, launcher=False)
         return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=variables)
 

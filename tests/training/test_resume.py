@@ -237,9 +237,37 @@ def test_resuming_twice_from_an_older_checkpoint(flags_of, tmp_path, run_here, m
         assert "adam_beta2 was 0.99 and is 0.9" in printed
     superseded = {path.name for path in (tmp_path / "run").glob("superseded-*")}
     assert superseded == {f"superseded-checkpoint-{name}" for name in ("2", "3", "2-1")}
-    for name in ("optimizer.bin", "optimizer_1.bin"):
+    # The discriminator's has StyleGAN2's correction for a penalty at every 16th step.
+    for name, beta2 in (("optimizer.bin", 0.9), ("optimizer_1.bin", 0.9 ** (16 / 17))):
         betas = [group["betas"] for group in content(tmp_path / "run/checkpoint-2")[name]["param_groups"]]
-        assert betas == [(0, 0.9)]
+        assert betas == [(0, pytest.approx(beta2))]
+
+
+@pytest.mark.parametrize("lpips_weight", [0, 5])
+def test_a_checkpoint_of_an_earlier_version(flags_of, tmp_path, run_here, lpips_weight):
+    """Of before other perceptual networks than LPIPS', the encoder's shortcut and the correction for lazy R1."""
+    flags = flags_of("one", tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 1, "--lr_scheduler", "constant")
+    flags += ["--set", "autoencoder.encoder_shortcut=false", "--no-lazy_r1_correction"]
+    run_here(train_autoencoder.main, *flags, "--best_metric", "psnr")
+    path = tmp_path / "checkpoint-1/custom_checkpoint_3.pkl"
+    state = torch.load(path, weights_only=False)
+    settings = state["settings"]
+    assert (settings["perceptual_weight"], settings["perceptual_network"]) == (0, "vgg")
+    names = ["adaptive_gan_weight", "augmentation", "discriminator_learning_rate", "discriminator_start_step"]
+    for name in (*names, "lazy_r1_correction", "perceptual_weight", "perceptual_network"):
+        del settings[name]
+    del state["best_perceptual"]
+    torch.save(state | {"settings": settings | {"lpips_weight": lpips_weight, "lpips_network": "vgg"}}, path)
+    # Settings by their names of today; the correction is none that the earlier version could have said.
+    for flag, expected in (
+        ("--no-lazy_r1_correction", []),
+        ("--lazy_r1_correction", ["lazy_r1_correction was False"]),
+    ):
+        expected = expected if lpips_weight == 0 else ["perceptual_weight was 5 and is 0.0", *expected]
+        printed = run_here(train_autoencoder.main, *flags, flag, "--resume_from_checkpoint", tmp_path / "checkpoint-1")
+        assert "Resumed from" in printed and ("The run can't end" in printed) == bool(expected)
+        assert all(text in printed for text in expected)
+        assert content(tmp_path / "checkpoint-2")["custom_checkpoint_3.pkl"]["settings"]["perceptual_weight"] == 0
 
 
 @pytest.fixture

@@ -107,6 +107,26 @@ class TestFlags:
         assert expected.items() <= args.autoencoder.items()
         assert args.discriminator["max_channels"] == 8
 
+    def test_earlier_names_of_the_perceptual_flags(self, tmp_path):
+        """Of before there were other networks than LPIPS'."""
+        (tmp_path / "config.yaml").write_text("train_autoencoder: {lpips_weight: 3, lpips_network: alex}")
+        flags = ["--config", str(tmp_path / "config.yaml"), "--dataset_name", "x"]
+        for more, expected in (
+            ([], (3, "alex")),
+            (["--lpips_weight", "2", "--lpips_network", "squeeze"], (2, "squeeze")),
+            (["--perceptual_weight", "1", "--perceptual_network", "efficientnet-lite0"], (1, "efficientnet-lite0")),
+        ):
+            args = train_autoencoder.parse_args([*flags, *more])
+            assert (args.perceptual_weight, args.perceptual_network) == expected
+            assert not {name for name in vars(args) if name.startswith("lpips")}
+
+    @pytest.mark.parametrize("flags", [[], ["--set", "autoencoder.encoder_shortcut=false"]])
+    def test_models_are_made_with_the_encoders_shortcut_or_without(self, write_config, tmp_path, flags):
+        args = train_autoencoder.parse_args(["--config", str(write_config()), "--dataset_name", "x", *flags])
+        train_autoencoder.build_autoencoder(args).save_pretrained(tmp_path)
+        loaded = BricsAutoencoder.from_pretrained(tmp_path)
+        assert loaded.config.encoder_shortcut == hasattr(loaded.encoder, "shortcut") == (not flags)
+
     def test_decoder_only_needs_its_noise(self, stage_one):
         flags = ["--dataset_name", "x", "--train_decoder_only", "--pretrained_autoencoder_name_or_path"]
         args = train_autoencoder.parse_args([*flags, str(stage_one[0])])
@@ -153,15 +173,16 @@ def collection(tmp_path_factory):
 def test_loss_falls_and_beats_a_blurred_copy(tmp_path, collection):
     config = yaml.safe_load((ROOT / "training/configs/noto-emoji-64.yaml").read_text())
     narrow = {"encoder_block_out_channels": [8, 16, 32], "norm_num_groups": 8, "feature_channels": 32}
-    config["autoencoder"] |= narrow | {"style_dim": 32, "decoder_block_out_channels": [32, 16]}
+    narrow |= {"style_dim": 32, "decoder_block_out_channels": [32, 16]}
+    config["autoencoder"] |= narrow | {"min_resolution": 1}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     flags = ["--config", tmp_path / "config.yaml", "--dataset_name", collection, "--output_dir", tmp_path / "run"]
-    flags += ["--max_train_samples", 64, "--num_validation_images", 0, "--max_train_steps", 250, "--no-random_flip"]
-    launch("train_autoencoder.py", *flags)
+    flags += ["--max_train_samples", 32, "--num_validation_images", 0, "--max_train_steps", 250, "--no-random_flip"]
+    launch("train_autoencoder.py", *flags, "--learning_rate", 4e-3)
     losses = [event.value for event in read_log(tmp_path / "run").Scalars("train/mse")]
     assert sum(losses[-3:]) < sum(losses[:3]) / 3
-    images = ImageCollection(load_collection(collection, max_images=64), 64)
-    images = torch.stack([images[index]["pixel_values"] for index in range(64)])
+    images = ImageCollection(load_collection(collection, max_images=32), 64)
+    images = torch.stack([images[index]["pixel_values"] for index in range(32)])
     blurred = torch.stack([blur(image) for image in images])
     autoencoder = BricsAutoencoder.from_pretrained(tmp_path / "run" / "autoencoder").eval()
     with torch.no_grad():

@@ -19,7 +19,7 @@ class TestTwoOptimizersWithOneLossScale:
     """The trainer with the loss scale of fp16, which accelerate itself gives on a GPU only."""
 
     def moves(self, scaler, accumulation):
-        flags = ["--dataset_name", "x", "--lpips_weight", "0", "--learning_rate", "0.1", "--adam_epsilon", "1.0"]
+        flags = ["--dataset_name", "x", "--perceptual_weight", "0", "--learning_rate", "0.1", "--adam_epsilon", "1.0"]
         args = train_autoencoder.parse_args([*flags, "--discriminator_adam_epsilon", "1.0"])
         args.autoencoder = CONFIG["autoencoder"] | {"regularization": "none"}
         args.discriminator = CONFIG["discriminator"]
