@@ -9,6 +9,7 @@ def _preset(key_size: int, key_channels: int, min_resolution: int) -> dict:
         "encoder_block_out_channels": tuple(64 * 2**level for level in range(num_blocks)),
         "key_channels": key_channels,
         "min_resolution": min_resolution,
+        "encoder_shortcut": False,
     }
 
 

@@ -108,7 +108,8 @@ class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
         feature_size (`int`, defaults to 64): Height and width of the feature block at `sample_size`, H_d.
         feature_channels (`int`, defaults to 512): Channels of the feature block C_d.
         num_levels (`int`, defaults to 16): Levels of each group's grids N_r.
-        min_resolution (`int`, defaults to 16): Cells per axis of the coarsest level N_min.
+        min_resolution (`int`, defaults to 1):
+            Cells per axis of the coarsest level N_min; the paper's models begin with 4 or 16.
         max_resolution (`int`, defaults to 64): Cells per axis of the finest level N_max.
         level_channels (`int`, defaults to 4): Features at a node C_r.
         max_entries (`int`, defaults to 2**18): Entries stored for a level at most, T.
@@ -169,7 +170,7 @@ class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin
         feature_size: int = 64,
         feature_channels: int = 512,
         num_levels: int = 16,
-        min_resolution: int = 16,
+        min_resolution: int = 1,
         max_resolution: int = 64,
         level_channels: int = 4,
         max_entries: int = 2**18,

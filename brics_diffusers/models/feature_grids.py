@@ -42,7 +42,7 @@ class FeatureGrids(nn.Module):
         key_length (`int`, defaults to 1):
             Channels of a group's key C_key; points have `2 + key_length` dimensions, `key_length` without coordinates.
         num_levels (`int`, defaults to 16): Levels of each group N_r.
-        min_resolution (`int`, defaults to 16): Cells per axis of the coarsest level.
+        min_resolution (`int`, defaults to 1): Cells per axis of the coarsest level.
         max_resolution (`int`, defaults to 64): Cells per axis of the finest level.
         level_channels (`int`, defaults to 4): Features stored at a node C_r.
         max_entries (`int`, defaults to 2**18): Entries stored for a level at most, T.
@@ -60,7 +60,7 @@ class FeatureGrids(nn.Module):
         num_groups: int,
         key_length: int = 1,
         num_levels: int = 16,
-        min_resolution: int = 16,
+        min_resolution: int = 1,
         max_resolution: int = 64,
         level_channels: int = 4,
         max_entries: int = 2**18,
