@@ -180,6 +180,8 @@ def test_loss_falls_and_beats_a_blurred_copy(tmp_path, collection):
     flags += ["--max_train_samples", 32, "--num_validation_images", 0, "--max_train_steps", 250, "--no-random_flip"]
     launch("train_autoencoder.py", *flags, "--learning_rate", 4e-3)
     losses = [event.value for event in read_log(tmp_path / "run").Scalars("train/mse")]
+    # Seen: of crops, with four seeds and AVX-512 and three without AVX, a ratio of 0.11 to 0.14 and 21.6 to 23.0 dB,
+    # where the blurred copies have 20.1; of emoji, with one seed, 0.06 and 27.2 beside 20.3.
     assert sum(losses[-3:]) < sum(losses[:3]) / 3
     images = ImageCollection(load_collection(collection, max_images=32), 64)
     images = torch.stack([images[index]["pixel_values"] for index in range(32)])
