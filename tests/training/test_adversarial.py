@@ -56,9 +56,7 @@ class TestStart:
         assert torch.equal(*weights)
 
     def test_it_can_not_count_before_it_learns(self):
-        with pytest.raises(
-            ValueError, match="_start_step is 3, after --gan_start_step 2; a disc.* raise"
-        ):
+        with pytest.raises(ValueError, match="_start_step is 3, after --gan_start_step 2; a disc.* raise"):
             build_trainer("--discriminator_start_step", 3, "--gan_start_step", 2)
 
 
