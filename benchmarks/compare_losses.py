@@ -8,7 +8,9 @@ that this script does not know are passed on to all of them, as in `--adversaria
 discriminator.max_channels=64`; they beat DEFAULTS below, which beat the config, and what makes a variant beats them.
 A run is measured when it ends: held-out images, and features that no loss has seen. After an interruption, run the
 same command again: finished runs are skipped, others go on from their last checkpoint. The report has all --variants
-and --seeds, so that several processes may share the work, each with other ones and with --no-report.
+and --seeds, so that several processes may share the work, each with other ones and with --no-report. Other values are
+tried beside the others by --add_variant, or by flags for all in another --output_dir, into which runs that they don't
+concern may be copied.
 """
 
 import argparse
@@ -24,7 +26,7 @@ import torch
 import yaml
 from loss_report import measure, write_loss_report
 
-from brics_diffusers.training_utils import flag_words, load_splits, positive
+from brics_diffusers.training_utils import FREE_FLAGS, flag_words, load_splits, positive
 
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
@@ -64,6 +66,12 @@ VARIANTS = {
     "no augmentation": {"augmentation": ""},
 }
 DEFAULT_VARIANTS = list(VARIANTS)[:3]
+# Without an adversarial loss these change nothing.
+OF_DISCRIMINATOR = {
+    *("discriminator", "discriminator_start_step", "discriminator_learning_rate", "discriminator_adam_epsilon"),
+    *("gan_start_step", "gan_warmup_steps", "adaptive_gan_weight", "adam_beta1_gan", "augmentation"),
+    *("gradient_penalty_weight", "gradient_penalty_interval", "lazy_r1_correction"),
+}
 
 
 def config_path(name: str) -> str:
@@ -88,10 +96,18 @@ def parse_args(argv=None) -> argparse.Namespace:
     add(
         "--variants",
         nargs="+",
-        choices=list(VARIANTS),
-        default=DEFAULT_VARIANTS,
         metavar="VARIANT",
-        help=f"What to train; times are in units of the first's; of {'; '.join(VARIANTS)}. Default: the first three.",
+        help=f"What to train; times are in units of the first's; of {'; '.join(VARIANTS)}, and those of --add_variant."
+        " Default: the first three, then those.",
+    )
+    add(
+        "--add_variant",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "FLAG=VALUE"),
+        help="One more: the third with other flags, for instance `weak adversarial_weight=0.02 "
+        "discriminator.max_channels=64`.",
     )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds of weights, data order and noise.")
     add("--max_train_steps", type=positive, help="Steps of each run; default: the config's.")
@@ -107,6 +123,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     add("--report", action=switch, default=True, help="Write the report; --no-report for a share of the work.")
     args, args.extra = parser.parse_known_args(argv)
+    if any("=" not in change for _, *changes in args.add_variant for change in changes):
+        parser.error("--add_variant needs a name, then changes such as adversarial_weight=0.02")
+    added = {name: dict(change.split("=", 1) for change in changes) for name, *changes in args.add_variant}
+    args.known = VARIANTS | added
+    args.variants = args.variants or [*DEFAULT_VARIANTS, *added]
+    unknown = [name for name in args.variants if name not in args.known]
+    if unknown:
+        parser.error(f"--variants {', '.join(unknown)}: expected some of {', '.join(args.known)}")
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return args
 
@@ -122,8 +146,9 @@ def training_words(args: argparse.Namespace, variant: str, seed: int) -> list[st
         words += ["--set", *(f"discriminator.{name}={value}" for name, value in DISCRIMINATOR.items())]
     words += args.extra
     common = vars(train_autoencoder.parse_args(words))
-    for name, value in VARIANTS[variant].items():
-        words += flag_words(name, common.get(value, value) if isinstance(value, str) else value)
+    for name, value in args.known[variant].items():
+        value = common.get(value, value) if isinstance(value, str) else value
+        words += ["--set", f"{name}={value}"] if "." in name else flag_words(name, value)
     return [*words, f"--seed={seed}", "--save_validation_weights"]
 
 
@@ -145,20 +170,24 @@ class Run:
         """What takes the steps of its training, in this process."""
         return train_autoencoder.Trainer(self.flags, accelerator)
 
+    @property
+    def settings(self) -> dict:
+        """Flags on which the result depends."""
+        left_out = FREE_FLAGS - {"dataset_name"} | (OF_DISCRIMINATOR if self.flags.adversarial_weight == 0 else set())
+        return {name: value for name, value in vars(self.flags).items() if name not in left_out}
+
     def check(self) -> None:
-        """Notes the flags in the folder; a `ValueError` if other ones are there."""
-        path = self.folder / "flags.json"
+        """Notes the settings in the folder; a `ValueError` if there are other ones."""
+        path = self.folder / "settings.json"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.words, indent=2) + "\n")
-        before = json.loads(path.read_text())
-        if before != self.words:
-            changes = [word for word in before if word not in self.words], [w for w in self.words if w not in before]
-            was, now = (" ".join(words) or "without" for words in changes)
-            raise ValueError(
-                f"{self.folder} was trained with other flags ({was}, now {now}); give the same as before, or another "
-                "--output_dir."
-            )
+            path.write_text(json.dumps(self.settings, indent=2) + "\n")
+        for name, value in json.loads(path.read_text()).items():
+            if self.settings.get(name) != value:
+                raise ValueError(
+                    f"{self.folder} was trained with {name} {value}, not {self.settings.get(name)}; give the same "
+                    "flags as before, or another --output_dir."
+                )
 
     def train(self) -> None:
         """All steps that are left, with what the script prints in train.log."""

@@ -177,7 +177,7 @@ def plot_curves(runs: dict, measures: dict):
             axes.axvline(step, color="black", linestyle=style, linewidth=1, label=label)
         images = first["images"]["curve"] if name.startswith("rfid") else first["images"]["held_out"]
         kind = "training" if name.startswith("rfid") else "held-out"
-        axes.set(xlabel="step", ylabel=f"{HEADINGS.get(name, name)}, {images} {kind} images")
+        axes.set(xlabel="step", ylabel=f"{HEADINGS.get(name, name)}\n{images} {kind} images")
         axes.grid(alpha=0.3)
         if name.startswith("rfid"):
             axes.set_yscale("log")

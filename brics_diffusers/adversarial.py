@@ -30,7 +30,8 @@ def adaptive_weight(
         weight (`nn.Parameter`): See [`last_layer_weight`]; of the bare model.
 
     Returns:
-        `torch.Tensor`: scalar in [0, 10000], detached; not a number if a gradient is.
+        `torch.Tensor`: scalar in [0, 10000], detached; not a number unless all gradients are finite, so that the step
+        is skipped and a loss scale that is too large becomes smaller.
     """
     scale = torch.ones((), device=weight.device)
     scale = scale if accelerator.scaler is None else accelerator.scaler.scale(scale)
@@ -40,7 +41,8 @@ def adaptive_weight(
     ]
     gradients = accelerator.reduce(torch.stack(gradients) / scale, reduction="mean")
     norms = gradients.flatten(1).norm(dim=1)
-    return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
+    weight = (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4)
+    return weight.where(norms.isfinite().all(), torch.nan).detach()
 
 
 def lazy_correction(interval: int, penalty_weight: float) -> float:

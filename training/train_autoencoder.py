@@ -79,7 +79,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--adam_beta1_gan", type=float, default=0.0, help="Adam's momentum from then on, and the discriminator's.")
     add("--adam_beta2", type=float, default=0.99, help="Adam's second decay rate.")
     add("--adam_epsilon", type=float, default=1e-15, help="Tiny, so that rarely hit grid entries move.")
-    add("--discriminator_adam_epsilon", type=float, default=1e-8)
+    add("--discriminator_adam_epsilon", type=float, default=1e-8, help="Epsilon of the discriminator's Adam.")
     add("--mse_weight", type=float, default=20.0, help="Weight of the mean squared error.")
     add(
         "--perceptual_weight",
@@ -97,19 +97,28 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     add("--kl_weight", type=float, default=1e-4, help="Weight of the KL divergence, with regularization: kl.")
     add("--adversarial_weight", type=float, default=1.0, help="Weight of the adversarial loss; 0 for none.")
-    add("--gan_start_step", type=int, default=0, help="Optimizer step at which the adversarial loss starts.")
+    add("--gan_start_step", type=int, default=0, help="Step from which the adversarial loss counts.")
     add("--gan_warmup_steps", type=int, default=0, help="Steps in which its weight rises to the full one.")
     flag(
         "--adaptive_gan_weight",
         default=False,
-        help="Multiply it by the ratio of both losses' gradients, as VQGAN does.",
+        help="Multiply its weight by the ratio of the reconstruction loss' gradient to its own, VQGAN's rule.",
     )
-    add("--discriminator_start_step", type=int, help="Step from which it learns; default: that of --gan_start_step.")
+    add(
+        "--discriminator_start_step",
+        type=int,
+        help="Step from which the discriminator learns, at most that of --gan_start_step, the default.",
+    )
     add("--discriminator_learning_rate", type=float, help="Default: that of --learning_rate; has the same schedule.")
-    add("--augmentation", type=policy, default="", help="Of what it sees: some of color,translation,cutout.")
-    add("--gradient_penalty_weight", type=float, default=4.0, help="Gamma of R1.")
+    add(
+        "--augmentation",
+        type=policy,
+        default="",
+        help="Random changes of all images that the discriminator sees: some of color,translation,cutout.",
+    )
+    add("--gradient_penalty_weight", type=float, default=4.0, help="Gamma of R1; smaller for smaller images.")
     add("--gradient_penalty_interval", type=positive, default=16, help="Steps from one penalty to the next.")
-    flag("--lazy_r1_correction", default=True, help="StyleGAN2's correction of the discriminator's Adam for it.")
+    flag("--lazy_r1_correction", default=True, help="Adam's rate and betas scaled for penalties that are rare.")
     add("--ema_half_life_images", type=float, default=10_000, help="Half-life of the averaged weights, in images.")
     flag("--save_validation_weights", default=False, help="Keep the weights of every validation: autoencoder-STEP.")
     add(

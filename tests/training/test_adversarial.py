@@ -84,6 +84,30 @@ class TestAdaptiveWeight:
         torch.testing.assert_close(adaptive_weight(accelerator, *losses, weight), plain)
         assert adaptive_weight(accelerator, losses[0], 0 * losses[1], weight) == 1e4
 
+    @pytest.mark.parametrize("broken", [0, 1])
+    def test_a_gradient_that_overflows_makes_no_weight(self, broken):
+        weight = torch.nn.Parameter(torch.ones(3))
+        losses = [weight.sum() * (3e38 if index == broken else 1) * 2 for index in range(2)]
+        assert adaptive_weight(Accelerator(cpu=True), *losses, weight).isnan()
+
+    @pytest.mark.parametrize("decoder", [STYLE, MOVQ], ids=["style", "movq"])
+    def test_gradient_checkpointing_changes_nothing(self, decoder, images):
+        weights = []
+        for flag in ("--gradient_checkpointing", "--no-gradient_checkpointing"):
+            trainer = build_trainer("--adaptive_gan_weight", flag, **decoder)
+            parts, finite = trainer.step(images, 0)
+            assert finite
+            weights.append(torch.cat([parameter.detach().flatten() for parameter in trainer.bare.parameters()]))
+        torch.testing.assert_close(*weights)
+
+    def test_with_a_loss_scale(self, images):
+        """Both losses of fp16 overflow at first, whatever they are multiplied by; the scale falls until they don't."""
+        accelerator = Accelerator(cpu=True)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+        trainer = build_trainer("--adaptive_gan_weight", accelerator=accelerator)
+        finite = [trainer.step(images, step)[1] for step in range(24)]
+        assert not finite[0] and finite[-1] and accelerator.scaler.get_scale() < 2.0**127
+
     def test_half_precision_weight_has_float32_norms(self):
         weight = torch.nn.Parameter(torch.ones(4096, dtype=torch.float16))
         losses = (100 * weight).sum(dtype=torch.float32), weight.sum(dtype=torch.float32)
@@ -173,9 +197,11 @@ class TestBest:
         assert build_trainer(in_channels=4, out_channels=4).perceptual_metric is None
 
 
-def test_a_run_with_everything_resumes_alike(tmp_path, image_folder, write_config, run_here):
-    flags = ["--config", write_config(), "--dataset_name", image_folder, "--discriminator_start_step", 1]
-    flags += ["--gan_start_step", 2, "--adaptive_gan_weight", "--augmentation", "color,translation,cutout"]
+@pytest.mark.parametrize("starts", [(1, 2), (2, 3), (3, 3)], ids=["before", "with", "after"])
+def test_a_run_with_everything_resumes_alike(starts, tmp_path, image_folder, write_config, run_here):
+    """With a discriminator that begins to learn before the checkpoint, at it, or later."""
+    flags = ["--config", write_config(), "--dataset_name", image_folder, "--discriminator_start_step", starts[0]]
+    flags += ["--gan_start_step", starts[1], "--adaptive_gan_weight", "--augmentation", "color,translation,cutout"]
     flags += ["--checkpointing_steps", 2, "--validation_steps", 2, "--save_validation_weights"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_here(train_autoencoder.main, *flags, "--output_dir", whole)
