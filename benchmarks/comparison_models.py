@@ -122,7 +122,7 @@ class Variant:
 # BRICS' noise over the standard deviation of its codes, as the reports print it.
 RELATIVE_NOISE = 0.04
 BRICS = Variant("BricsAutoencoder", {}, 12e-3, {"encoder": 2e-3})
-KL = Variant("AutoencoderKL", {}, 2e-3)
+KL = Variant("AutoencoderKL", {}, 1e-3)
 # The first five are trained unless --models says otherwise.
 VARIANTS = {
     "AutoencoderKL": KL,
