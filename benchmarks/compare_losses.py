@@ -64,11 +64,13 @@ VARIANTS = {
     "no lazy R1 correction": {"lazy_r1_correction": False},
     "adaptive weight": {"adaptive_gan_weight": True},
     "no augmentation": {"augmentation": ""},
+    "no momentum": {"adam_beta1_gan": 0.0},
 }
 DEFAULT_VARIANTS = list(VARIANTS)[:3]
 # Without an adversarial loss these change nothing.
 OF_DISCRIMINATOR = {
-    *("discriminator", "discriminator_start_step", "discriminator_learning_rate", "discriminator_adam_epsilon"),
+    *("discriminator", "discriminator_start_step", "discriminator_learning_rate"),
+    *("discriminator_adam_beta1", "discriminator_adam_epsilon"),
     *("gan_start_step", "gan_warmup_steps", "adaptive_gan_weight", "adam_beta1_gan", "augmentation"),
     *("gradient_penalty_weight", "gradient_penalty_interval", "lazy_r1_correction"),
 }

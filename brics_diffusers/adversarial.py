@@ -85,7 +85,7 @@ class Adversary:
         power = lazy_correction(interval, gamma) if args.lazy_r1_correction else 1.0
         rate = args.learning_rate if args.discriminator_learning_rate is None else args.discriminator_learning_rate
         self.learning_rate = power * rate
-        betas = args.adam_beta1_gan**power, args.adam_beta2**power
+        betas = args.discriminator_adam_beta1**power, args.adam_beta2**power
         optimizer = build_optimizer(loss, self.learning_rate, *betas, args.discriminator_adam_epsilon)
         self.network, self.optimizer = accelerator.prepare(loss, optimizer)
 

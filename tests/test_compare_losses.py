@@ -74,6 +74,7 @@ class TestFlags:
             ("no lazy R1 correction", {"lazy_r1_correction": False}),
             ("adaptive weight", {"adaptive_gan_weight": True}),
             ("no augmentation", {"augmentation": ""}),
+            ("no momentum", {"adam_beta1_gan": 0}),
         ],
     )
     def test_one_change_each(self, variant, changed):

@@ -75,8 +75,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--num_validation_images", type=int, default=256, help="Held-out images to use at most; 0 for no validation.")
     add("--learning_rate", type=float, default=2e-3, help="Adam's learning rate, both networks.")
     add("--encoder_learning_rate", type=float, help="That of the encoder; default: that of --learning_rate.")
-    add("--adam_beta1", type=float, default=0.9, help="Adam's momentum before the adversarial loss starts.")
-    add("--adam_beta1_gan", type=float, default=0.0, help="Adam's momentum from then on, and the discriminator's.")
+    add("--adam_beta1", type=float, default=0.9, help="Adam's momentum.")
+    add(
+        "--adam_beta1_gan",
+        type=float,
+        help="Adam's momentum once the adversarial loss counts. Default: that of --adam_beta1, as less lengthens "
+        "all steps at once.",
+    )
+    add("--discriminator_adam_beta1", type=float, default=0.0, help="Momentum of the discriminator's Adam.")
     add("--adam_beta2", type=float, default=0.99, help="Adam's second decay rate.")
     add("--adam_epsilon", type=float, default=1e-15, help="Tiny, so that rarely hit grid entries move.")
     add("--discriminator_adam_epsilon", type=float, default=1e-8, help="Epsilon of the discriminator's Adam.")
@@ -128,7 +134,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="What decides on autoencoder-best; auto: PSNR, and the perceptual distance once a discriminator counts.",
     )
     parser.set_defaults(output_dir="runs/autoencoder")
-    return parse_arguments(parser, "train_autoencoder", ("autoencoder", "discriminator"), argv)
+    args = parse_arguments(parser, "train_autoencoder", ("autoencoder", "discriminator"), argv)
+    if args.adam_beta1_gan is None:
+        args.adam_beta1_gan = args.adam_beta1
+    return args
 
 
 def build_autoencoder(args) -> BricsAutoencoder:

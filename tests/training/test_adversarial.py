@@ -143,13 +143,22 @@ class TestOptimizer:
 
     @pytest.mark.parametrize(("flag", "power"), [("--lazy_r1_correction", 4 / 5), ("--no-lazy_r1_correction", 1)])
     def test_rate_and_betas(self, images, flag, power):
-        flags = ["--gradient_penalty_interval", 4, "--adam_beta1_gan", 0.5, "--lr_scheduler", "cosine"]
+        flags = ["--gradient_penalty_interval", 4, "--discriminator_adam_beta1", 0.5, "--lr_scheduler", "cosine"]
         trainer = build_trainer(*flags, "--max_train_steps", 2, "--discriminator_learning_rate", 1e-4, flag)
         group = trainer.adversary.optimizer.param_groups[0]
         assert group["betas"] == (0.5**power, 0.99**power)
         for step, share in enumerate((1, 0.5)):
             trainer.step(images, step)
             assert group["lr"] == pytest.approx(1e-4 * power * share)
+
+    def test_momentum_of_the_autoencoder(self, images):
+        for flags, expected in (([], [0.8, 0.8]), (["--adam_beta1_gan", 0], [0.8, 0])):
+            trainer = build_trainer("--gan_start_step", 1, "--adam_beta1", 0.8, *flags)
+            found = []
+            for step in range(2):
+                trainer.step(images, step)
+                found.append(trainer.optimizer.param_groups[0]["betas"][0])
+            assert found == expected and trainer.adversary.optimizer.param_groups[0]["betas"][0] == 0
 
     def test_same_rate_as_the_autoencoder_by_default(self, images):
         trainer = build_trainer("--gradient_penalty_interval", 1, "--learning_rate", 3e-4)

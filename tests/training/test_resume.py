@@ -231,6 +231,7 @@ def test_resuming_twice_from_an_older_checkpoint(flags_of, tmp_path, run_here, m
     flags = flags_of("one", "run", "--max_train_steps", 3, "--checkpointing_steps", 1, "--num_validation_images", 0)
     run_here(train_autoencoder.main, *flags)
     flags += ["--checkpoints_total_limit", 2, "--max_train_steps", 2, "--adam_beta2", 0.9, "--gan_start_step", 0]
+    flags += ["--adam_beta1_gan", 0]
     for resumed in (tmp_path / "run/checkpoint-1", "run/checkpoint-1"):  # whichever way it is spelled
         printed = run_here(train_autoencoder.main, *flags, "--resume_from_checkpoint", resumed)
         assert [path.name for path in list_checkpoints("run")] == ["checkpoint-1", "checkpoint-2"]
