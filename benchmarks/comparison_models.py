@@ -123,14 +123,13 @@ class Variant:
 RELATIVE_NOISE = 0.04
 BRICS = Variant("BricsAutoencoder", {}, 12e-3, {"encoder": 2e-3})
 KL = Variant("AutoencoderKL", {}, 1e-3)
+SHORTCUT_KL = Variant("NoisyAutoencoderKL", {}, 2e-3, warmup=0.1)
 # The first five are trained unless --models says otherwise.
 VARIANTS = {
     "AutoencoderKL": KL,
     "BRICS": BRICS,
-    "AutoencoderKL, shortcut": replace(KL, class_name="NoisyAutoencoderKL"),
-    "AutoencoderKL, shortcut, noise": replace(
-        KL, class_name="NoisyAutoencoderKL", changes={"relative_noise": RELATIVE_NOISE}
-    ),
+    "AutoencoderKL, shortcut": SHORTCUT_KL,
+    "AutoencoderKL, shortcut, noise": replace(SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE}),
     "VQModel": replace(KL, class_name="VQModel"),
     "BRICS, two thirds of the steps": replace(BRICS, steps=2 / 3),
     "BRICS without noise": replace(BRICS, changes={"key_noise_scale": 0.0}),
