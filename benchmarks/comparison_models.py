@@ -159,7 +159,7 @@ def search_variants(names: list[str]) -> dict[str, Variant]:
             ]
         for option in options:
             text = ", ".join(f"{key} {value:g}" for key, value in option.items() if key != "part_learning_rates")
-            trials[f"{name}: {text}"] = replace(variant, **option)
+            trials[f"{name}: {text}"] = replace(variant, **{"adam_beta2": 0.99, "warmup": 0.02} | option)
     return trials
 
 
