@@ -179,12 +179,9 @@ class Run:
         return {name: value for name, value in vars(self.flags).items() if name not in left_out}
 
     def check(self) -> None:
-        """Notes the settings in the folder; a `ValueError` if there are other ones."""
+        """A `ValueError` if the folder has a run of other settings."""
         path = self.folder / "settings.json"
-        if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.settings, indent=2) + "\n")
-        for name, value in json.loads(path.read_text()).items():
+        for name, value in json.loads(path.read_text()).items() if path.exists() else ():
             if self.settings.get(name) != value:
                 raise ValueError(
                     f"{self.folder} was trained with {name} {value}, not {self.settings.get(name)}; give the same "
@@ -193,6 +190,8 @@ class Run:
 
     def train(self) -> None:
         """All steps that are left, with what the script prints in train.log."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
         words = [*self.words, f"--output_dir={self.folder}", "--resume_from_checkpoint=latest"]
         log = self.folder / "train.log"
         with log.open("a") as file:
