@@ -115,8 +115,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--max_train_steps", type=positive, help="Steps of each run; default: the config's.")
     add("--extractor", default="efficientnet-lite2", help="Network whose features judge; not one of a loss.")
     add("--num_reference_images", type=positive, default=3000, help="Training images for rFID, at most.")
-    add("--num_curve_images", type=positive, default=1000, help="So many of them for the curve of rFID.")
-    add("--num_kid_images", type=positive, default=10_000, help="Training images that KID compares with, at most.")
+    add("--num_curve_images", type=positive, default=500, help="So many of them for the curve of rFID.")
+    add("--num_kid_images", type=positive, default=1500, help="Training images that KID compares with, at most.")
     add(
         "--show_images",
         action=switch,
