@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from brics_diffusers import BricsAutoencoder
 from brics_diffusers.models import autoencoder_brics
+from brics_diffusers.presets import PRESETS
 
 
 SMALL = {
@@ -477,7 +478,7 @@ class TestCompile:
 
 
 class TestDefaults:
-    """The defaults are the preset church-64x64x4."""
+    """The defaults are the preset church-64x64x4, but for grids from one cell up and the encoder's shortcut."""
 
     @pytest.fixture(scope="class")
     def costs(self):
@@ -492,9 +493,15 @@ class TestDefaults:
         sizes = {name: parameter.numel() for name, parameter in costs[0].named_parameters()}
         grids = sum(size for name, size in sizes.items() if name.startswith("grids"))
         decoding = sum(size for name, size in sizes.items() if name.startswith(("mlp", "decoder")))
-        assert grids == 18_629_680
+        assert grids == 7_820_656
         assert decoding == pytest.approx(9.9e6, rel=0.03)
         assert costs[0].key_code_shape == (4, 64, 64) and costs[0].key_noise_scale == 1 / 256
+
+    def test_grids_of_the_preset(self):
+        with torch.device("meta"):
+            model = BricsAutoencoder(**PRESETS["church-64x64x4"])
+        assert sum(parameter.numel() for parameter in model.grids.parameters()) == 18_629_680
+        assert not hasattr(model.encoder, "shortcut") and hasattr(BricsAutoencoder(**SMALL).encoder, "shortcut")
 
     def test_multiply_adds(self, costs):
         assert 63e9 < costs[1] < 69e9  # the paper's 63.4 G; 68 G with everything counted
