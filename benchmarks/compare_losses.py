@@ -41,13 +41,14 @@ DEFAULTS = {
     "perceptual_weight": 1.0,
     "adversarial_weight": 0.1,
     "discriminator_learning_rate": 2e-3,
+    "discriminator_adam_beta1": 0.9,  # without momentum it is at chance for longer than a small run lasts
     "gradient_penalty_weight": 0.1,  # StyleGAN2's rule, 0.0002 * size**2 / batch, for 64 pixels and 8 images
-    "augmentation": "color,translation",
+    "augmentation": "translation",
     "checkpoints_total_limit": 1,
 }
 # Those that are a share of the steps.
 SHARES = {
-    "discriminator_start_step": 0.45,
+    "discriminator_start_step": 0.25,
     "gan_start_step": 0.5,
     "gan_warmup_steps": 0.05,
     "validation_steps": 1 / 8,
