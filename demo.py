@@ -89,7 +89,7 @@ def show_trained_model(output_dir: Path, seed: int) -> None:
 
 @torch.no_grad()
 def show_whole_photographs(autoencoder, path: Path) -> None:
-    """Photographs above their reconstructions by an autoencoder that has seen crops a quarter as wide only."""
+    """The photographs' central squares above reconstructions; the autoencoder has seen crops a quarter as wide."""
     photographs = [
         ImageOps.fit(load_photograph(name), (WHOLE_SIZE,) * 2, Image.Resampling.LANCZOS) for name in PHOTOGRAPHS
     ]

@@ -128,7 +128,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     args, args.extra = parser.parse_known_args(argv)
     if any("=" not in change for _, *changes in args.add_variant for change in changes):
         parser.error("--add_variant needs a name, then changes such as adversarial_weight=0.02")
-    added = {name: dict(change.split("=", 1) for change in changes) for name, *changes in args.add_variant}
+    added = {}
+    for name, *changes in args.add_variant:
+        pairs = (change.split("=", 1) for change in changes)
+        added[name] = {flag: yaml.safe_load(value) for flag, value in pairs}
     args.known = VARIANTS | added
     args.variants = args.variants or [*DEFAULT_VARIANTS, *added]
     unknown = [name for name in args.variants if name not in args.known]
@@ -176,7 +179,8 @@ class Run:
     @property
     def settings(self) -> dict:
         """Flags on which the result depends."""
-        left_out = FREE_FLAGS - {"dataset_name"} | (OF_DISCRIMINATOR if self.flags.adversarial_weight == 0 else set())
+        free = FREE_FLAGS - {"dataset_name", "validation_split", "num_validation_images"}
+        left_out = free | (OF_DISCRIMINATOR if self.flags.adversarial_weight == 0 else set())
         return {name: value for name, value in vars(self.flags).items() if name not in left_out}
 
     def check(self) -> None:

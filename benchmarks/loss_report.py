@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -165,7 +166,7 @@ def plot_curves(runs: dict, measures: dict):
     first = next(iter(measures.values()))[0]
     names = [name for name in first["curve"][-1] if name not in ("step", "ssim")]
     figure, (row,) = new_figure(len(names), width=5.5, height=4.2)
-    colors = dict(zip(runs, (*COLORS, *(f"C{index}" for index in (5, 7, 8, 9, 6))), strict=False))
+    colors = dict(zip(runs, itertools.cycle((*COLORS, *(f"C{index}" for index in (5, 7, 8, 9, 6)))), strict=False))
     for axes, name in zip(row, names, strict=True):
         for variant, of_seeds in measures.items():
             for found in of_seeds:

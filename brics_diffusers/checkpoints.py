@@ -57,13 +57,13 @@ class RunState:
 
 
 # What a state knows of validations before the first.
-NO_BEST = {"best_psnr": float("-inf"), "best_perceptual": float("inf")}
+NO_BEST = {"best_psnr": float("-inf"), "best_perceptual": None}
 
 
 def improves(state: RunState, metrics: dict[str, float], name: str) -> bool:
     r"""
-    Whether a validation is the best so far, which the state then remembers. PSNR and a perceptual distance are kept
-    apart, so that where the second takes over, its first value is the best.
+    Whether a validation is the best so far, which the state then remembers. PSNR and the distance of each perceptual
+    network are kept apart, so that where another takes over, its first value is the best.
 
     Args:
         state (`RunState`): With the attributes of `NO_BEST`.
@@ -75,10 +75,15 @@ def improves(state: RunState, metrics: dict[str, float], name: str) -> bool:
     """
     if name not in metrics:
         return False
-    value, kept = metrics[name], "best_psnr" if name == "psnr" else "best_perceptual"
-    better = value > state.best_psnr if name == "psnr" else value < state.best_perceptual
+    value = metrics[name]
+    if name == "psnr":
+        better = value > state.best_psnr
+        state.best_psnr = max(value, state.best_psnr)
+        return better
+    best = state.best_perceptual
+    better = best is None or best[0] != name or value < best[1]
     if better:
-        setattr(state, kept, value)
+        state.best_perceptual = (name, value)
     return better
 
 

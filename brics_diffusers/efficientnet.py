@@ -79,7 +79,8 @@ class EfficientNetFeatures(nn.Module):
 
     def __init__(self, name: str, size: int = 128):
         super().__init__()
-        self.size, self.network = size, load_efficientnet(name)
+        remedy = "choose other features or metrics: --feature_extractor, --kid_extractor, --metrics without kid"
+        self.size, self.network = size, load_efficientnet(name, remedy=remedy)
         package = weights_package(name)
         self.description = {
             "name": name,

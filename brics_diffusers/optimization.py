@@ -16,7 +16,7 @@ def build_optimizer(
     beta1: float,
     beta2: float,
     epsilon: float,
-    part_learning_rates: dict[str, float | None] | None = None,
+    part_learning_rates: dict[str, float] | None = None,
 ) -> torch.optim.Adam:
     r"""
     Adam, one fused kernel a step, for the parameters of a model that are not frozen.
@@ -26,13 +26,13 @@ def build_optimizer(
         learning_rate (`float`): Learning rate of all that has none of its own.
         beta1, beta2, epsilon (`float`): Adam's.
         part_learning_rates (`dict[str, float]`, *optional*):
-            Learning rates of direct submodules by name; `None` means `learning_rate`. Layers with an equalized
-            learning rate (StyleGAN2's: the MLPs and the style decoder) hold weights of about 1 and take larger steps
-            than an encoder with PyTorch's initialisation bears.
+            Learning rates of direct submodules by name. Layers with an equalized learning rate (StyleGAN2's: the MLPs
+            and the style decoder) hold weights of about 1 and take larger steps than an encoder with PyTorch's
+            initialisation bears.
 
     Returns:
         `torch.optim.Adam`: Its first group is what has no learning rate of its own, the others are in the order of
-        `part_learning_rates`, empty ones included, so that checkpoints do not depend on the rates.
+        `part_learning_rates`.
 
     Raises:
         `ValueError`: If the model has no part of a name.
@@ -45,9 +45,7 @@ def build_optimizer(
         if parameter.requires_grad:
             part = name.partition(".")[0]
             parts[part if part in rates else ""].append(parameter)
-    groups = [{"params": params, "lr": learning_rate} for params in parts.values()]
-    for group, rate in zip(groups[1:], rates.values(), strict=True):
-        group["lr"] = learning_rate if rate is None else rate
+    groups = [{"params": params, "lr": rates.get(name, learning_rate)} for name, params in parts.items()]
     return torch.optim.Adam(groups, lr=learning_rate, betas=(beta1, beta2), eps=epsilon, fused=True)
 
 

@@ -8,6 +8,7 @@ LOGS = "logs/tensorboard"
 # What the training scripts log beside losses.
 BOOKKEEPING = (
     "learning_rate",
+    "encoder_learning_rate",
     "grid_usage",
     "adaptive_gan_weight",
     "skipped_steps",

@@ -16,7 +16,10 @@ train() {
         --resume_from_checkpoint latest "$@"
 }
 
-train no train_autoencoder.py --output_dir $runs/autoencoder
+# The autoencoder of the card is older than the shortcut and the rates that the config has now.
+train no train_autoencoder.py --output_dir $runs/autoencoder --learning_rate 2e-3 --encoder_learning_rate 2e-3 \
+    --lr_warmup_steps 0 --set autoencoder.encoder_shortcut=false autoencoder.min_resolution=4 \
+    "autoencoder.down_block_types=[DownEncoderBlock2D, DownEncoderBlock2D, AttnDownEncoderBlock2D]"
 train bf16 train_key_codes.py --autoencoder_name_or_path $runs/autoencoder --output_dir $runs/pipeline
 
 rm -rf $runs/generated $runs/neighbours # they may be of fewer steps

@@ -103,7 +103,7 @@ class TestRuns:
         text = (tmp_path / "run/comparison.md").read_text()
         assert "| BRICS, two thirds of the steps |" in text and "seeds 0, 1," in text and "LPIPS |" not in text
         assert "\nLPIPS was not measured: torch's cache has no `vgg16-397923af.pth`" in text
-        assert "| BRICS | 0.012 | {'encoder': 0.002, 'grids': 0.004} | 0.99 | 0.02 |" in text
+        assert "| BRICS | 0.012 | {'encoder': 0.002} | 0.99 | 0.02 |" in text
         assert "\nRows of the picture, first seed: images; BRICS; AutoencoderKL; VQModel; BRICS, two thirds" in text
         picture = Image.open(tmp_path / "run/comparison-reconstructions.png")
         assert picture.size == (2 * 34 + 2, 5 * 34 + 2)  # two held-out images and four reconstructions of each

@@ -47,9 +47,9 @@ def test_groups_come_in_the_order_given_after_what_has_no_rate(model, parts):
     assert all((group["betas"], group["eps"]) == ((0.9, 0.99), 1e-15) for group in optimizer.param_groups)
 
 
-def test_none_is_the_default_rate_and_zero_is_none_at_all(model):
-    optimizer = build(model, part_learning_rates={"encoder": None, "grids": 0.0})
-    assert [group["lr"] for group in optimizer.param_groups] == [2e-3, 2e-3, 0.0]
+def test_a_rate_of_zero_is_none_at_all(model):
+    optimizer = build(model, part_learning_rates={"encoder": 1e-3, "grids": 0.0})
+    assert [group["lr"] for group in optimizer.param_groups] == [2e-3, 1e-3, 0.0]
     assert len(names(model, optimizer)[1]) > 0
 
 
@@ -64,7 +64,7 @@ def test_frozen_parameters_are_left_out_and_their_group_stays(model):
     moved = {name.partition(".")[0] for name, value in model.state_dict().items() if not value.equal(before[name])}
     assert moved == {"grids", "mlp", "decoder"}
     # A checkpoint's state fits whatever the rates are.
-    build(model, part_learning_rates={"encoder": None, "decoder": None}).load_state_dict(optimizer.state_dict())
+    build(model, part_learning_rates={"encoder": 1.0, "decoder": 1.0}).load_state_dict(optimizer.state_dict())
 
 
 def test_a_step_moves_each_part_by_its_rate(model):

@@ -79,8 +79,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add(
         "--adam_beta1_gan",
         type=float,
-        help="Adam's momentum once the adversarial loss counts. Default: that of --adam_beta1, as less lengthens "
-        "all steps at once.",
+        help="Adam's momentum once the adversarial loss counts. Default: that of --adam_beta1; lowering it in the "
+        "middle of a run suddenly enlarges every step.",
     )
     add("--discriminator_adam_beta1", type=float, default=0.0, help="Momentum of the discriminator's Adam.")
     add("--adam_beta2", type=float, default=0.99, help="Adam's second decay rate.")
@@ -190,14 +190,9 @@ class Trainer:
         self.perceptual_metric = build_perceptual_metric(args, self.bare.config.out_channels)
         if self.perceptual_metric is not None:
             self.perceptual_metric.to(accelerator.device)
-        optimizer = build_optimizer(
-            self.bare,
-            args.learning_rate,
-            args.adam_beta1,
-            args.adam_beta2,
-            args.adam_epsilon,
-            {"encoder": args.encoder_learning_rate},
-        )
+        rates = {} if args.encoder_learning_rate is None else {"encoder": args.encoder_learning_rate}
+        adam = args.adam_beta1, args.adam_beta2, args.adam_epsilon
+        optimizer = build_optimizer(self.bare, args.learning_rate, *adam, rates)
         # Not prepared: accelerate would advance it once a process.
         self.lr_scheduler = build_lr_scheduler(args, optimizer)
         self.loss = torch.zeros((), device=accelerator.device)  # summed since the last step
@@ -359,7 +354,8 @@ def main(argv=None):
         state.global_step += 1
         state.images_seen += global_batch
         count_skipped(state, finite, args.max_nonfinite_steps, output_dir)
-        values = {"learning_rate": trainer.lr_scheduler.get_last_lr()[0]}
+        rates = trainer.lr_scheduler.get_last_lr()
+        values = {"learning_rate": rates[0]} | ({"encoder_learning_rate": rates[1]} if len(rates) > 1 else {})
         if state.global_step % args.logging_steps == 0:
             values["grid_usage"] = usage.update(trainer.optimizer)
         log.step(values)

@@ -29,6 +29,7 @@ from ..evaluation import (
 )
 from ..feature_distances import (
     FEW_IMAGES,
+    check_count,
     collection_features,
     gather_features,
     reconstruction_distances,
@@ -141,8 +142,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def open_references(args: argparse.Namespace) -> tuple:
-    """The collection to compare with, and the rows of the random images of it."""
+    """The collection to compare with, and the rows of the random images of it; faults show before any work."""
+    import torch_fidelity  # noqa: F401, PLC0415 - rFID needs it
+
     dataset = load_collection(args.dataset_name, args.reference_split, args.image_column, args.cache_dir)
+    check_count("kid", 2, reference=min(len(dataset), args.num_reference_images))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
     return dataset, sorted(order[: args.num_reference_images].tolist())
 
