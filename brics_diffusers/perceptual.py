@@ -28,7 +28,7 @@ def lpips_is_cached(network: str = "vgg") -> bool:
 
 
 def load_lpips(
-    network: str = "vgg", pretrained: bool = True, remedy: str = "do without LPIPS: --lpips_weight 0"
+    network: str = "vgg", pretrained: bool = True, remedy: str = "do without LPIPS: --perceptual_weight 0"
 ) -> nn.Module:
     r"""
     The LPIPS metric of Zhang et al. 2018, frozen, in eval mode.

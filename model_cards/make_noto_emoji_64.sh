@@ -23,7 +23,7 @@ train no train_autoencoder.py --output_dir $runs/autoencoder --learning_rate 2e-
 train bf16 train_key_codes.py --autoencoder_name_or_path $runs/autoencoder --output_dir $runs/pipeline
 
 rm -rf $runs/generated $runs/neighbours # they may be of fewer steps
-brics-diffusers reconstruct-metrics $runs/pipeline --dataset_name "$images" --protocol standard --no_lpips \
+brics-diffusers reconstruct-metrics $runs/pipeline --dataset_name "$images" --protocol standard --no_perceptual \
     --output_dir $runs/pipeline/reports
 brics-diffusers generation-metrics --generated $runs/pipeline --dataset_name "$images" --num_samples 500 \
     --scheduler DPMSolverMultistepScheduler \

@@ -80,7 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(extra learned-features). Default: %(default)s.",
     )
     parser.add_argument(
-        "--no_lpips", action="store_true", help="Leave the perceptual distance out, for instance without its weights."
+        "--no_perceptual",
+        "--no_lpips",
+        action="store_true",
+        help="Leave the perceptual distance out, for instance without its weights.",
     )
     parser.add_argument(
         "--feature_extractor",
@@ -104,17 +107,16 @@ def run(args: argparse.Namespace) -> None:
     """Measures on every process, gathers, and writes `reconstruct-metrics-<protocol>` on the first."""
     device, state = choose_device(args.device), PartialState()
     autoencoder = open_model(args.model, device)
-    lpips_metric = None
-    if not args.no_lpips:
-        lpips_metric = load_perceptual_network(args.perceptual_network, remedy="leave LPIPS out: --no_lpips")
-        lpips_metric.to(device)
+    metric = None
+    if not args.no_perceptual:
+        metric = load_perceptual_network(args.perceptual_network, remedy="leave it out: --no_perceptual").to(device)
     extractor = None if args.feature_extractor is None else load_feature_extractor(args.feature_extractor, device)
     resolution, unreadable = autoencoder.config.sample_size, UnreadableLog()
     with state.main_process_first():
         dataset, loader = open_collection(args, resolution, slice(state.process_index, None, state.num_processes))
         references = None if extractor is None else open_references(args)
     metrics = reconstruction_metrics(
-        autoencoder, loader, lpips_metric, unreadable, state.is_main_process, args.protocol, args.seed
+        autoencoder, loader, metric, unreadable, state.is_main_process, args.protocol, args.seed
     )
     metrics = gather_by_index(metrics)
     names = chain.from_iterable(gather_object([unreadable.names]))
@@ -173,7 +175,7 @@ def describe(args: argparse.Namespace, autoencoder, num_processes: int) -> dict:
         "seed": args.seed,
         "regularization": autoencoder.config.regularization,
         "key_noise_scale": autoencoder.key_noise_scale,
-        "perceptual_network": None if args.no_lpips else args.perceptual_network,
+        "perceptual_network": None if args.no_perceptual else args.perceptual_network,
         "batch_size": args.batch_size,
         "num_processes": num_processes,
         "torchmetrics": version("torchmetrics"),
@@ -191,7 +193,7 @@ def as_text(result: dict) -> str:
     notes = [f"{count} images have no finite {name} and are left out of it." for name, count in left_out.items()]
     network, paper = result["perceptual_network"], result["protocol"] == "paper"
     if network is None:
-        notes.append("LPIPS was not measured: `--no_lpips` left it out.")
+        notes.append("A perceptual distance was not measured: `--no_perceptual` left it out.")
     elif "lpips" not in result["metrics"]:
         notes.append("LPIPS was not measured: its place has a distance by features of efficientnet-lite0.")
     else:

@@ -49,7 +49,7 @@ def test_number_of_processes_does_not_matter(run_command, model_folder, image_fo
         "13",
     ]
     one, text, _ = run_command("reconstruct-metrics", *flags, report="reconstruct-metrics-paper")
-    assert "\nLPIPS was not measured: `--no_lpips` left it out.\n" in text
+    assert "\nA perceptual distance was not measured: `--no_perceptual` left it out.\n" in text
     output = tmp_path / "two"
     done = launch_subcommand("reconstruct-metrics", *flags, "--output_dir", output, "--batch_size", 3, processes=2)
     two = json.loads((output / "reconstruct-metrics-paper.json").read_text())
@@ -126,7 +126,7 @@ class TestErrors:
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         message = self.message(model_folder, "--dataset_name", image_folder, "--dataset_split", "train")
         assert "alexnet-owt-7be5be79.pth, which could not be downloaded (HF_HUB_OFFLINE is set)" in message
-        assert message.endswith("or leave LPIPS out: --no_lpips.") and "--lpips_weight" not in message
+        assert message.endswith("or leave it out: --no_perceptual.") and "_weight" not in message
 
     def test_no_such_reference_split_or_features(self, model_folder, image_folder):
         flags = [model_folder, "--dataset_name", image_folder, "--dataset_split", "train", "--no_lpips"]
