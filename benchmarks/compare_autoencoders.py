@@ -3,12 +3,13 @@
     python benchmarks/compare_autoencoders.py --config noto-emoji-64 --dataset_name FOLDER --output_dir DIR
 
 For each seed, all models see the same images in the same order, with the same loss, batch, number of steps (unless the
-name says otherwise), shape of the learning-rate schedule (warm-up, then cosine to 0) and averaging of the weights; each
-has its own regularizer, learning rate and warm-up (`--search` is how those of the peers were chosen). Validation is protocol `standard`: outputs of the averaged weights
-clipped, codes exact. The models take turns, `--validation_steps` at a time, and after each turn its state is saved:
-after an interruption, run the same command again. What is finished in --output_dir is not trained again, so several
-processes may share the work, each with --no-report and other --models or --seeds, before one command with all of them
-writes the report. The averaged weights are saved in `models`, by `save_pretrained`.
+name says otherwise), shape of the learning-rate schedule (warm-up, then cosine to 0) and averaging of the weights;
+each has its own regularizer, learning rate and warm-up (`--search` is how those of the peers were chosen). Validation
+is protocol `standard`: outputs of the averaged weights clipped, codes exact. The models take turns,
+`--validation_steps` at a time, and after each turn its state is saved: after an interruption, run the same command
+again. What is finished in --output_dir is not trained again, so several processes may share the work, each with --no-
+report and other --models or --seeds, before one command with all of them writes the report. The averaged weights are
+saved in `models`, by `save_pretrained`.
 """
 
 import argparse

@@ -126,7 +126,7 @@ class TestErrors:
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         message = self.message(model_folder, "--dataset_name", image_folder, "--dataset_split", "train")
         assert "alexnet-owt-7be5be79.pth, which could not be downloaded (HF_HUB_OFFLINE is set)" in message
-        assert message.endswith("or leave it out: --no_perceptual.") and "_weight" not in message
+        assert message.endswith("or leave it out: --no_perceptual.") and "--perceptual_weight" not in message
 
     def test_no_such_reference_split_or_features(self, model_folder, image_folder):
         flags = [model_folder, "--dataset_name", image_folder, "--dataset_split", "train", "--no_lpips"]
