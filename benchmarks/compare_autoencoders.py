@@ -8,8 +8,8 @@ each has its own regularizer, learning rate and warm-up (`--search` is how those
 is protocol `standard`: outputs of the averaged weights clipped, codes exact. The models take turns,
 `--validation_steps` at a time, and after each turn its state is saved: after an interruption, run the same command
 again. What is finished in --output_dir is not trained again, so several processes may share the work, each with
---no-report and other --models or --seeds, before one command with all of them writes the report. The averaged weights are
-saved in `models`, by `save_pretrained`.
+--no-report and other --models or --seeds, before one command with all of them writes the report. The averaged weights
+are saved in `models`, by `save_pretrained`.
 """
 
 import argparse
