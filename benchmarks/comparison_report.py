@@ -207,8 +207,8 @@ def report_text(args, runs: dict, table: list[dict], noise: dict, on: dict, num_
 {on["device"]}; torch {on["torch"]}, diffusers {on["diffusers"]}.
 
 Steps of {args.train_batch_size} images, mirrored at random, out of {num_images}{unreadable}; loss {loss} and each
-model's own regularizer; seeds {seeds}, the same weights' seed, order of images and shape of the schedule for all of {each}.
-Validation: {last["images"]} held-out images of {size} x {size}, averaged weights, protocol `standard`. Mean ± standard
+model's own regularizer; seeds {seeds}, the same weights' seed, order of images and shape of the schedule for all of
+{each}. Validation: {last["images"]} held-out images of {size} x {size}, averaged weights, protocol `standard`. Mean ± standard
 deviation over the seeds of the mean over the images.
 {"" if "lpips" in last else unmeasured}
 {markdown_table(table)}
