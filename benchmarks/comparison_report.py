@@ -208,8 +208,8 @@ def report_text(args, runs: dict, table: list[dict], noise: dict, on: dict, num_
 
 Steps of {args.train_batch_size} images, mirrored at random, out of {num_images}{unreadable}; loss {loss} and each
 model's own regularizer; seeds {seeds}, the same weights' seed, order of images and shape of the schedule for all of
-{each}. Validation: {last["images"]} held-out images of {size} x {size}, averaged weights, protocol `standard`. Mean ± standard
-deviation over the seeds of the mean over the images.
+{each}. Validation: {last["images"]} held-out images of {size} x {size}, averaged weights, protocol `standard`. Mean ±
+standard deviation over the seeds of the mean over the images.
 {"" if "lpips" in last else unmeasured}
 {markdown_table(table)}
 M: million parameters. G: 10⁹ multiply-adds of decoding one image; lookups in grids and codebook are not counted. Times
