@@ -129,7 +129,8 @@ class TestReport:
     def test_the_discriminator_matters_from_its_start_on(self, folder):
         curves = [run["curve"] for run in json.loads((folder / "losses.json").read_text())["runs"].values()]
         same = [one["psnr"] == other["psnr"] for one, other in zip(*curves, strict=True)]
-        assert same == [True] * 4 + [False] * 4
+        # It learns from step 2 on; what its augmentation draws changes the noise of the step after.
+        assert same == [True] * 3 + [False] * 5
 
     def test_text_and_pictures(self, folder):
         text = (folder / "losses.md").read_text()
