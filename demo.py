@@ -1,5 +1,5 @@
 """Shows what the trained model of this repository makes, then trains both stages small on crops of photographs that
-ship with scikit-image, and shows what comes out of that: held-out crops and whole photographs, reconstructed.
+ship with scikit-image, and shows what comes out of that: held-out crops and the photographs, reconstructed.
 
 Run by `make demo`. Everything is written to one folder, which is named at the end.
 """
@@ -31,7 +31,7 @@ TRAINED = ROOT / "model_cards/brics-noto-emoji-64"
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle")
 CROPS = {"train": 160, "validation": 12}  # of each photograph
 SIZE = 64
-WHOLE_SIZE = 256  # of the photographs that the model of 64 x 64 crops reconstructs in the end
+PHOTOGRAPH_SIZE = 256  # of those that the model of 64 x 64 crops reconstructs in the end
 MARKER = ".brics-demo"  # in a folder that a demo has made
 PARTS = ("photos", "stage-one", "pipeline")
 
@@ -88,10 +88,10 @@ def show_trained_model(output_dir: Path, seed: int) -> None:
 
 
 @torch.no_grad()
-def show_whole_photographs(autoencoder, path: Path) -> None:
+def show_photographs(autoencoder, path: Path) -> None:
     """The photographs' central squares above reconstructions; the autoencoder has seen crops a quarter as wide."""
     photographs = [
-        ImageOps.fit(load_photograph(name), (WHOLE_SIZE,) * 2, Image.Resampling.LANCZOS) for name in PHOTOGRAPHS
+        ImageOps.fit(load_photograph(name), (PHOTOGRAPH_SIZE,) * 2, Image.Resampling.LANCZOS) for name in PHOTOGRAPHS
     ]
     images = torch.stack([pil_to_tensor(photograph) for photograph in photographs]) / 127.5 - 1
     side_by_side(images, autoencoder(images).sample).save(path)
@@ -142,10 +142,10 @@ def main():
     images = torch.cat([batch["pixel_values"] for batch in loader])[:: max(len(metrics["index"]) // 16, 1)][:16]
     with torch.no_grad():
         side_by_side(images, pipe.autoencoder(images).sample).save(output_dir / "reconstructions.png")
-    show_whole_photographs(pipe.autoencoder, output_dir / "photographs.png")
+    show_photographs(pipe.autoencoder, output_dir / "photographs.png")
     print(f"\nHeld-out crops: PSNR {summary['psnr']:.2f} dB, SSIM {summary['ssim']:.3f} ({summary['images']} images)")
     print(
-        f"After {summary['seconds']} s, {output_dir.resolve()} holds reconstructions of held-out crops and of whole "
+        f"After {summary['seconds']} s, {output_dir.resolve()} holds reconstructions of held-out crops and of the "
         "photographs (photographs.png), samples and metrics"
     )
 
