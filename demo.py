@@ -21,9 +21,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data import evaluation_loader, load_collection
-from brics_diffusers.evaluation import reconstruction_metrics
-from brics_diffusers.sampling import SAMPLERS, with_scheduler
-from brics_diffusers.visualization import image_grid, side_by_side
+from brics_diffusers.metrics.reconstruction import reconstruction_metrics
+from brics_diffusers.pipelines.sampling import SAMPLERS, with_scheduler
+from brics_diffusers.utils.image_grids import image_grid, side_by_side
 
 
 ROOT = Path(__file__).parent

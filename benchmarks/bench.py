@@ -19,7 +19,7 @@ import torch
 from diffusers import VQModel
 
 import training
-from brics_diffusers.reports import machine, write_report
+from brics_diffusers.utils.reports import machine, write_report
 
 
 PARTS = {

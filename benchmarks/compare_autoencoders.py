@@ -23,7 +23,6 @@ from comparison_report import write_comparison
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from brics_diffusers.checkpoints import appearing_folder, clean_up
 from brics_diffusers.data import (
     ImageCollection,
     UnreadableLog,
@@ -32,11 +31,14 @@ from brics_diffusers.data import (
     evaluation_loader,
     training_loader,
 )
-from brics_diffusers.evaluation import reconstruction_metrics
-from brics_diffusers.losses import reconstruction_loss
-from brics_diffusers.optimization import build_lr_scheduler, build_optimizer
-from brics_diffusers.perceptual import load_lpips, lpips_is_cached
-from brics_diffusers.training_utils import averaged_weights, ema_half_life_decay, load_splits, positive
+from brics_diffusers.metrics.perceptual import load_lpips, lpips_is_cached
+from brics_diffusers.metrics.reconstruction import reconstruction_metrics
+from brics_diffusers.runs.arguments import positive
+from brics_diffusers.runs.averaging import averaged_weights, ema_half_life_decay
+from brics_diffusers.runs.checkpoints import appearing_folder, clean_up
+from brics_diffusers.runs.losses import reconstruction_loss
+from brics_diffusers.runs.optimization import build_lr_scheduler, build_optimizer
+from brics_diffusers.runs.run import load_splits
 
 
 def parse_args(argv=None) -> argparse.Namespace:

@@ -8,13 +8,13 @@ from diffusers import VQModel
 from timing import interleaved, medians
 
 from brics_diffusers import BricsAutoencoder
-from brics_diffusers.cost import count_multiply_adds
+from brics_diffusers.analysis.cost import count_multiply_adds
 from brics_diffusers.data import evaluation_loader
-from brics_diffusers.evaluation import image_batches, image_metrics, reconstruction_metrics, row_generator
-from brics_diffusers.perceptual import LPIPS_WEIGHTS
-from brics_diffusers.reports import machine, markdown_table, write_report
-from brics_diffusers.training_utils import averaged_weights
-from brics_diffusers.visualization import image_grid
+from brics_diffusers.metrics.perceptual import LPIPS_WEIGHTS
+from brics_diffusers.metrics.reconstruction import image_batches, image_metrics, reconstruction_metrics, row_generator
+from brics_diffusers.runs.averaging import averaged_weights
+from brics_diffusers.utils.image_grids import image_grid
+from brics_diffusers.utils.reports import machine, markdown_table, write_report
 
 
 NOISES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2)  # of the latents' standard deviation

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from timing import interleaved, medians
 
-from brics_diffusers.models.style_decoder import ModulatedConv2d, filter_2d
-from brics_diffusers.reports import markdown_table
+from brics_diffusers.models.decoders.style_decoder import ModulatedConv2d, filter_2d
+from brics_diffusers.utils.reports import markdown_table
 
 
 # The up-convolution and a convolution of the paper's second resolution: channels in and out, and pixels a side.

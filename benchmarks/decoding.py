@@ -14,9 +14,9 @@ import torch
 from timing import time_and_memory
 
 from brics_diffusers import BricsAutoencoder
-from brics_diffusers.cost import PEERS, peer_autoencoder
-from brics_diffusers.presets import PRESETS
-from brics_diffusers.reports import markdown_table
+from brics_diffusers.analysis.cost import PEERS, peer_autoencoder
+from brics_diffusers.models.presets import PRESETS
+from brics_diffusers.utils.reports import markdown_table
 
 
 PRESET = "church-64x64x4"

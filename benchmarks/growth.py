@@ -11,9 +11,9 @@ import torch
 from timing import log_slope, time_and_memory
 
 from brics_diffusers import BricsAutoencoder
-from brics_diffusers.plots import COLORS, new_figure
-from brics_diffusers.presets import PRESETS
-from brics_diffusers.reports import markdown_table
+from brics_diffusers.models.presets import PRESETS
+from brics_diffusers.utils.plots import COLORS, new_figure
+from brics_diffusers.utils.reports import markdown_table
 
 
 AXES = {

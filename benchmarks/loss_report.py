@@ -14,21 +14,22 @@ from comparison_report import spread
 from timing import interleaved, medians
 
 from brics_diffusers.data import evaluation_loader
-from brics_diffusers.evaluation import image_batches, reconstruction_metrics
-from brics_diffusers.feature_distances import (
+from brics_diffusers.metrics.feature_distances import (
     KID_SCALE,
     collection_features,
     frechet_distance,
     kernel_distance,
     name_with_features,
 )
-from brics_diffusers.feature_extractors import load_feature_extractor
-from brics_diffusers.image_features import cached_features
-from brics_diffusers.perceptual import load_perceptual_network, perceptual_is_cached
-from brics_diffusers.plots import COLORS, new_figure
-from brics_diffusers.reports import machine, markdown_table, write_report
-from brics_diffusers.training_utils import load_autoencoder, load_splits
-from brics_diffusers.visualization import image_grid
+from brics_diffusers.metrics.feature_extractors import load_feature_extractor
+from brics_diffusers.metrics.image_features import cached_features
+from brics_diffusers.metrics.perceptual import load_perceptual_network, perceptual_is_cached
+from brics_diffusers.metrics.reconstruction import image_batches, reconstruction_metrics
+from brics_diffusers.models.loading import load_autoencoder
+from brics_diffusers.runs.run import load_splits
+from brics_diffusers.utils.image_grids import image_grid
+from brics_diffusers.utils.plots import COLORS, new_figure
+from brics_diffusers.utils.reports import machine, markdown_table, write_report
 
 
 BATCH_SIZE = 32  # of measurements

@@ -23,11 +23,11 @@ from unittest import mock
 import torch
 from timing import interleaved, medians, peak_bytes
 
-from brics_diffusers.models import lattice_retrieval, torch_retrieval
-from brics_diffusers.models.feature_grids import FeatureGrids
-from brics_diffusers.models.reference_retrieval import entry_index, pixel_centers
-from brics_diffusers.models.retrieval import retrieval_implementation, retrieve
-from brics_diffusers.reports import markdown_table
+from brics_diffusers.models.grids import lookup_lattice, lookup_torch
+from brics_diffusers.models.grids.feature_grids import FeatureGrids
+from brics_diffusers.models.grids.lookup import retrieval_implementation, retrieve
+from brics_diffusers.models.grids.lookup_reference import entry_index, pixel_centers
+from brics_diffusers.utils.reports import markdown_table
 
 
 FEATURE_SIZE = 64
@@ -71,13 +71,13 @@ def make_step(grids: FeatureGrids, batch_size: int, lookup):
 
 def with_lattice_up_to(nodes_per_image: float, step) -> None:
     """A step in which levels up to a number of nodes along the key are read by way of the lattice."""
-    with mock.patch.object(lattice_retrieval, "NODES_PER_IMAGE", nodes_per_image):
+    with mock.patch.object(lookup_lattice, "NODES_PER_IMAGE", nodes_per_image):
         step()
 
 
 def with_zeros_of_torch(step) -> None:
     """A step in which torch itself makes the memory of the entries' gradient."""
-    with mock.patch.object(torch_retrieval, "fresh_zeros", lambda shape, like: like.new_zeros(shape)):
+    with mock.patch.object(lookup_torch, "fresh_zeros", lambda shape, like: like.new_zeros(shape)):
         step()
 
 

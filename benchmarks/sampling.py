@@ -18,10 +18,10 @@ from timing import interleaved, medians, seconds
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
 from brics_diffusers.data import load_collection
-from brics_diffusers.generation_metrics import generation_metrics, load_extractors
-from brics_diffusers.reports import markdown_table
-from brics_diffusers.sampling import SAMPLERS as SCHEDULERS
-from brics_diffusers.sampling import load_pipeline, sample_images_to_folder, with_scheduler
+from brics_diffusers.metrics.generation import generation_metrics, load_extractors
+from brics_diffusers.pipelines.sampling import SAMPLERS as SCHEDULERS
+from brics_diffusers.pipelines.sampling import load_pipeline, sample_images_to_folder, with_scheduler
+from brics_diffusers.utils.reports import markdown_table
 
 
 # Name, class (the pipeline's own for `None`), options and steps; the last is the one to beat.

@@ -20,10 +20,10 @@ from timing import interleaved, medians
 
 from brics_diffusers import BricsAutoencoder
 from brics_diffusers.data import ImageCollection, collate_images, load_collection, training_loader
-from brics_diffusers.losses import denoising_loss, reconstruction_loss
-from brics_diffusers.optimization import build_optimizer
-from brics_diffusers.presets import PRESETS
-from brics_diffusers.reports import markdown_table
+from brics_diffusers.models.presets import PRESETS
+from brics_diffusers.runs.losses import denoising_loss, reconstruction_loss
+from brics_diffusers.runs.optimization import build_optimizer
+from brics_diffusers.utils.reports import markdown_table
 
 
 # The preset with images of half the side: two cores get through some steps.

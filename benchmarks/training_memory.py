@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from brics_diffusers import BricsAutoencoder, BricsDiscriminator
-from brics_diffusers.losses import DiscriminatorLoss, adversarial_loss, reconstruction_loss
-from brics_diffusers.perceptual import load_lpips
+from brics_diffusers.metrics.perceptual import load_lpips
+from brics_diffusers.runs.losses import DiscriminatorLoss, adversarial_loss, reconstruction_loss
 
 
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"

@@ -12,8 +12,8 @@ import torch
 
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data import evaluation_loader, load_collection
-from brics_diffusers.sampling import SAMPLERS, with_scheduler
-from brics_diffusers.visualization import image_grid
+from brics_diffusers.pipelines.sampling import SAMPLERS, with_scheduler
+from brics_diffusers.utils.image_grids import image_grid
 
 
 STEPS = 250  # ancestral

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from brics_diffusers import BricsAutoencoder, BricsDiscriminator, BricsKeyCodePipeline, CosineVariantScheduler
-from brics_diffusers.sampling import SAMPLERS, with_scheduler
+from brics_diffusers.pipelines.sampling import SAMPLERS, with_scheduler
 
 
 class Waits(TorchDispatchMode):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data import evaluation_loader, load_collection
-from brics_diffusers.evaluation import reconstruction_metrics
+from brics_diffusers.metrics.reconstruction import reconstruction_metrics
 from demo import show_trained_model
 
 

@@ -14,9 +14,16 @@ from diffusers.training_utils import EMAModel
 from torchvision.transforms.functional import to_tensor
 
 from brics_diffusers import BricsAutoencoder
-from brics_diffusers.adversarial import Adversary
-from brics_diffusers.augmentation import policy
-from brics_diffusers.checkpoints import (
+from brics_diffusers.analysis.grid_usage import GridUsage
+from brics_diffusers.data import ImageCollection, UnreadableLog, collate_images, evaluation_loader, training_loader
+from brics_diffusers.metrics.perceptual import PERCEPTUAL_NETWORKS, load_perceptual_network, perceptual_is_cached
+from brics_diffusers.metrics.reconstruction import reconstruction_metrics
+from brics_diffusers.models.loading import load_autoencoder
+from brics_diffusers.runs.adversarial import Adversary
+from brics_diffusers.runs.arguments import add_common_arguments, parse_arguments, positive, run_settings
+from brics_diffusers.runs.augmentation import policy
+from brics_diffusers.runs.averaging import averaged_weights, ema_half_life_decay
+from brics_diffusers.runs.checkpoints import (
     NO_BEST,
     RunState,
     TerminationSignal,
@@ -25,11 +32,8 @@ from brics_diffusers.checkpoints import (
     naming_the_last_checkpoint,
     save_checkpoint,
 )
-from brics_diffusers.data import ImageCollection, UnreadableLog, collate_images, evaluation_loader, training_loader
-from brics_diffusers.evaluation import reconstruction_metrics
-from brics_diffusers.grid_usage import GridUsage
-from brics_diffusers.losses import reconstruction_loss
-from brics_diffusers.optimization import (
+from brics_diffusers.runs.losses import reconstruction_loss
+from brics_diffusers.runs.optimization import (
     build_lr_scheduler,
     build_optimizer,
     check_weights,
@@ -37,23 +41,9 @@ from brics_diffusers.optimization import (
     set_adam,
     step_if_finite,
 )
-from brics_diffusers.perceptual import PERCEPTUAL_NETWORKS, load_perceptual_network, perceptual_is_cached
-from brics_diffusers.run_record import finish_run, summarize_run
-from brics_diffusers.training_utils import (
-    StepLog,
-    add_common_arguments,
-    averaged_weights,
-    ema_half_life_decay,
-    load_autoencoder,
-    load_splits,
-    parse_arguments,
-    positive,
-    resume_run,
-    run_settings,
-    start_run,
-    tensorboard,
-)
-from brics_diffusers.visualization import side_by_side
+from brics_diffusers.runs.record import finish_run, summarize_run
+from brics_diffusers.runs.run import StepLog, load_splits, resume_run, start_run, tensorboard
+from brics_diffusers.utils.image_grids import side_by_side
 
 
 logger = logging.getLogger("train_autoencoder")

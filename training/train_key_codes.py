@@ -20,8 +20,19 @@ from diffusers.training_utils import EMAModel
 from torchvision.transforms.functional import to_tensor
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
-from brics_diffusers.caching import weights_digest
-from brics_diffusers.checkpoints import (
+from brics_diffusers.data import collection_fingerprint, load_collection, training_loader
+from brics_diffusers.data.key_codes import (
+    KeyCodeDataset,
+    count_shards,
+    finish_key_codes,
+    open_key_codes,
+    write_key_codes,
+)
+from brics_diffusers.models.loading import load_autoencoder
+from brics_diffusers.pipelines.pipeline_brics_key_code import key_codes_to_latents
+from brics_diffusers.runs.arguments import add_common_arguments, parse_arguments, positive, run_settings
+from brics_diffusers.runs.averaging import averaged_weights
+from brics_diffusers.runs.checkpoints import (
     RunState,
     TerminationSignal,
     appearing_folder,
@@ -30,38 +41,19 @@ from brics_diffusers.checkpoints import (
     naming_the_last_checkpoint,
     save_checkpoint,
 )
-from brics_diffusers.data import collection_fingerprint, load_collection, training_loader
-from brics_diffusers.key_code_store import (
-    KeyCodeDataset,
-    count_shards,
-    finish_key_codes,
-    open_key_codes,
-    write_key_codes,
-)
-from brics_diffusers.losses import denoising_loss
-from brics_diffusers.optimization import (
+from brics_diffusers.runs.losses import denoising_loss
+from brics_diffusers.runs.optimization import (
     build_lr_scheduler,
     build_optimizer,
     check_weights,
     count_skipped,
     step_if_finite,
 )
-from brics_diffusers.pipelines.pipeline_brics_key_code import key_codes_to_latents
-from brics_diffusers.run_record import finish_run, summarize_run
+from brics_diffusers.runs.record import finish_run, summarize_run
+from brics_diffusers.runs.run import StepLog, resume_run, start_run, tensorboard
 from brics_diffusers.schedulers.scheduling_cosine_variant import min_snr_weights
-from brics_diffusers.training_utils import (
-    StepLog,
-    add_common_arguments,
-    averaged_weights,
-    load_autoencoder,
-    parse_arguments,
-    positive,
-    resume_run,
-    run_settings,
-    start_run,
-    tensorboard,
-)
-from brics_diffusers.visualization import image_grid
+from brics_diffusers.utils.files import weights_digest
+from brics_diffusers.utils.image_grids import image_grid
 
 
 logger = logging.getLogger("train_key_codes")

@@ -5,8 +5,8 @@ import importlib
 import logging
 import sys
 
-from ..reports import make_output_folder
-from ..training_utils import quiet_libraries
+from ..runs.run import quiet_libraries
+from ..utils.reports import make_output_folder
 
 
 # Subcommands are the modules of this folder; the first line of a module's docstring is its help text.

@@ -6,8 +6,8 @@ brics-diffusers[app]`. The page is for this machine alone, unless --host or --sh
 
 import argparse
 
-from ..app import build_app, import_gradio, launch
-from ..sampling import load_pipeline
+from ..pipelines.sampling import load_pipeline
+from .app_page import build_app, import_gradio, launch
 from .shared import add_device_argument, choose_device
 
 

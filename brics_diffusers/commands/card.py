@@ -8,9 +8,10 @@ within it: give `reconstruct-metrics` and `generation-metrics` that --output_dir
 import argparse
 from pathlib import Path
 
-from ..hub import add_hub_arguments, add_license_argument, export, open_repository, push
-from ..model_card import read_facts, write_card
-from ..reports import make_output_folder
+from ..hub.card import read_facts, write_card
+from ..hub.push import export, open_repository, push
+from ..runs.arguments import add_hub_arguments, add_license_argument
+from ..utils.reports import make_output_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

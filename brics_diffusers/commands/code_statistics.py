@@ -6,11 +6,11 @@ of sigmoid(mu + std n), n ~ N(0, 1), integrated numerically for every code of ev
 
 import argparse
 
-from ..code_statistics import key_code_statistics
+from ..analysis.code_statistics import key_code_statistics
+from ..analysis.plots import code_plot
 from ..data import UnreadableLog
-from ..evaluation import image_batches
-from ..plots import code_plot
-from ..reports import markdown_table
+from ..metrics.reconstruction import image_batches
+from ..utils.reports import markdown_table
 from .shared import (
     MODEL_HELP,
     add_collection_arguments,

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from tqdm.auto import tqdm
 
-from ..cost import (
+from ..analysis.cost import (
     autoencoder_cost,
     peer_decoder_cost,
     peers_of_size,
@@ -21,10 +21,10 @@ from ..cost import (
     sample_size,
     variations,
 )
+from ..analysis.plots import cost_plot
 from ..models.autoencoder_brics import DECODER_TYPES
-from ..plots import cost_plot
-from ..presets import PRESETS
-from ..reports import markdown_table
+from ..models.presets import PRESETS
+from ..utils.reports import markdown_table
 from .shared import publish
 
 

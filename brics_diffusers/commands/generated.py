@@ -9,9 +9,9 @@ import torch
 from accelerate import PartialState
 
 from ..data import load_collection
-from ..reports import make_output_folder
-from ..sampling import load_pipeline, load_samples, read_sample_settings, sample_images_to_folder
-from ..training_utils import positive
+from ..pipelines.sampling import load_pipeline, load_samples, read_sample_settings, sample_images_to_folder
+from ..runs.arguments import positive
+from ..utils.reports import make_output_folder
 
 
 def json_object(text: str) -> dict:

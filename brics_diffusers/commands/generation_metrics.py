@@ -24,9 +24,8 @@ from importlib import metadata
 
 from accelerate import PartialState
 
-from ..caching import default_cache_dir
 from ..data import evaluation_loader
-from ..generation_metrics import (
+from ..metrics.generation import (
     INCEPTION,
     KID_FEATURES,
     METRICS,
@@ -36,14 +35,10 @@ from ..generation_metrics import (
     generation_metrics,
     load_extractors,
 )
-from ..reports import machine, make_output_folder, markdown_table
-from ..visualization import image_grid
-from .generated import (
-    add_generated_arguments,
-    is_image_folder,
-    load_generated,
-    make_samples,
-)
+from ..utils.files import default_cache_dir
+from ..utils.image_grids import image_grid
+from ..utils.reports import machine, make_output_folder, markdown_table
+from .generated import add_generated_arguments, is_image_folder, load_generated, make_samples
 from .shared import add_collection_arguments, add_run_arguments, choose_device, publish, read_collection
 
 

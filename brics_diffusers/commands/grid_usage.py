@@ -10,12 +10,17 @@ import argparse
 
 from diffusers import VQModel
 
+from ..analysis.grid_usage import (
+    collection_codebook_hits,
+    collection_entry_hits,
+    hit_statistics,
+    usage_by_group_and_level,
+)
+from ..analysis.plots import usage_plot
 from ..data import UnreadableLog
-from ..evaluation import image_batches
-from ..grid_usage import collection_codebook_hits, collection_entry_hits, hit_statistics, usage_by_group_and_level
-from ..plots import usage_plot
-from ..reports import markdown_table
-from ..safe_loading import load_class_safely
+from ..metrics.reconstruction import image_batches
+from ..utils.reports import markdown_table
+from ..utils.safe_loading import load_class_safely
 from .shared import (
     MODEL_HELP,
     add_collection_arguments,

@@ -19,15 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..data import UnreadableLog, collection_fingerprint, evaluation_loader, load_collection
-from ..evaluation import (
-    PROTOCOLS,
-    gather_by_index,
-    image_batches,
-    reconstruct,
-    reconstruction_metrics,
-    summarize_metrics,
-)
-from ..feature_distances import (
+from ..metrics.feature_distances import (
     FEW_IMAGES,
     check_count,
     collection_features,
@@ -35,11 +27,19 @@ from ..feature_distances import (
     reconstruction_distances,
     reconstruction_features,
 )
-from ..feature_extractors import extractor_description, load_feature_extractor
-from ..perceptual import PERCEPTUAL_NETWORKS, load_perceptual_network
-from ..reports import markdown_table
-from ..training_utils import positive
-from ..visualization import side_by_side
+from ..metrics.feature_extractors import extractor_description, load_feature_extractor
+from ..metrics.perceptual import PERCEPTUAL_NETWORKS, load_perceptual_network
+from ..metrics.reconstruction import (
+    PROTOCOLS,
+    gather_by_index,
+    image_batches,
+    reconstruct,
+    reconstruction_metrics,
+    summarize_metrics,
+)
+from ..runs.arguments import positive
+from ..utils.image_grids import side_by_side
+from ..utils.reports import markdown_table
 from .shared import (
     MODEL_HELP,
     add_collection_arguments,

@@ -7,8 +7,9 @@ made from the installed package: one file beside each component's config, and pi
 import argparse
 from pathlib import Path
 
-from ..hub import add_hub_arguments, open_repository, push
-from ..remote_code import write_remote_code
+from ..hub.push import open_repository, push
+from ..hub.remote_code import write_remote_code
+from ..runs.arguments import add_hub_arguments
 
 
 BRANCH = "remote-code"

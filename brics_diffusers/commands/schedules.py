@@ -10,14 +10,14 @@ import itertools
 import torch
 from tqdm.auto import tqdm
 
+from ..analysis.noise_levels import decode_noised, schedule_curves
+from ..analysis.plots import noised_plot, schedule_plot
 from ..data import UnreadableLog
-from ..evaluation import image_batches
-from ..noise_levels import decode_noised, schedule_curves
-from ..plots import noised_plot, schedule_plot
-from ..reports import markdown_table
+from ..metrics.reconstruction import image_batches
+from ..runs.arguments import positive
 from ..schedulers import CosineVariantScheduler
 from ..schedulers.scheduling_cosine_variant import GAMMA_SCHEDULES, PREDICTION_TYPES
-from ..training_utils import positive
+from ..utils.reports import markdown_table
 from .shared import (
     MODEL_HELP,
     add_collection_arguments,

@@ -12,8 +12,9 @@ from accelerate.utils import parse_flag_from_env
 
 from ..data import UnreadableLog, collection_fingerprint, evaluation_loader, load_collection
 from ..models import BricsAutoencoder
-from ..reports import machine, write_report
-from ..training_utils import load_autoencoder, not_negative, positive
+from ..models.loading import load_autoencoder
+from ..runs.arguments import not_negative, positive
+from ..utils.reports import machine, write_report
 
 
 logger = logging.getLogger(__name__)

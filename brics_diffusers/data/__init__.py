@@ -1,3 +1,5 @@
+"""Collections of images, reading of single images, and key codes of a collection on disk."""
+
 from .collection import collection_fingerprint, load_collection
 from .images import (
     ImageCollection,

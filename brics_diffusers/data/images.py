@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
-from ..image_modes import to_rgb
+from .image_modes import to_rgb
 
 
 logger = logging.getLogger(__name__)

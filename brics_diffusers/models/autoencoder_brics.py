@@ -11,10 +11,10 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from ..safe_loading import SafeModelMixin
-from .feature_grids import FeatureGrids
-from .group_mlp import GroupMLP
-from .style_decoder import StyleDecoder
+from ..utils.safe_loading import SafeModelMixin
+from .decoders.group_mlp import GroupMLP
+from .decoders.style_decoder import StyleDecoder
+from .grids.feature_grids import FeatureGrids
 
 
 DECODER_TYPES = ("style", "vqgan", "movq")

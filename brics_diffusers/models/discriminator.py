@@ -8,9 +8,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ..safe_loading import SafeModelMixin
-from .group_mlp import scaled_leaky_relu
-from .style_decoder import EqualizedLinear, filter_2d
+from ..utils.safe_loading import SafeModelMixin
+from .decoders.group_mlp import scaled_leaky_relu
+from .decoders.style_decoder import EqualizedLinear, filter_2d
 
 
 class EqualizedConv2d(nn.Module):

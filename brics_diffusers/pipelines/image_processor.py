@@ -3,7 +3,7 @@
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from ..image_modes import to_eight_bits, to_rgb
+from ..data.image_modes import to_eight_bits, to_rgb
 
 
 class BricsImageProcessor(VaeImageProcessor):

@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from ..models import BricsAutoencoder
-from ..safe_loading import SafePipelineMixin
+from ..utils.safe_loading import SafePipelineMixin
 from .image_processor import BricsImageProcessor
 from .key_code_editing import KeyCodeEditingMixin
 from .latents import generators_per_image, key_codes_to_latents, latents_to_key_codes

@@ -11,10 +11,10 @@ from PIL import Image
 from small_models import ROOT
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from brics_diffusers import feature_extractors
 from brics_diffusers.commands import main
-from brics_diffusers.generation_metrics import INCEPTION, NEIGHBOURS, SPLITS
-from brics_diffusers.sampling import sample_path
+from brics_diffusers.metrics import feature_extractors
+from brics_diffusers.metrics.generation import INCEPTION, NEIGHBOURS, SPLITS
+from brics_diffusers.pipelines.sampling import sample_path
 
 
 @pytest.fixture

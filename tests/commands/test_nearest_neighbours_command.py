@@ -3,9 +3,9 @@ import json
 import pytest
 from PIL import Image
 
-from brics_diffusers import nearest_neighbours
 from brics_diffusers.commands import main
-from brics_diffusers.perceptual import load_lpips
+from brics_diffusers.metrics import nearest_neighbours
+from brics_diffusers.metrics.perceptual import load_lpips
 
 
 @pytest.fixture

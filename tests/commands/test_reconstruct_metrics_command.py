@@ -6,8 +6,8 @@ from launching import launch_subcommand
 from PIL import Image
 
 from brics_diffusers.commands import main, reconstruct_metrics
-from brics_diffusers.efficientnet import EFFICIENTNETS, efficientnet_is_installed
-from brics_diffusers.perceptual import load_lpips
+from brics_diffusers.metrics.efficientnet import EFFICIENTNETS, efficientnet_is_installed
+from brics_diffusers.metrics.perceptual import load_lpips
 
 
 @pytest.mark.parametrize("protocol", ["standard", "paper"])

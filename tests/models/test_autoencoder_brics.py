@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from brics_diffusers import BricsAutoencoder
 from brics_diffusers.models import autoencoder_brics
-from brics_diffusers.presets import PRESETS
+from brics_diffusers.models.presets import PRESETS
 
 
 SMALL = {

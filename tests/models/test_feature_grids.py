@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from brics_diffusers.models import feature_grids
-from brics_diffusers.models.feature_grids import FeatureGrids, grid_resolutions
-from brics_diffusers.models.reference_retrieval import pixel_centers
-from brics_diffusers.models.retrieval import retrieve
+from brics_diffusers.models.grids import feature_grids
+from brics_diffusers.models.grids.feature_grids import FeatureGrids, grid_resolutions
+from brics_diffusers.models.grids.lookup import retrieve
+from brics_diffusers.models.grids.lookup_reference import pixel_centers
 
 
 # Float64 on entries of order 1: a few hundred products and sums, each within 1.1e-16 of exact.

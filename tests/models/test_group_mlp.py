@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from brics_diffusers.models.group_mlp import GroupLinear, GroupMapping, GroupMLP, ModulatedGroupLinear
+from brics_diffusers.models.decoders.group_mlp import GroupLinear, GroupMapping, GroupMLP, ModulatedGroupLinear
 
 
 # Sums of at most a few dozen terms of order 1.

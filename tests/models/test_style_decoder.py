@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from brics_diffusers.models.style_decoder import (
+from brics_diffusers.models.decoders.style_decoder import (
     EqualizedLinear,
     ModulatedConv2d,
     StyleDecoder,

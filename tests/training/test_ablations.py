@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState
 from small_models import ROOT
 
 from brics_diffusers import BricsAutoencoder, CosineVariantScheduler
-from brics_diffusers.optimization import build_optimizer
+from brics_diffusers.runs.optimization import build_optimizer
 
 
 TABLE_ROW = re.compile(r"^\|[^|]+\|[^|]+\| `(--set .+)` \|$", re.MULTILINE)

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
 from brics_diffusers.data import ImageCollection, load_collection
-from brics_diffusers.evaluation import image_metrics
+from brics_diffusers.metrics.reconstruction import image_metrics
 from demo import write_crops
 
 

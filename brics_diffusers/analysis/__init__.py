@@ -1,0 +1,1 @@
+"""What goes on inside a trained model: use of the grids, statistics of key codes, noise levels, cost."""

@@ -1,0 +1,1 @@
+"""What is published of a run, and how: the model card, the push, code for people without this package."""

@@ -1,0 +1,1 @@
+"""How good reconstructions and samples are, and the networks whose features that is measured with."""

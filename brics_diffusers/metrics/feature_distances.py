@@ -1,0 +1,199 @@
+"""Distances between two sets of images by learned features, and those features of an autoencoder's reconstructions."""
+
+import itertools
+import re
+from collections.abc import Iterable
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+
+from ..data import UnreadableLog
+from .feature_extractors import apply_extractor, extractor_description
+from .image_features import to_uint8
+from .reconstruction import image_batches, reconstruct
+
+
+KID_SCALE = 1_000  # kernel distances are reported times this
+FEW_IMAGES = 3_000  # with fewer, a Fréchet distance is mostly bias
+
+
+def check_count(metric: str, least: int, **counts: int) -> None:
+    """A `ValueError` if there are fewer images of a kind than a metric is defined for."""
+    if min(counts.values()) < least:
+        numbers = " and ".join(f"{count} {name}" for name, count in counts.items())
+        raise ValueError(
+            f"{metric} needs at least {least} images of each kind, got {numbers}; add images or leave {metric} out."
+        )
+
+
+def frechet_distance(generated: torch.Tensor, real: torch.Tensor) -> float:
+    r"""
+    Squared Fréchet distance of two Gaussians with the features' means and (unbiased) covariances, by torch-fidelity:
+    the trace of the matrix square root is the sum of the square roots of the product's eigenvalues. It stays defined
+    for fewer images than features, where covariances are singular.
+
+    Args:
+        generated (`torch.Tensor` of shape (N, D)): Features, float32, on the CPU.
+        real (`torch.Tensor` of shape (M, D)): Features.
+
+    Returns:
+        `float`: at least 0, but for rounding.
+
+    Raises:
+        `ValueError`: If there are fewer than 2 of each.
+    """
+    from torch_fidelity import KEY_METRIC_FID
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    check_count("fid", 2, generated=len(generated), real=len(real))
+    statistics = (fid_features_to_statistics(features) for features in (generated, real))
+    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+
+
+def kernel_distance(generated: torch.Tensor, real: torch.Tensor, rows_at_once: int = 2_048) -> float:
+    r"""
+    Squared maximum mean discrepancy with the kernel `(x . y / D + 1)^3`, which makes KID (Bińkowski et al. 2018) of
+    features. Unbiased: its expectation does not depend on the number of images, so few of them do, and it may be
+    slightly negative. Of all images at once, where others average over subsets.
+
+    Args:
+        generated (`torch.Tensor` of shape (N, D)): Features.
+        real (`torch.Tensor` of shape (M, D)): Features, on the same device.
+        rows_at_once (`int`, defaults to 2048): The kernel of so many images with so many others is in memory.
+
+    Returns:
+        `float`: not scaled; times `KID_SCALE` it is what reports call KID.
+
+    Raises:
+        `ValueError`: If there are fewer than 2 of each.
+    """
+    check_count("kid", 2, generated=len(generated), real=len(real))
+
+    def total(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        pairs = itertools.product(a.split(rows_at_once), b.split(rows_at_once))
+        return sum((x.double() @ y.double().T / x.shape[1] + 1).pow(3).sum() for x, y in pairs)
+
+    def within(a: torch.Tensor) -> torch.Tensor:  # an image with itself is no pair
+        own = sum((x.double().square().mean(dim=1) + 1).pow(3).sum() for x in a.split(rows_at_once))
+        return (total(a, a) - own) / (len(a) * (len(a) - 1))
+
+    between = total(generated, real) / (len(generated) * len(real))
+    return (within(generated) + within(real) - 2 * between).item()
+
+
+def name_with_features(metric: str, extractor: str | nn.Module) -> str:
+    """The name under which to report a metric of an extractor's features, for instance `kid_efficientnet_lite2`."""
+    name = extractor if isinstance(extractor, str) else extractor_description(extractor)["name"]
+    return f"{metric}_{re.sub(r'[^0-9a-z]+', '_', name.split(': ')[-1].lower())}"
+
+
+@torch.no_grad()
+def collection_features(
+    loader: Iterable[dict],
+    extractor: nn.Module,
+    device: torch.device | str = "cpu",
+    unreadable: UnreadableLog | None = None,
+    progress: bool = True,
+) -> torch.Tensor:
+    r"""
+    Features of a loader's images.
+
+    Args:
+        loader (`Iterable[dict]`): Batches with `pixel_values` in [-1, 1] and `index`.
+        extractor (`nn.Module`): Result of `load_feature_extractor`.
+        device (`torch.device`, defaults to `"cpu"`): Where the extractor works.
+        unreadable (`UnreadableLog`, *optional*): Notes the files that the loader could not read.
+        progress (`bool`, defaults to `True`): Whether to show a progress bar.
+
+    Returns:
+        `torch.Tensor` of shape (N, D): on the CPU; (0, 0) without any image.
+    """
+    batches = image_batches(loader, device, unreadable, "Extracting features", progress, least=0)
+    return _concatenate([_features(extractor, images) for images, _ in batches])
+
+
+@torch.no_grad()
+def reconstruction_features(
+    autoencoder,
+    loader: Iterable[dict],
+    extractor: nn.Module,
+    unreadable: UnreadableLog | None = None,
+    progress: bool = True,
+    protocol: str = "standard",
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Features of a loader's images and of their reconstructions, clipped to [-1, 1] and rounded to 8 bits. The
+    autoencoder should be in eval mode.
+
+    Args:
+        autoencoder ([`BricsAutoencoder`] or any module whose `forward(x).sample` is an image): The model.
+        loader (`Iterable[dict]`): Batches with `pixel_values` in [-1, 1] and `index`.
+        extractor (`nn.Module`): Result of `load_feature_extractor`, on the autoencoder's device.
+        unreadable (`UnreadableLog`, *optional*): Notes the files that the loader could not read.
+        progress (`bool`, defaults to `True`): Whether to show a progress bar.
+        protocol (`str`, defaults to `"standard"`): `"paper"` perturbs key codes, as in `reconstruction_metrics`.
+        seed (`int`, defaults to 0): Seed of the perturbation.
+
+    Returns:
+        `tuple`: features of the originals and of the reconstructions, both of shape (N, D), on the CPU, in the same
+        order; (0, 0) without any image.
+    """
+    device = next(autoencoder.parameters()).device
+    originals, reconstructions = [], []
+    for images, rows in image_batches(loader, device, unreadable, "Extracting features", progress, least=0):
+        sample = reconstruct(autoencoder, images, rows, protocol == "paper", seed)
+        originals.append(_features(extractor, images))
+        reconstructions.append(_features(extractor, sample.float()))
+    return _concatenate(originals), _concatenate(reconstructions)
+
+
+def _features(extractor: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return apply_extractor(extractor, to_uint8(images))[0].cpu()
+
+
+def _concatenate(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    parts = [part for part in parts if len(part)]
+    return torch.cat(parts) if parts else torch.empty(0, 0)
+
+
+def gather_features(*features: torch.Tensor) -> list[torch.Tensor]:
+    r"""
+    The features of all processes, those of the first process first.
+
+    Args:
+        features (`torch.Tensor` of shape (N, D)): This process's, on the CPU; some processes may have none.
+
+    Returns:
+        `list[torch.Tensor]`: one tensor for each argument.
+    """
+    return [_concatenate(parts) for parts in zip(*gather_object([features]), strict=True)]
+
+
+def reconstruction_distances(
+    originals: torch.Tensor, reconstructions: torch.Tensor, references: torch.Tensor, extractor: str | nn.Module
+) -> dict[str, float]:
+    r"""
+    How far reconstructions are from the images they are of, and from others of the same kind.
+
+    Args:
+        originals (`torch.Tensor` of shape (N, D)): First result of [`reconstruction_features`].
+        reconstructions (`torch.Tensor` of shape (N, D)): The second.
+        references (`torch.Tensor` of shape (M, D)): Features of images that are not among the originals.
+        extractor (`str` or `nn.Module`): What made the features, or its name.
+
+    Returns:
+        `dict`: `"rfid_<features>"`, the Fréchet distance between originals and reconstructions; `"kid_<features>"`,
+        the kernel distance of reconstructions from references times 1,000; `"kid_<features>_originals"`, that of the
+        originals, which a perfect autoencoder would have too.
+
+    Raises:
+        `ValueError`: If there are fewer than 2 of each.
+    """
+    kid = name_with_features("kid", extractor)
+    return {
+        name_with_features("rfid", extractor): frechet_distance(reconstructions, originals),
+        kid: KID_SCALE * kernel_distance(reconstructions, references),
+        f"{kid}_originals": KID_SCALE * kernel_distance(originals, references),
+    }

@@ -1,0 +1,248 @@
+"""The training images nearest to given images, in memory that does not grow with the training set."""
+
+from collections.abc import Iterable
+
+import datasets
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torchvision.transforms.functional import to_pil_image
+from tqdm.auto import tqdm
+
+from ..data import UnreadableLog, evaluation_loader
+from .feature_extractors import apply_extractor, extractor_description, extractor_names, load_feature_extractor
+from .image_features import to_uint8
+from .perceptual import LPIPS_WEIGHTS, load_lpips
+
+
+COLUMNS_AT_ONCE = 2**16  # of embeddings: sums of so many squares in float32 stay exact to five digits
+
+
+class PixelEmbedding(nn.Module):
+    """Pixels, scaled so that squared distances are mean squared errors of images in [0, 1]."""
+
+    description = {"name": "pixels", "definition": "mean squared difference of pixels, images in [0, 1]"}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images (B, 3, H, W) to vectors (B, 3 * H * W)."""
+        pixels = images.float().flatten(1) / 255
+        return pixels / pixels.shape[1] ** 0.5
+
+
+class LpipsEmbedding(nn.Module):
+    r"""
+    Vectors whose squared distance is LPIPS. LPIPS averages, over the pixels of each layer, weighted squared
+    differences of features of unit length; so features times the square root of weight / pixels do it.
+
+    Args:
+        metric (`lpips.LPIPS`): Result of `load_lpips`.
+
+    Raises:
+        `ValueError`: If a weight is negative, so that LPIPS is no squared distance.
+    """
+
+    def __init__(self, metric: nn.Module):
+        super().__init__()
+        self.metric = metric
+        if any((linear.model[-1].weight < 0).any() for linear in metric.lins):
+            raise ValueError("LPIPS has negative weights, so it is no squared distance; use its published weights.")
+        backbone = "random" if metric.pnet_rand else "ImageNet"
+        definition = f"LPIPS {metric.version}, {metric.pnet_type}, backbone weights: {backbone}"
+        self.description = {"name": f"lpips-{metric.pnet_type}", "definition": definition}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images (B, 3, H, W) to vectors (B, F): half a million numbers for VGG at 64 x 64 pixels."""
+        layers = self.metric.net(self.metric.scaling_layer(images.float() / 127.5 - 1))
+        parts = []
+        for features, linear in zip(layers, self.metric.lins, strict=True):  # (B, C, H', W')
+            # The same tiny number as in lpips keeps pixels without any activation finite.
+            unit = features / (features.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
+            pixels = features.shape[2] * features.shape[3]
+            parts.append((unit * (linear.model[-1].weight / pixels).sqrt()).flatten(1))
+        return torch.cat(parts, dim=1)
+
+
+class FeatureEmbedding(nn.Module):
+    """Features of an extractor (result of `load_feature_extractor`), unscaled."""
+
+    def __init__(self, extractor: nn.Module):
+        super().__init__()
+        self.extractor = extractor
+        description = extractor_description(extractor)
+        self.description = description | {"definition": f"squared distance between features of {description['name']}"}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images (B, 3, H, W) to vectors (B, D)."""
+        return apply_extractor(self.extractor, images)[0]
+
+
+def distance_names() -> list[str]:
+    """What [`load_embedding`] takes."""
+    return [*(f"lpips-{network}" for network in LPIPS_WEIGHTS), "pixels", *extractor_names()]
+
+
+def load_embedding(distance: str, device: str | torch.device = "cpu") -> nn.Module:
+    r"""
+    The module that maps images to vectors whose squared distance is `distance`.
+
+    Args:
+        distance (`str`): `"lpips-vgg"`, `"lpips-alex"`, `"lpips-squeeze"`, `"pixels"` or a feature extractor's name.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Where it works.
+
+    Returns:
+        `nn.Module`: frozen, in eval mode.
+
+    Raises:
+        `FileNotFoundError`: If weights are neither in torch's cache nor to be downloaded.
+        `ValueError`: If the name is unknown.
+    """
+    if distance not in distance_names():
+        raise ValueError(f"{distance!r} is no distance; give one of {', '.join(distance_names())}.")
+    if distance == "pixels":
+        return PixelEmbedding()
+    if not distance.startswith("lpips-"):
+        return FeatureEmbedding(load_feature_extractor(distance, device))
+    metric = load_lpips(distance.removeprefix("lpips-"), remedy="choose another distance")
+    return LpipsEmbedding(metric).eval().to(device)
+
+
+def squared_distances(queries: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    r"""
+    Squared Euclidean distances, from differences, so that near duplicates keep their digits.
+
+    Args:
+        queries (`torch.Tensor` of shape (Q, F)): Vectors.
+        others (`torch.Tensor` of shape (B, F)): Vectors.
+
+    Returns:
+        `torch.Tensor` of shape (Q, B): float64.
+    """
+    total = torch.zeros(len(queries), len(others), dtype=torch.float64, device=queries.device)
+    parts = zip(queries.split(COLUMNS_AT_ONCE, dim=1), others.split(COLUMNS_AT_ONCE, dim=1), strict=True)
+    for a, b in parts:
+        total += torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").double().square()
+    return total
+
+
+@torch.no_grad()
+def embed_images(images: torch.Tensor, embedding: nn.Module, batch_size: int = 16) -> torch.Tensor:
+    """Vectors (N, F) of uint8 images (N, 3, H, W), `batch_size` at once."""
+    return torch.cat([embedding(part) for part in images.split(batch_size)])
+
+
+@torch.no_grad()
+def nearest_neighbours(
+    queries: torch.Tensor, batches: Iterable[dict], embedding: nn.Module, num_neighbours: int = 5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    The training images nearest to each query. Training images pass by in batches, of which only the nearest so far are
+    remembered: memory holds the vectors of the queries and of one batch.
+
+    Args:
+        queries (`torch.Tensor` of shape (Q, F)): Vectors of the query images, from `embedding`.
+        batches (`Iterable[dict]`): Training images, with `pixel_values` in [-1, 1] and `index`.
+        embedding (`nn.Module`):
+            Maps uint8 images (B, 3, H, W) to vectors (B, F); their squared distance is the distance that counts.
+        num_neighbours (`int`, defaults to 5): Neighbours of each query.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: distances, float64 (Q, `num_neighbours`), the smallest first, and the
+        training images' indices, int64; of equals the earlier comes first.
+
+    Raises:
+        `ValueError`: If there are fewer training images than neighbours, or no neighbour is wanted.
+    """
+    if num_neighbours < 1:
+        raise ValueError(f"num_neighbours is {num_neighbours}; give at least 1.")
+    distances = torch.empty(len(queries), 0, dtype=torch.float64)
+    indices = torch.empty(len(queries), 0, dtype=torch.int64)
+    for batch in batches:
+        if batch["index"].numel() == 0:
+            continue
+        vectors = embedding(to_uint8(batch["pixel_values"]).to(queries.device))
+        distances = torch.cat([distances, squared_distances(queries, vectors).cpu()], dim=1)
+        indices = torch.cat([indices, batch["index"].expand(len(queries), -1)], dim=1)
+        distances, order = distances.sort(dim=1, stable=True)
+        distances = distances[:, :num_neighbours]
+        indices = indices.gather(1, order[:, :num_neighbours])
+    if indices.shape[1] < num_neighbours:
+        raise ValueError(
+            f"{num_neighbours} neighbours are wanted of {indices.shape[1]} training images; lower num_neighbours."
+        )
+    return distances, indices
+
+
+def nearest_in_collection(
+    queries: torch.Tensor,
+    dataset: datasets.Dataset,
+    embedding: nn.Module,
+    num_neighbours: int = 5,
+    batch_size: int = 16,
+    num_workers: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, UnreadableLog]:
+    r"""
+    [`nearest_neighbours`] in a collection, whose images are cut and resized to the queries' size.
+
+    Args:
+        queries (`torch.Tensor` of shape (Q, 3, R, R)): uint8 images.
+        dataset (`datasets.Dataset`): Result of `load_collection`.
+        embedding (`nn.Module`): Result of [`load_embedding`].
+        num_neighbours (`int`, defaults to 5): Neighbours of each query.
+        batch_size (`int`, defaults to 16): Training images at once.
+        num_workers (`int`, defaults to 0): Processes that read images.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Where the embedding is.
+        progress (`bool`, defaults to `True`): Whether to show a progress bar.
+
+    Returns:
+        `tuple`: distances and indices, of shape (Q, `num_neighbours`), and the files that could not be read.
+    """
+    unreadable = UnreadableLog()
+    loader = evaluation_loader(dataset, queries.shape[-1], batch_size, num_workers)
+
+    def read():
+        for batch in tqdm(loader, desc="Comparing", unit="batch", disable=not progress):
+            unreadable.add(batch["unreadable"])
+            yield batch
+
+    vectors = embed_images(queries.to(device), embedding, batch_size)
+    return *nearest_neighbours(vectors, read(), embedding, num_neighbours), unreadable
+
+
+def neighbour_grid(
+    queries: torch.Tensor, neighbours: torch.Tensor, distances: torch.Tensor, smallest: int = 96
+) -> Image.Image:
+    r"""
+    A picture with one row a query: the query, a gap, and its neighbours with their distances below.
+
+    Args:
+        queries (`torch.Tensor` of shape (Q, 3, R, R)): uint8 images.
+        neighbours (`torch.Tensor` of shape (Q, K, 3, R, R)): uint8 images.
+        distances (`torch.Tensor` of shape (Q, K)): Written below the neighbours.
+        smallest (`int`, defaults to 96): Smaller images are enlarged by a whole factor to this side at least.
+
+    Returns:
+        `PIL.Image.Image`.
+    """
+    resolution = queries.shape[-1]
+    side = resolution * max(1, -(-smallest // resolution))
+    text, margin, gap = 16, 4, 16  # pixels
+    width = margin + (side + margin) * (1 + neighbours.shape[1]) + gap
+    height = margin + text + (side + text + margin) * len(queries)
+    picture = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
+
+    def place(image: torch.Tensor, left: int, top: int) -> None:
+        picture.paste(to_pil_image(image).resize((side, side), Image.Resampling.NEAREST), (left, top))
+
+    draw.text((margin, 2), "generated", "black", font)
+    draw.text((2 * margin + side + gap, 2), "nearest training images", "black", font)
+    for row, (query, others) in enumerate(zip(queries, neighbours, strict=True)):
+        top = margin + text + row * (side + text + margin)
+        place(query, margin, top)
+        for column, other in enumerate(others):
+            left = 2 * margin + side + gap + column * (side + margin)
+            place(other, left, top)
+            draw.text((left, top + side), f"{distances[row, column].item():.4g}", "black", font)
+    return picture

@@ -1,0 +1,261 @@
+"""Reconstruction metrics, image by image, by protocols that are written down."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from tqdm.auto import tqdm
+
+from ..data import UnreadableLog
+from ..models import BricsAutoencoder
+
+
+# What a figure means depends on these sentences, so they are printed by --help and written into every result.
+PROTOCOLS = {
+    "standard": (
+        "The autoencoder is in eval mode: key codes are not perturbed. Reconstructions are clipped to [-1, 1]. PSNR "
+        "and SSIM compare images mapped to [0, 1] with a data range of 1; LPIPS takes images in [-1, 1]."
+    ),
+    "paper": (
+        "A BricsAutoencoder is in training mode: its key codes are perturbed (or drawn from the posterior, with KL "
+        "regularisation) by noise that depends on the seed and the image's row alone. Reconstructions are not "
+        "clipped; PSNR and SSIM compare images whose nominal range is [-1, 1]. Their data range is inferred as "
+        "torchmetrics does (for PSNR, its releases that still inferred one), but from one image at a time, so that it "
+        "does not depend on the batch: for PSNR the largest minus the smallest value of the original, for SSIM the "
+        "larger of that and the same of the reconstruction. LPIPS is that of the network alex and takes the images as "
+        "they are."
+    ),
+}
+
+
+def image_metrics(sample: torch.Tensor, target: torch.Tensor, protocol: str = "standard") -> dict[str, torch.Tensor]:
+    r"""
+    PSNR and SSIM of each image. SSIM has an 11 x 11 Gaussian window of standard deviation 1.5 and averages all pixels,
+    those at the border over reflected windows.
+
+    Args:
+        sample (`torch.Tensor` of shape (B, 3, H, W)): Reconstructions, not clipped.
+        target (`torch.Tensor` of shape (B, 3, H, W)): Images in [-1, 1].
+        protocol (`str`, defaults to `"standard"`):
+            `"standard"`: both are clipped to [-1, 1] and mapped to [0, 1], data range 1. `"paper"`: both as they are,
+            with torchmetrics' data range of the single image.
+
+    Returns:
+        `dict`: `"psnr"` in dB and `"ssim"`, float32 of shape (B,). PSNR is infinite for a perfect reconstruction, and
+        minus infinity where the range is inferred from an image of one colour.
+
+    Raises:
+        `ValueError`: If the protocol is unknown.
+    """
+    _check_protocol(protocol)
+    sample, target = sample.float(), target.float()
+    if protocol == "paper":
+        ranges = (target.amax(dim=(1, 2, 3)) - target.amin(dim=(1, 2, 3))).tolist()
+        psnr = [
+            _psnr(a[None], b[None], data_range) if data_range > 0 else sample.new_full((1,), -torch.inf)
+            for a, b, data_range in zip(sample, target, ranges, strict=True)
+        ]
+        ssim = [
+            structural_similarity_index_measure(a[None], b[None]).view(1) for a, b in zip(sample, target, strict=True)
+        ]
+        return {"psnr": torch.cat(psnr), "ssim": torch.cat(ssim)}
+    sample, target = (images.clamp(-1, 1) / 2 + 0.5 for images in (sample, target))
+    ssim = structural_similarity_index_measure(sample, target, data_range=1.0, reduction="none")
+    return {"psnr": _psnr(sample, target, 1.0), "ssim": ssim.reshape(-1)}
+
+
+def _psnr(sample: torch.Tensor, target: torch.Tensor, data_range: float) -> torch.Tensor:
+    return peak_signal_noise_ratio(sample, target, data_range=data_range, reduction="none", dim=(1, 2, 3))
+
+
+def _check_protocol(protocol: str) -> None:
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol is {protocol!r}; it must be one of {', '.join(map(repr, PROTOCOLS))}.")
+
+
+def row_generator(seed: int, row: int) -> torch.Generator:
+    r"""
+    A random generator for one image, so that what it draws depends neither on batches nor on processes.
+
+    Args:
+        seed (`int`): Seed of the measurement, not negative.
+        row (`int`): The image's row in its collection.
+
+    Returns:
+        `torch.Generator`: on the CPU.
+    """
+    state = np.random.SeedSequence([seed, row]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def image_batches(
+    loader: Iterable[dict],
+    device: torch.device | str = "cpu",
+    unreadable: UnreadableLog | None = None,
+    description: str = "Reading",
+    progress: bool = True,
+    least: int = 1,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    r"""
+    The images of a loader, with a progress bar and a note of the files that could not be read.
+
+    Args:
+        loader (`Iterable[dict]`): Batches of `collate_images`.
+        device (`torch.device`, defaults to `"cpu"`): Where the images go.
+        unreadable (`UnreadableLog`, *optional*): Notes the files that the loader could not read.
+        description (`str`, defaults to `"Reading"`): Name of the progress bar.
+        progress (`bool`, defaults to `True`): Whether to show a progress bar.
+        least (`int`, defaults to 1): Fewest images.
+
+    Yields:
+        `tuple`: images (B, 3, R, R) in [-1, 1] with B > 0, and their rows (B,), int64 on the CPU.
+
+    Raises:
+        `ValueError`: At the end, if there were fewer images than `least`.
+    """
+    count = 0
+    for batch in tqdm(loader, desc=description, disable=not progress, leave=False):
+        if unreadable is not None:
+            unreadable.add(batch["unreadable"])
+        count += batch["index"].numel()
+        if batch["index"].numel() > 0:
+            yield batch["pixel_values"].to(device), batch["index"]
+    if count < least:
+        raise ValueError(f"{_readable(count, unreadable)}; at least {least} are needed, so give more images.")
+
+
+def _readable(count: int, unreadable: UnreadableLog | None) -> str:
+    return f"{count} readable images" + (f" ({unreadable.summary()})" if unreadable is not None else "")
+
+
+def reconstruct(
+    autoencoder, images: torch.Tensor, rows: torch.Tensor, perturb: bool = False, seed: int = 0
+) -> torch.Tensor:
+    r"""
+    Reconstructions, with or without the perturbation of key codes that training has.
+
+    Args:
+        autoencoder ([`BricsAutoencoder`] or any module whose `forward(x).sample` is an image): The model.
+        images (`torch.Tensor` of shape (B, 3, H, W)): Images in [-1, 1].
+        rows (`torch.Tensor` of shape (B,)): Rows of the images in their collection, which seed the noise.
+        perturb (`bool`, defaults to `False`):
+            Whether to draw noise as in training (Sec. 3.4, App. A.4). Only a [`BricsAutoencoder`] has any; other
+            models run as they are.
+        seed (`int`, defaults to 0): Seed of the noise, not negative.
+
+    Returns:
+        `torch.Tensor` of shape (B, 3, H, W): Reconstructions, not clipped.
+    """
+    if not (perturb and isinstance(autoencoder, BricsAutoencoder)):
+        return autoencoder(images).sample
+    was_training = autoencoder.training
+    autoencoder.train()  # the noise is all that it changes: neither encoder nor decoder has dropout or batch norm
+    try:
+        return autoencoder(images, generator=[row_generator(seed, row) for row in rows.tolist()]).sample
+    finally:
+        autoencoder.train(was_training)
+
+
+@torch.no_grad()
+def reconstruction_metrics(
+    autoencoder,
+    loader: Iterable[dict],
+    perceptual_metric=None,
+    unreadable: UnreadableLog | None = None,
+    progress: bool = True,
+    protocol: str = "standard",
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    r"""
+    Metrics of an autoencoder's reconstructions over a loader. The autoencoder should be in eval mode.
+
+    Args:
+        autoencoder ([`BricsAutoencoder`] or any module whose `forward(x).sample` is an image): The model.
+        loader (`Iterable[dict]`): Batches with `pixel_values` in [-1, 1] and `index`.
+        perceptual_metric (`nn.Module`, *optional*):
+            Result of `load_perceptual_network`; adds its distance as its network calls it, `"lpips"` for LPIPS.
+        unreadable (`UnreadableLog`, *optional*): Notes the files that the loader could not read.
+        progress (`bool`, defaults to `True`): Whether to show a progress bar.
+        protocol (`str`, defaults to `"standard"`): `"standard"` or `"paper"`, as [`PROTOCOLS`] describes them.
+        seed (`int`, defaults to 0): Seed of the perturbation of `"paper"`.
+
+    Returns:
+        `dict`: `"index"` and one float32 tensor a metric, each of shape (N,) on the CPU.
+
+    Raises:
+        `ValueError`: If the protocol is unknown.
+    """
+    _check_protocol(protocol)
+    device = next(autoencoder.parameters()).device
+    batches = []
+    for target, index in image_batches(loader, device, unreadable, "Reconstructing", progress, least=0):
+        sample = reconstruct(autoencoder, target, index, protocol == "paper", seed)
+        metrics = image_metrics(sample, target, protocol)
+        if perceptual_metric is not None:
+            compared = sample.float() if protocol == "paper" else sample.float().clamp(-1, 1)
+            name = getattr(perceptual_metric, "metric_name", "lpips")
+            metrics[name] = perceptual_metric(compared, target).flatten()
+        batches.append({"index": index} | {name: value.cpu() for name, value in metrics.items()})
+    if not batches:
+        return {"index": torch.empty(0, dtype=torch.int64)}
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def gather_by_index(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    r"""
+    The metrics of all processes in the order of the collection, so that sums over them come out the same.
+
+    Args:
+        metrics (`dict`): This process's result of [`reconstruction_metrics`]; some may have no images.
+
+    Returns:
+        `dict`: The same of all processes, sorted by `"index"`.
+    """
+    shares = gather_object([metrics])
+    names = max(shares, key=len)
+    gathered = {name: torch.cat([share[name] for share in shares if name in share]) for name in names}
+    order = gathered["index"].argsort()
+    return {name: values[order] for name, values in gathered.items()}
+
+
+def summarize_metrics(metrics: dict[str, torch.Tensor], unreadable: UnreadableLog | None = None) -> dict[str, dict]:
+    r"""
+    Mean and two standard deviations over the images, the form of the paper's tables.
+
+    Args:
+        metrics (`dict`): Result of [`reconstruction_metrics`] or [`gather_by_index`].
+        unreadable (`UnreadableLog`, *optional*): Files that could not be read, which the first error counts.
+
+    Returns:
+        `dict`: For each metric `"mean"`, `"two_std"` (of a sample: divided by N - 1), `"images"` in both, and
+        `"left_out"`, the images whose value is not finite: PSNR of a perfect reconstruction, and what has no inferred
+        data range. Mean and deviation are `None` if fewer than two images are left.
+
+    Raises:
+        `ValueError`: If there are fewer than two images, or a reconstruction is not a number.
+    """
+    count = metrics["index"].numel()
+    if count < 2:
+        raise ValueError(
+            f"{_readable(count, unreadable)}; a standard deviation needs at least 2, so give more images."
+        )
+    broken = metrics["index"][metrics["psnr"].isnan()].tolist()
+    if broken:
+        raise ValueError(
+            f"reconstructions of {len(broken)} images hold NaN, the first in row {broken[0]}; expected finite images, "
+            "so check the model's weights."
+        )
+    return {name: _summary(values.double()) for name, values in metrics.items() if name != "index"}
+
+
+def _summary(values: torch.Tensor) -> dict:
+    finite = values[values.isfinite()]
+    enough = finite.numel() > 1
+    return {
+        "mean": finite.mean().item() if enough else None,
+        "two_std": 2 * finite.std().item() if enough else None,
+        "images": finite.numel(),
+        "left_out": values.numel() - finite.numel(),
+    }

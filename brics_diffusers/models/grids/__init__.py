@@ -1,0 +1,1 @@
+"""Feature grids and the lookup in them: its definition, and fast implementations for CPU and GPU."""

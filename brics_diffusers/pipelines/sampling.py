@@ -1,0 +1,286 @@
+"""Samples of a pipeline as PNG files, on any number of processes, to be gone on with after an interruption."""
+
+import copy
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import datasets
+import diffusers
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from tqdm.auto import tqdm
+
+from ..data.collection import IMAGE_EXTENSIONS
+from ..utils.files import weights_digest, write_atomically
+from ..utils.safe_loading import load_pipeline_safely
+
+
+MANIFEST = "samples.json"
+PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # the last chunk of every PNG: no data, its name, its checksum
+# What takes the place of a pipeline's scheduler: class (its own for `None`) and options. Evenly spaced, the last of
+# DPM-Solver++'s few steps would start where noise is still a quarter of the signal. Fresh noise in every step (SDE)
+# costs more steps, and mends what a small model gets wrong.
+SAMPLERS = {
+    "DPM-Solver++": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "SDE-DPM-Solver++": (
+        DPMSolverMultistepScheduler,
+        {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"},
+    ),
+    "DDIM": (DDIMScheduler, {}),
+    "own": (None, {}),
+}
+
+
+def with_scheduler(
+    pipe: DiffusionPipeline, scheduler_class: type | None = None, options: dict | None = None
+) -> DiffusionPipeline:
+    r"""
+    A pipeline that shares another's networks and has a scheduler to itself. The other one stays as it is.
+
+    Args:
+        pipe ([`DiffusionPipeline`]): The other pipeline.
+        scheduler_class (`type`, *optional*): Class of the scheduler; by default that of the other pipeline's.
+        options (`dict`, *optional*): Arguments of the scheduler that differ from the other pipeline's config.
+
+    Returns:
+        [`DiffusionPipeline`]: of the same class.
+
+    Raises:
+        `ValueError`: If the scheduler has no such argument, or cannot begin with plain noise.
+    """
+    scheduler_class = scheduler_class or type(pipe.scheduler)
+    known = set(inspect.signature(scheduler_class.__init__).parameters) - {"self"}
+    if unknown := sorted(set(options or {}) - known):
+        raise ValueError(
+            f"{scheduler_class.__name__} has no argument {', '.join(unknown)}; its arguments are "
+            f"{', '.join(sorted(known))}."
+        )
+    result = copy.copy(pipe)
+    result.scheduler = scheduler_class.from_config(pipe.scheduler.config, **(options or {}))
+    if not hasattr(result.scheduler, "init_noise_sigma"):
+        raise ValueError(
+            f"{scheduler_class.__name__} does not denoise predictions of noise; give one such as "
+            "DPMSolverMultistepScheduler."
+        )
+    return result
+
+
+def load_pipeline(
+    name_or_path: str | os.PathLike,
+    scheduler: str | None = None,
+    scheduler_options: dict | None = None,
+    device: str | torch.device = "cpu",
+) -> DiffusionPipeline:
+    r"""
+    A pipeline for unconditional images, with its own scheduler or another.
+
+    Args:
+        name_or_path (`str`): Folder of a pipeline, or its name on the Hub.
+        scheduler (`str`, *optional*):
+            Class of diffusers that takes the scheduler's place, such as `"DPMSolverMultistepScheduler"`.
+        scheduler_options (`dict`, *optional*): Arguments of the scheduler that differ from the pipeline's config.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Where it works.
+
+    Returns:
+        [`DiffusionPipeline`]: without a progress bar of its own.
+
+    Raises:
+        `FileNotFoundError`: If there is no such folder.
+        `ValueError`: If the scheduler is unknown, weights are pickled, or one is missing or shaped otherwise than its
+            config says.
+    """
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path))
+    if not (Path(name_or_path) / "model_index.json").is_file() and (Path(name_or_path).exists() or not is_hub_name):
+        raise FileNotFoundError(
+            f"{name_or_path} holds no model_index.json; name the folder of a pipeline or a pipeline on the Hub."
+        )
+    pipe = load_pipeline_safely(DiffusionPipeline.from_pretrained, name_or_path)
+    if scheduler is not None or scheduler_options:
+        scheduler_class = type(pipe.scheduler) if scheduler is None else getattr(diffusers, scheduler, None)
+        if not hasattr(scheduler_class, "set_timesteps"):
+            raise ValueError(
+                f"{scheduler} is no scheduler of diffusers; give one such as DPMSolverMultistepScheduler."
+            )
+        pipe = with_scheduler(pipe, scheduler_class, scheduler_options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def sample_generator(seed: int, index: int) -> torch.Generator:
+    r"""
+    The source of all noise of one sample, on the CPU, so that it does not depend on the device.
+
+    Args:
+        seed (`int`): Seed of the set, at least 0.
+        index (`int`): Number of the sample; sets of different seeds have no noise in common.
+
+    Returns:
+        `torch.Generator`.
+    """
+    state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def sampling_settings(pipe: DiffusionPipeline, num_inference_steps: int, seed: int) -> dict:
+    r"""
+    What a set of samples follows from.
+
+    Args:
+        pipe ([`DiffusionPipeline`]): The pipeline.
+        num_inference_steps (`int`): Denoising steps.
+        seed (`int`): Seed of the set.
+
+    Returns:
+        `dict`: `"pipeline"` (class), `"weights"` (digest of all parameters and buffers), `"dtype"`, `"scheduler"`,
+        `"scheduler_config"` (long lists as digests, infinities as strings such as `"-inf"`, which JSON has no numbers
+        for), `"num_inference_steps"` and `"seed"`.
+    """
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    config = {name: _shorten(value) for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    return {
+        "pipeline": type(pipe).__name__,
+        "weights": weights_digest(modules),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "scheduler": type(pipe.scheduler).__name__,
+        "scheduler_config": dict(sorted(config.items())),
+        "num_inference_steps": num_inference_steps,
+        "seed": seed,
+    }
+
+
+def _shorten(value):
+    if isinstance(value, (list, tuple, np.ndarray, torch.Tensor)) and len(value) > 16:
+        values = np.asarray(value, dtype=np.float64)
+        return f"{len(value)} numbers, sha256 {hashlib.sha256(values.tobytes()).hexdigest()[:16]}"
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def sample_path(folder: str | os.PathLike, index: int) -> Path:
+    """File of one sample: names sort as numbers do."""
+    return Path(folder) / f"{index:07d}.png"
+
+
+def sample_is_complete(folder: str | os.PathLike, index: int) -> bool:
+    """Whether a sample's file is there and ends as a PNG does: a lost end would otherwise show only on reading."""
+    try:
+        with open(sample_path(folder, index), "rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:  # no such file, or one that is too short
+        return False
+
+
+def read_sample_settings(folder: str | os.PathLike) -> dict | None:
+    """The [`sampling_settings`] of a folder that [`sample_images_to_folder`] has written, `None` for other folders."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text(), parse_constant=lambda name: str(float(name)))  # -Infinity, in older files
+
+
+def claim_sample_folder(folder: str | os.PathLike, settings: dict) -> None:
+    r"""
+    Reserves a folder for samples of certain settings. All processes may call it at once.
+
+    Args:
+        folder (`str`): The folder; made if it does not exist.
+        settings (`dict`): Result of [`sampling_settings`].
+
+    Raises:
+        `ValueError`: If the folder holds samples of other settings, or images that are no samples.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    has_images = any(path.suffix.lower() in IMAGE_EXTENSIONS for path in folder.rglob("*"))
+    found = read_sample_settings(folder)
+    if found is None and has_images:
+        raise ValueError(f"{folder} holds images that are not samples of a known pipeline; name another folder.")
+    text = json.dumps(settings, indent=2, allow_nan=False)
+    if not has_images:  # nor does a run that ended before its first sample bind the next one
+        write_atomically(folder / MANIFEST, lambda file: file.write((text + "\n").encode()))
+        return
+    settings = json.loads(text)
+    different = ", ".join(name for name in settings if found.get(name) != settings[name])
+    if different:
+        raise ValueError(
+            f"{folder} holds samples made otherwise (different: {different}); delete it or name another folder."
+        )
+
+
+@torch.no_grad()
+def sample_images_to_folder(
+    pipe: DiffusionPipeline,
+    folder: str | os.PathLike,
+    num_images: int,
+    batch_size: int = 16,
+    num_inference_steps: int = 250,
+    seed: int = 0,
+    process_index: int = 0,
+    num_processes: int = 1,
+    progress: bool = True,
+) -> None:
+    r"""
+    Writes a process's share of a set of samples as PNG files `0000000.png`, `0000001.png`, ...
+
+    Sample `i` has noise of its own, from the seed and `i`: the set depends neither on the number of processes nor on
+    the batch size, but for rounding (at most 2 of 255). Files appear by a rename; complete ones are kept. So an
+    interrupted run goes on where it stopped, and a set can be made larger. It is complete when every process is done.
+
+    Args:
+        pipe ([`DiffusionPipeline`]):
+            Pipeline that takes `batch_size`, `num_inference_steps` and a list of generators, and returns PIL images.
+        folder (`str`): Folder for the files.
+        num_images (`int`): Size of the whole set.
+        batch_size (`int`, defaults to 16): Images made at once by a process.
+        num_inference_steps (`int`, defaults to 250): Denoising steps.
+        seed (`int`, defaults to 0): Seed of the set, at least 0.
+        process_index (`int`, defaults to 0): Rank of this process; ranks take samples in turn.
+        num_processes (`int`, defaults to 1): Number of processes.
+        progress (`bool`, defaults to `True`): Whether to show a progress bar.
+
+    Raises:
+        `ValueError`: If a number is too small, or the folder holds samples made otherwise.
+    """
+    if num_images < 1 or batch_size < 1 or num_inference_steps < 1 or seed < 0:
+        raise ValueError(
+            f"num_images is {num_images}, batch_size {batch_size}, num_inference_steps {num_inference_steps}, seed "
+            f"{seed}; the first three must be at least 1, seed at least 0."
+        )
+    claim_sample_folder(folder, sampling_settings(pipe, num_inference_steps, seed))
+    share = range(process_index, num_images, num_processes)
+    missing = [index for index in share if not sample_is_complete(folder, index)]
+    with tqdm(total=len(share), initial=len(share) - len(missing), desc="Sampling", disable=not progress) as bar:
+        for indices in _chunks(missing, batch_size):
+            generators = [sample_generator(seed, index) for index in indices]
+            options = {"batch_size": len(indices), "num_inference_steps": num_inference_steps}
+            for index, image in zip(indices, pipe(generator=generators, **options).images, strict=True):
+                write_atomically(sample_path(folder, index), lambda file, image=image: image.save(file, "PNG"))
+            bar.update(len(indices))
+
+
+def load_samples(folder: str | os.PathLike, num_images: int) -> datasets.Dataset:
+    r"""
+    The collection of the first samples that [`sample_images_to_folder`] has written, and of no other image there.
+
+    Args:
+        folder (`str`): The folder.
+        num_images (`int`): Number of samples.
+
+    Returns:
+        `datasets.Dataset`: as of [`load_collection`].
+    """
+    paths = [str(sample_path(folder, index).absolute()) for index in range(num_images)]
+    return datasets.Dataset.from_dict(
+        {"image": paths}, features=datasets.Features({"image": datasets.Image(decode=False)})
+    )
+
+
+def _chunks(items: list, size: int) -> Iterable[list]:
+    return (items[start : start + size] for start in range(0, len(items), size))

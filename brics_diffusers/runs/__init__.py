@@ -1,0 +1,1 @@
+"""A training run: flags, losses, optimizers, averaged weights, checkpoints, log and record; models know none of it."""

@@ -1,0 +1,362 @@
+"""Checkpoints of a training run: complete or not there, and enough to go on bit by bit."""
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import SCALER_NAME, broadcast_object_list, gather_object
+from safetensors import SafetensorError
+
+from ..utils.files import unused
+
+
+logger = logging.getLogger(__name__)
+
+# `accelerate launch` sets this variable for the processes that it starts. Its own number is read as early as can be:
+# when it has ended, its children have another parent.
+LAUNCHER = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+
+
+# Settings of checkpoints of earlier versions, by what they are called now.
+RENAMED = {"lpips_weight": "perceptual_weight", "lpips_network": "perceptual_network"}
+
+
+class RunState:
+    r"""
+    Counters of a run that belong in its checkpoints: whatever is set as an attribute.
+
+    Args:
+        settings (`dict`): What a resumed run must share with the one before to end as an uninterrupted one would.
+        values: Further attributes.
+    """
+
+    def __init__(self, settings: dict, **values):
+        self.settings = settings
+        self.global_step = 0
+        self.images_seen = 0
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        vars(self).update(values)
+
+    def state_dict(self) -> dict:
+        """All attributes."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        """Sets attributes from a `state_dict`."""
+        vars(self).update(state)
+
+
+# What a state knows of validations before the first.
+NO_BEST = {"best_psnr": float("-inf"), "best_perceptual": None}
+
+
+def improves(state: RunState, metrics: dict[str, float], name: str) -> bool:
+    r"""
+    Whether a validation is the best so far, which the state then remembers. PSNR and the distance of each perceptual
+    network are kept apart, so that where another takes over, its first value is the best.
+
+    Args:
+        state (`RunState`): With the attributes of `NO_BEST`.
+        metrics (`dict`): Metrics by name; empty if no image could be read.
+        name (`str`): The one that decides: `"psnr"`, of which more is better, or a distance.
+
+    Returns:
+        `bool`.
+    """
+    if name not in metrics:
+        return False
+    value = metrics[name]
+    if name == "psnr":
+        better = value > state.best_psnr
+        state.best_psnr = max(value, state.best_psnr)
+        return better
+    best = state.best_perceptual
+    better = best is None or best[0] != name or value < best[1]
+    if better:
+        state.best_perceptual = (name, value)
+    return better
+
+
+@contextlib.contextmanager
+def appearing_folder(path: str | os.PathLike) -> Iterator[Path]:
+    r"""
+    A folder that appears at `path` by a rename when the context ends, complete, or not at all.
+
+    Args:
+        path (`str`): The folder; one that exists is replaced.
+
+    Yields:
+        `Path`: A folder beside it to write into.
+
+    Raises:
+        `OSError`: If writing fails, for instance on a full disk; what was at `path` before is still there.
+    """
+    path = Path(path)
+    partial, old = (path.with_name(f".{kind}-{path.name}") for kind in ("partial", "old"))
+    _restore(old)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in (*partial.rglob("*"), partial):
+            _sync(file)  # to the disk before the rename says that it is complete
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if path.exists():
+        os.replace(path, old)
+    os.replace(partial, path)
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network file systems can't for folders
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _restore(old: Path) -> None:
+    """Ends a replacement that was killed between its two renames, or after them."""
+    path = old.with_name(old.name.removeprefix(".old-"))
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def clean_up(output_dir: str | os.PathLike) -> None:
+    r"""
+    Removes what a killed run has left half written or half removed, and brings back what it was replacing.
+
+    Args:
+        output_dir (`str`): Folder of the run; no other process may be writing into it.
+    """
+    for kind in ("partial", "removed", "shared"):
+        for path in Path(output_dir).glob(f".{kind}-*"):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    for old in Path(output_dir).glob(".old-*"):
+        _restore(old)
+
+
+def check_shared_folder(
+    accelerator: Accelerator, output_dir: str | os.PathLike, flag: str = "--output_dir", patience: float = 30.0
+) -> None:
+    r"""
+    Makes sure that all processes see the same folder. Call on every process; the folder must exist on the first.
+
+    Args:
+        accelerator (`Accelerator`): The run's accelerator.
+        output_dir (`str`): Folder of the run.
+        flag (`str`, defaults to `"--output_dir"`): What names it on the command line.
+        patience (`float`, defaults to 30.0): Seconds in which a network file system has to show a new file.
+
+    Raises:
+        `OSError`: If a process does not see what the main process has written.
+    """
+    if accelerator.num_processes == 1:
+        return
+    name = broadcast_object_list([f".shared-{uuid.uuid4().hex}"])[0]
+    path = Path(output_dir) / name
+    if accelerator.is_main_process:
+        path.touch()
+    accelerator.wait_for_everyone()
+    started = time.monotonic()
+    while name not in (os.listdir(output_dir) if os.path.isdir(output_dir) else ()):
+        if time.monotonic() - started > patience:
+            break
+        time.sleep(0.1)
+    seen = gather_object([path.exists()])
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        path.unlink()
+    if not all(seen):
+        blind = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+        raise OSError(
+            f"{output_dir} of process {blind} is not that of process 0; name one with {flag} that all machines share."
+        )
+
+
+def checkpoint_step(path: Path) -> int:
+    """Optimizer step of a checkpoint's folder, or -1 if the name is none of a checkpoint."""
+    number = path.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() and number != path.name else -1
+
+
+def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and checkpoint_step(path) >= 0]
+    return sorted(found, key=checkpoint_step)
+
+
+@contextlib.contextmanager
+def naming_the_last_checkpoint(
+    output_dir: str | os.PathLike, what: str | os.PathLike, errors: tuple = (OSError, SafetensorError)
+) -> Iterator[None]:
+    r"""
+    Errors of writing, for instance on a full disk, say how to go on.
+
+    Args:
+        output_dir (`str`): Folder of the run.
+        what (`str`): What is written.
+        errors (`tuple`, defaults to `(OSError, SafetensorError)`): What a write that fails may raise.
+
+    Raises:
+        `OSError`: If it could not be written.
+    """
+    try:
+        yield
+    except errors as error:
+        kept = [str(path) for path in list_checkpoints(output_dir)]
+        raise OSError(
+            f"{what} could not be written ({error}); make room and resume from "
+            f"{kept[-1] if kept else 'the start, as there is no earlier checkpoint'}."
+        ) from error
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, step: int, limit: int | None = None):
+    r"""
+    Saves all that is needed to go on: networks, optimizers, schedules, averaged weights, counters and random states.
+    The folder appears by a rename when it is complete. Call on every process.
+
+    Args:
+        accelerator (`Accelerator`): With everything prepared or registered for checkpointing.
+        output_dir (`str`): Folder of the run.
+        step (`int`): Optimizer step; the folder is called `checkpoint-<step>`.
+        limit (`int`, *optional*): Checkpoints to keep, the oldest go first; all by default. The new one always stays.
+
+    Raises:
+        `OSError`: If a file could not be written; earlier checkpoints are still there.
+    """
+    path = Path(output_dir) / f"checkpoint-{step}"
+    partial = path.with_name(f".partial-{path.name}")
+    # Every process writes its own random state into the partial folder; the main process renames it.
+    with (
+        naming_the_last_checkpoint(output_dir, path, errors=(Exception,)),  # torch.save has errors of many kinds
+        appearing_folder(path) if accelerator.is_main_process else contextlib.nullcontext(),
+    ):
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        others = [old for old in list_checkpoints(output_dir) if old != path]
+        for old in others[: max(len(others) + 1 - limit, 0) if limit is not None else 0]:
+            removed = old.with_name(f".removed-{old.name}")
+            os.replace(old, removed)  # so that none is ever half there
+            shutil.rmtree(removed, ignore_errors=True)
+        logger.info("Saved %s", path)
+    accelerator.wait_for_everyone()
+
+
+def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: str | None, state: RunState) -> None:
+    r"""
+    Restores a run, and warns if its settings were others. Call on every process, after everything is prepared and
+    registered.
+
+    Args:
+        accelerator (`Accelerator`): The run's accelerator.
+        output_dir (`str`): Folder of the run, searched for `latest`.
+        checkpoint (`str`, *optional*):
+            Path of a checkpoint; `"latest"`, which starts afresh if there is none; or `None`. Later checkpoints in the
+            run's folder are renamed to `superseded-...`, so that `latest` stays on the branch that was chosen.
+        state (`RunState`): The run's counters and settings; registered for checkpointing.
+
+    Raises:
+        `FileNotFoundError`: If a path is given that is not a checkpoint.
+        `OSError`: If a checkpoint can't be read; names the others.
+    """
+    if checkpoint is None:
+        return
+    found = broadcast_object_list([list_checkpoints(output_dir)])[0]  # one process's view is all processes' choice
+    if checkpoint == "latest":
+        if not found:
+            logger.info("No checkpoint in %s: starting afresh.", output_dir)
+            return
+        checkpoint = found[-1]
+    if not Path(checkpoint).is_dir():
+        raise FileNotFoundError(f"{checkpoint} is not a checkpoint folder; give the path of one, or latest.")
+    checkpoint, settings = Path(checkpoint), state.settings
+    random_states = checkpoint / f"random_states_{accelerator.process_index}.pkl"
+    scaler = accelerator.scaler
+    if not (checkpoint / SCALER_NAME).exists():  # of a run in another precision: this one starts with a new loss scale
+        accelerator.scaler = None
+    try:
+        # accelerate goes on without random states that it can't read. There are none for a process that is new.
+        if random_states.exists():
+            torch.load(random_states, weights_only=False)
+        accelerator.load_state(str(checkpoint))
+    except Exception as error:
+        raise OSError(
+            f"{checkpoint} can't be read ({type(error).__name__}: {error}); resume from another checkpoint, of "
+            f"{', '.join(path.name for path in found if path != checkpoint) or 'which there is none'}."
+        ) from error
+    finally:
+        accelerator.scaler = scaler
+    accelerator.step = 0  # checkpoints are saved between steps: the next batch is the first that is accumulated
+    logger.info("Resumed from %s", checkpoint)
+    earlier = {RENAMED.get(name, name): value for name, value in state.settings.items()}
+    if earlier.get("adversarial_weight", 0) > 0:
+        earlier.setdefault("lazy_r1_correction", False)  # earlier versions had none
+    pairs = {name: (earlier.get(name, value), value) for name, value in settings.items()}
+    changes = [f"{name} was {before} and is {now}" for name, (before, now) in pairs.items() if before != now]
+    if changes and accelerator.is_main_process:
+        logger.warning("The run can't end as it would have without the break: %s.", ", ".join(changes))
+    state.settings = settings
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for later in list_checkpoints(output_dir):
+            if checkpoint_step(later) > state.global_step:
+                _supersede(later)
+    accelerator.wait_for_everyone()
+
+
+def _supersede(path: Path) -> None:
+    """Sets a checkpoint of a branch that the run leaves aside."""
+    target = unused(path.with_name(f"superseded-{path.name}"))
+    os.replace(path, target)
+    logger.info("%s is kept as %s", path, target.name)
+
+
+def launcher_is_gone() -> bool:
+    """Whether `accelerate launch` has ended before this process: it passes no signals on to a single process."""
+    return LAUNCHER is not None and os.getppid() != LAUNCHER
+
+
+class TerminationSignal:
+    r"""
+    Notices SIGTERM to this process or to the launcher, so that a loop can save and leave.
+
+    Args:
+        accelerator (`Accelerator`): The run's accelerator.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self._received = False
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_):
+        self._received = True
+
+    def received(self) -> bool:
+        """Whether any process has received the signal; call once a step on every process: all leave at the same."""
+        received = self._received or launcher_is_gone()
+        if self.accelerator.num_processes == 1:
+            return received
+        flag = torch.tensor(float(received), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)

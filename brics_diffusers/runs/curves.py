@@ -1,0 +1,82 @@
+"""Curves of a run, read back from its TensorBoard logs and drawn."""
+
+import os
+from pathlib import Path
+
+from ..utils.plots import COLORS, new_figure
+
+
+LOGS = "logs/tensorboard"
+# What the training scripts log beside losses.
+BOOKKEEPING = (
+    "learning_rate",
+    "encoder_learning_rate",
+    "grid_usage",
+    "adaptive_gan_weight",
+    "skipped_steps",
+    "images_per_second",
+    "data_wait_share",
+    "peak_memory_mib",
+)
+
+
+def read_curves(output_dir: str | os.PathLike) -> tuple[dict[str, list[tuple[int, float]]], float]:
+    r"""
+    Scalars that a run has logged, and how long it trained.
+
+    Args:
+        output_dir (`str`): Output folder of either training script.
+
+    Returns:
+        `tuple`: Points (step, value) by name, such as `"train/mse"` or `"validation/psnr"`, in the order of the steps,
+        and the hours from the first entry to the last, summed over the pieces of a run that was interrupted. Where a
+        run went on from an older checkpoint, points that it made again are left out, but not their hours; where it
+        began afresh, nothing of what was before counts. Without logs: `{}`, 0.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes a second
+
+    curves, seconds = {}, 0.0
+    for path in sorted(Path(output_dir, LOGS).glob("events.out.tfevents.*"), key=_first_time):
+        accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 1, "histograms": 1})
+        accumulator.Reload()
+        pieces = {name: accumulator.Scalars(name) for name in accumulator.Tags()["scalars"]}
+        if not pieces:
+            continue
+        times = [event.wall_time for events in pieces.values() for event in events]
+        start = min(events[0].step for events in pieces.values())
+        curves = {name: [point for point in points if point[0] < start] for name, points in curves.items()}
+        curves = {name: points for name, points in curves.items() if points}
+        seconds = (seconds if curves else 0) + max(times) - min(times)
+        for name, events in pieces.items():
+            curves.setdefault(name, []).extend((event.step, event.value) for event in events)
+    return curves, seconds / 3600
+
+
+def _first_time(path: Path) -> int:
+    """Time in a file's name, `events.out.tfevents.TIME.HOST...`."""
+    return int(path.name.split(".")[3])
+
+
+def training_plot(runs: dict[str, dict[str, list[tuple[int, float]]]]):
+    r"""
+    Losses of runs, and PSNR on held-out images or, for a run without any, the learning rate.
+
+    Args:
+        runs (`dict[str, dict]`): Curves by the title of the run, see `read_curves`.
+
+    Returns:
+        `matplotlib.figure.Figure`.
+    """
+    figure, rows = new_figure(2, len(runs))
+    for (left, right), (title, curves) in zip(rows, runs.items(), strict=True):
+        parts = {name.removeprefix("train/"): name for name in curves if name.startswith("train/")}
+        losses = {part: name for part, name in parts.items() if part not in BOOKKEEPING}
+        for color, (part, name) in zip(COLORS * len(losses), losses.items(), strict=False):
+            left.plot(*zip(*curves[name], strict=True), color=color, linewidth=1, label=part)
+        left.set(title=f"{title}: training", xlabel="step", ylabel="loss", yscale="log")
+        left.legend(fontsize=8)
+        measured = "validation/psnr" if "validation/psnr" in curves else "train/learning_rate"
+        right.plot(*zip(*curves[measured], strict=True), color=COLORS[0], marker="." if "psnr" in measured else None)
+        label = "PSNR (dB)" if "psnr" in measured else "learning rate"
+        right.set(title=f"{title}: held-out images" if "psnr" in measured else title, xlabel="step", ylabel=label)
+    return figure

@@ -1,0 +1,217 @@
+"""A training run from its start to its log: output folder, splits of the collection, resuming, losses over time."""
+
+import argparse
+import contextlib
+import json
+import logging
+import resource
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from ..data import load_collection
+from ..hub.push import open_repository
+from .checkpoints import RunState, check_shared_folder, clean_up, list_checkpoints, resume
+
+
+logger = logging.getLogger(__name__)
+
+
+def start_run(args: argparse.Namespace) -> Accelerator:
+    r"""
+    Sets up accelerate, TensorBoard, the output folder and the random states.
+
+    Args:
+        args (`argparse.Namespace`): Result of [`parse_arguments`].
+
+    Returns:
+        `Accelerator`: with its tracker started and all processes seeded alike.
+
+    Raises:
+        `FileExistsError`: If a run is to start afresh in a folder that has checkpoints.
+        `OSError`: If the processes don't share the output folder, or the result can't be pushed to the Hub.
+        `ValueError`: If it is to be pushed to a private repository, and that is public.
+    """
+    # With an epsilon of 1e-15, Adam's second moments become denormal numbers, on which CPUs are slow.
+    torch.set_flush_denormal(True)
+    output_dir = Path(args.output_dir)
+    if args.resume_from_checkpoint is None and list_checkpoints(output_dir):
+        raise FileExistsError(
+            f"{output_dir} has checkpoints of an earlier run; go on with --resume_from_checkpoint latest, or name "
+            "another --output_dir."
+        )
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with="tensorboard",
+        # One process may have to download or prepare a collection while the others wait.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+    )
+    level = logging.INFO if accelerator.is_main_process else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", force=True)
+    quiet_libraries()
+    if args.push_to_hub and accelerator.is_main_process:  # days before the push
+        args.hub_model_id = open_repository(args.hub_model_id or output_dir.resolve().name, args.hub_private_repo)
+    set_seed(args.seed)  # the same weights on every process; the loops reseed for their noise
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        clean_up(output_dir)
+        partial = output_dir / ".partial-training_config.json"
+        partial.write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+        partial.replace(output_dir / "training_config.json")
+    accelerator.wait_for_everyone()
+    check_shared_folder(accelerator, output_dir)
+    flags = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
+    accelerator.init_trackers("tensorboard", config=flags)
+    return accelerator
+
+
+def quiet_libraries() -> None:
+    """Leaves the requests of other libraries out of the log."""
+    for noisy in ("httpx", "httpx2", "datasets", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def tensorboard(accelerator: Accelerator):
+    """TensorBoard's `SummaryWriter` of the main process; use it there only."""
+    return accelerator.get_tracker("tensorboard", unwrap=True)
+
+
+def load_splits(args: argparse.Namespace):
+    r"""
+    The training images of a run and those held out from it.
+
+    Args:
+        args (`argparse.Namespace`):
+            Flags of [`add_common_arguments`], `validation_split` and `num_validation_images`. With no
+            `validation_split`, a split called `validation` is taken if there is one; else `num_validation_images`, at
+            most a tenth, are taken from the training images by the seed.
+
+    Returns:
+        `tuple`: training and validation `datasets.Dataset`; the second may be `None`.
+    """
+    options = {"image_column": args.image_column, "cache_dir": args.cache_dir}
+    train = load_collection(args.dataset_name, args.dataset_split, max_images=args.max_train_samples, **options)
+    if args.num_validation_images == 0:
+        return train, None
+    if args.validation_split is not None:
+        validation = load_collection(args.dataset_name, args.validation_split, **options)
+    else:
+        try:
+            validation = load_collection(args.dataset_name, "validation", **options)
+        except (ValueError, FileNotFoundError):
+            held_out = min(args.num_validation_images, len(train) // 10)
+            if held_out == 0:
+                return train, None
+            parts = train.train_test_split(test_size=held_out, seed=args.seed)
+            logger.info("No validation split: %d of %d images are held out.", held_out, len(train))
+            return parts["train"], parts["test"]
+    return train, validation.select(range(min(args.num_validation_images, len(validation))))
+
+
+def resume_run(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    state: RunState,
+    ema: EMAModel,
+    lr_scheduler,
+    optimizers: list,
+) -> None:
+    r"""
+    Does what `--resume_from_checkpoint` says. Call on every process, after everything is prepared and registered.
+    Flags beat the checkpoint: Adam's rates and epsilon and the decay of the averaged weights are those of this run.
+
+    Args:
+        args (`argparse.Namespace`): Flags of the run.
+        accelerator (`Accelerator`): The run's accelerator.
+        state (`RunState`): Its counters.
+        ema (`EMAModel`): Its averaged weights.
+        lr_scheduler (`LambdaLR`):
+            Its schedule. From the second step on it follows this run's learning rates, whatever they were before.
+        optimizers (`list`): Its optimizers.
+    """
+    decay, rates = ema.decay, lr_scheduler.base_lrs
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    adam = [{name: group[name] for name in ("betas", "eps")} for group in groups]
+    resume(accelerator, args.output_dir, args.resume_from_checkpoint, state)
+    ema.decay = decay
+    ema.to(accelerator.device)  # checkpoints come back on the CPU
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, values in zip(groups, adam, strict=True):
+        group.update(values)
+    lr_scheduler.base_lrs = rates
+
+
+def peak_memory(device: torch.device) -> float:
+    """Largest memory in use so far, in MiB: allocated on a GPU, resident of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+class StepLog:
+    r"""
+    Progress bar on the terminal, and curves in TensorBoard: losses averaged over processes and steps, skipped steps,
+    images a second, the share of time that the main process waits for data, and peak memory.
+
+    Args:
+        accelerator (`Accelerator`): The run's accelerator.
+        state (`RunState`): Counts the steps.
+        total (`int`): Steps of the whole run.
+        images_per_step (`int`): Of all processes.
+        interval (`int`): Steps between entries.
+    """
+
+    def __init__(self, accelerator: Accelerator, state: RunState, total: int, images_per_step: int, interval: int):
+        self.accelerator = accelerator
+        self.state = state
+        self.images_per_step = images_per_step
+        self.interval = interval
+        hidden = not accelerator.is_main_process
+        self.bar = tqdm(total=total, initial=state.global_step, desc="Training", disable=hidden)
+        self.losses: dict[str, list[torch.Tensor]] = {}
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last entry out of images a second, for instance after a validation."""
+        self.started, self.steps, self.waited = time.monotonic(), 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Put around what fetches a batch: the time is that of waiting for data."""
+        started = time.monotonic()
+        yield
+        self.waited += time.monotonic() - started
+
+    def add(self, losses: dict[str, torch.Tensor]) -> None:
+        """Call after every batch, with detached scalars of this process; the same names on every process."""
+        for name, loss in losses.items():
+            self.losses.setdefault(name, []).append(loss)
+
+    def step(self, values: dict[str, float]) -> None:
+        """Call after every optimizer step, with values to log as they are."""
+        self.bar.update()
+        self.steps += 1
+        if self.state.global_step % self.interval:
+            return
+        means = {name: torch.stack(losses).mean() for name, losses in self.losses.items()}
+        means = {name: self.accelerator.reduce(mean, reduction="mean").item() for name, mean in means.items()}
+        self.losses.clear()
+        values = means | values
+        seconds = time.monotonic() - self.started
+        values |= {
+            "skipped_steps": self.state.skipped_steps,
+            "images_per_second": self.steps * self.images_per_step / seconds,
+            "data_wait_share": self.waited / seconds,
+            "peak_memory_mib": peak_memory(self.accelerator.device),
+        }
+        self.accelerator.log({f"train/{k}": v for k, v in values.items()}, step=self.state.global_step)
+        self.bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
+        self.restart_clock()

@@ -1,0 +1,1 @@
+"""Files on disk, loading of weights, reports, plots: what knows nothing of BRICS."""

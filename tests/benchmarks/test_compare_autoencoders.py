@@ -1,0 +1,413 @@
+import dataclasses
+import json
+import shutil
+from types import SimpleNamespace
+
+import compare_autoencoders
+import comparison_models
+import pytest
+import torch
+from comparison_models import CLASSES, DEFAULT_MODELS, PRESETS, RELATIVE_NOISE, VARIANTS, NoisyAutoencoderKL
+from comparison_report import NOISES, model_costs, noise_curve, seconds_until, spread, table_row
+from diffusers import AutoencoderKL, VQModel
+from diffusers.models.autoencoders.vae import Encoder
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from small_models import AUTOENCODER
+
+from brics_diffusers import BricsAutoencoder
+from brics_diffusers.analysis.cost import autoencoder_cost
+from brics_diffusers.data import evaluation_loader, load_collection
+from brics_diffusers.metrics.perceptual import load_lpips
+from brics_diffusers.metrics.reconstruction import image_metrics
+
+
+PEER = comparison_models.SMALL_PEER | {"block_out_channels": (8, 8, 16), "sample_size": 32}
+SMALL = {
+    "train_batch_size": 2,
+    "max_train_steps": 4,
+    "BricsAutoencoder": AUTOENCODER,
+    "AutoencoderKL": PEER,
+    "VQModel": PEER | {"num_vq_embeddings": 16, "vq_embed_dim": 4},
+}
+NOISY = "AutoencoderKL, shortcut, noise"
+MODELS = ("BRICS", NOISY, "VQModel")
+
+
+@pytest.fixture
+def compare(monkeypatch, image_folder, tmp_path):
+    """Runs the comparison of small models of one seed, with no weights of LPIPS at hand, and returns its report."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setitem(PRESETS, "noto-emoji-64", SMALL)
+    monkeypatch.setattr("comparison_report.DECODING_ROUNDS", 1)
+
+    def run(name, *more, models=MODELS, seeds=(0,)):
+        output_dir = tmp_path / name
+        flags = ["--dataset_name", image_folder, "--output_dir", output_dir, "--validation_steps", 2]
+        flags += ["--models", *models, "--seeds", *seeds, *more]
+        compare_autoencoders.main(list(map(str, flags)))
+        reports = list(output_dir.glob("*.json"))
+        return json.loads(reports[0].read_text()) if reports else None
+
+    yield run
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def make_model(class_name: str, **changes):
+    torch.manual_seed(0)
+    return CLASSES[class_name](**comparison_models.Variant(class_name).arguments(SMALL) | changes)
+
+
+def values(result):
+    """Everything in the curves but the time."""
+    return {
+        name: [{key: value for key, value in point.items() if key != "seconds"} for point in run["curve"]]
+        for name, run in result["runs"].items()
+    }
+
+
+class TestRuns:
+    def test_report(self, compare, tmp_path):
+        models = ("BRICS", "AutoencoderKL", "VQModel", "BRICS, two thirds of the steps")
+        result = compare("run", "--max_train_steps", 6, models=models, seeds=(0, 1))
+        rows = {row["model"]: row for row in result["table"]}
+        assert tuple(rows) == models
+        assert rows["BRICS"]["training time"] == "1.00 ± 0.00"
+        goals = [result["runs"][f"BRICS-{seed}"]["curve"][-1]["psnr"] for seed in (0, 1)]
+        assert rows["BRICS"]["decoding time"] == 1
+        assert [row["latent"] for row in rows.values()] == ["8 x 8 x 4", "8 x 8 x 4", "8 x 8 of 16 codes", "8 x 8 x 4"]
+        assert [row["steps"] for row in rows.values()] == [6, 6, 6, 4]
+        folders = ["BRICS", "AutoencoderKL", "VQModel", "BRICS-two-thirds-of-the-steps"]
+        assert list(result["runs"]) == [f"{folder}-{seed}" for folder in folders for seed in (0, 1)]
+        for folder, row in zip(folders, rows.values(), strict=True):
+            runs = [result["runs"][f"{folder}-{seed}"] for seed in (0, 1)]
+            last = [run["curve"][-1]["psnr"] for run in runs]
+            assert last[0] != last[1] and row["PSNR"] == spread(last, 2)
+            assert row["PSNR, training images"] != row["PSNR"]
+            assert row["PSNR, latents with 5% noise"] == spread([run["noise"]["psnr"][3] for run in runs], 2)
+            for run in runs:
+                assert [point["step"] for point in run["curve"]] == list(range(2, row["steps"] + 1, 2))
+                assert all(0 < point["psnr"] < 60 and point["images"] == 2 for point in run["curve"])
+                # Without noise it is the last validation again, in batches of the same size.
+                assert run["noise"]["psnr"][0] == pytest.approx(run["curve"][-1]["psnr"], abs=1e-3)
+                assert run["noise"]["deviation"] > 0
+                assert (run["noise"]["training_noise"] is None) == ("BRICS" not in folder)
+            reached = sum(max(p["psnr"] for p in run["curve"]) >= goal for run, goal in zip(runs, goals, strict=True))
+            text = {0: "never", 1: "with 1 of 2 seeds"}.get(reached, " ± ")
+            assert text in row["time until the first's PSNR"]
+        text = (tmp_path / "run/comparison.md").read_text()
+        assert "| BRICS, two thirds of the steps |" in text and "seeds 0, 1," in text and "LPIPS |" not in text
+        assert "\nLPIPS was not measured: torch's cache has no `vgg16-397923af.pth`" in text
+        assert "| BRICS | 0.012 | {'encoder': 0.002} | 0.99 | 0.02 |" in text
+        assert "\nRows of the picture, first seed: images; BRICS; AutoencoderKL; VQModel; BRICS, two thirds" in text
+        picture = Image.open(tmp_path / "run/comparison-reconstructions.png")
+        assert picture.size == (2 * 34 + 2, 5 * 34 + 2)  # two held-out images and four reconstructions of each
+        assert Image.open(tmp_path / "run/comparison-curves.png").width > 1000
+
+    def test_models_are_saved_with_averaged_weights(self, compare, image_folder, tmp_path):
+        result = compare("run", "--no-show_images")
+        assert Image.open(tmp_path / "run/comparison-reconstructions.png").height == 3 * 34 + 2  # no row of images
+        folders = {
+            "BRICS-0": BricsAutoencoder,
+            "AutoencoderKL-shortcut-noise-0": NoisyAutoencoderKL,
+            "VQModel-0": VQModel,
+        }
+        assert {path.name for path in (tmp_path / "run/models").iterdir()} == folders.keys()
+        dataset = load_collection(image_folder).train_test_split(test_size=2, seed=0)["test"]
+        batch = next(iter(evaluation_loader(dataset, 32, 2)))["pixel_values"]
+        for name, model_class in folders.items():
+            model = model_class.from_pretrained(tmp_path / "run/models" / name).eval()
+            with torch.no_grad():
+                psnr = image_metrics(model(batch).sample, batch)["psnr"].mean().item()
+            assert psnr == pytest.approx(result["runs"][name]["curve"][-1]["psnr"], abs=1e-3)
+
+    def test_changed_settings_are_refused(self, compare, monkeypatch):
+        assert compare("run", "--no-report") is None
+        changes = {
+            "max_train_steps 4, not 6": ["--max_train_steps", 6],
+            "validation_steps 2, not 4": ["--validation_steps", 4],
+            "train_batch_size 2, not 3": ["--train_batch_size", 3],
+            "mse_weight 20.0, not 1.0": ["--mse_weight", 1],
+            "num_validation_images 256, not 2": ["--num_validation_images", 2],
+            "collection ": ["--max_train_samples", 20],
+        }
+        for message, flags in changes.items():
+            with pytest.raises(ValueError, match=f"was trained with {message}.*; give the same flags as before"):
+                compare("run", *flags)
+        for change in ({"learning_rate": 1e-3}, {"warmup": 0.5}, {"adam_beta2": 0.9}, {"part_learning_rates": {}}):
+            with (
+                monkeypatch.context() as patch,
+                pytest.raises(ValueError, match=f"BRICS-0 was .* with {next(iter(change))} "),
+            ):
+                patch.setitem(VARIANTS, "BRICS", dataclasses.replace(VARIANTS["BRICS"], **change))
+                compare("run")
+
+    def test_the_work_can_be_shared(self, compare, monkeypatch):
+        for models in (("BRICS",), ("VQModel",)):
+            for seed in (0, 1):
+                assert compare("run", "--no-report", models=models, seeds=(seed,)) is None
+        monkeypatch.setattr(compare_autoencoders.Run, "train", pytest.fail)
+        result = compare("run", models=("BRICS", "VQModel"), seeds=(0, 1))
+        assert list(result["runs"]) == ["BRICS-0", "BRICS-1", "VQModel-0", "VQModel-1"]
+
+    def test_unreadable_images_are_counted(self, compare, image_folder, tmp_path):
+        folder = tmp_path / "images"
+        for split in ("train", "validation"):
+            shutil.copytree(image_folder, folder / split)  # with a file that is no image
+        flags = ("--dataset_name", folder, "--train_batch_size", 40, "--max_train_steps", 2)
+        for _ in range(2):  # the second time the runs are complete
+            result = compare("run", *flags, models=("BRICS", "VQModel"))
+            assert len(result["unreadable"]) == 2
+            assert "(skipped 2 unreadable files: " in (tmp_path / "run/comparison.md").read_text()
+            assert result["runs"]["BRICS-0"]["curve"][-1]["images"] == 24
+
+    def test_lpips_is_measured_where_its_weights_are(self, compare, monkeypatch, tmp_path):
+        monkeypatch.setattr(compare_autoencoders, "lpips_is_cached", lambda: True)
+        monkeypatch.setattr(compare_autoencoders, "load_lpips", lambda: load_lpips("alex", pretrained=False))
+        result = compare("run", "--max_train_steps", 2)
+        assert all(run["curve"][-1]["lpips"] > 0 for run in result["runs"].values())
+        text = (tmp_path / "run/comparison.md").read_text()
+        assert "| LPIPS |" in text and "not measured" not in text
+
+    def test_an_interrupted_comparison_ends_alike(self, compare, monkeypatch):
+        whole = compare("whole", seeds=(0, 1))
+        validate = compare_autoencoders.Run.validate
+        for folder in ("AutoencoderKL-shortcut-noise-0", "BRICS-1"):
+
+            def interrupted(run, dataset, step, lpips_metric, folder=folder):
+                if step == 4 and run.folder.name == folder:
+                    raise KeyboardInterrupt
+                validate(run, dataset, step, lpips_metric)
+
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(compare_autoencoders.Run, "validate", interrupted)
+                compare("resumed", seeds=(0, 1))
+        assert values(compare("resumed", seeds=(0, 1))) == values(whole)
+
+    def test_a_finished_run_has_its_weights(self, compare, monkeypatch, tmp_path):
+        def killed(*_, **__):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(VQModel, "save_pretrained", killed)
+            compare("run", "--no-report", models=("VQModel",))
+        compare("run", "--no-report", models=("VQModel",))
+        assert (tmp_path / "run/models/VQModel-0/config.json").is_file()
+
+    def test_all_see_the_same_images(self, compare, monkeypatch):
+        seen, reconstruct = {}, compare_autoencoders.reconstruct
+
+        def record(model, images):
+            seen.setdefault(type(model).__name__, []).append(images)
+            return reconstruct(model, images)
+
+        monkeypatch.setattr(compare_autoencoders, "reconstruct", record)
+        compare("run", "--no-report", seeds=(0, 1))
+        batches = [torch.stack(images) for images in seen.values()]
+        assert len(batches) == 3 and batches[0].shape == (2 * 4, 2, 3, 32, 32)
+        assert all(torch.equal(batches[0], other) for other in batches[1:])
+        assert not torch.equal(*batches[0].chunk(2))  # of the two seeds
+
+    def test_search(self, compare, monkeypatch, tmp_path):
+        search_variants = comparison_models.search_variants
+
+        def first_and_last(names):
+            trials = list(search_variants(["BRICS", "VQModel"]).items())
+            return dict([trials[0], trials[-1]])
+
+        monkeypatch.setattr(compare_autoencoders, "search_variants", first_and_last)
+        result = compare("run", "--search")
+        names = ["BRICS: learning_rate 0.006, adam_beta2 0.99", "VQModel: learning_rate 0.004, warmup 0.1"]
+        assert [row["model"] for row in result["table"]] == names
+        first, last = result["runs"].values()
+        assert (first["learning_rate"], first["part_learning_rates"]) == (6e-3, {"encoder": 1e-3})
+        assert (last["learning_rate"], last["part_learning_rates"], last["warmup"]) == (4e-3, {}, 0.1)
+        assert (tmp_path / "run/search.md").is_file()
+
+
+class TestModels:
+    @pytest.mark.parametrize("config", PRESETS)
+    def test_peers_decode_more_expensively_and_with_latents_as_large(self, config):
+        costs, latents = {}, {}
+        for name in CLASSES:
+            model = comparison_models.Variant(name).build(PRESETS[config])
+            costs[name] = model_costs(model)
+            size = model.config.sample_size
+            with torch.no_grad():
+                latents[name] = comparison_models.encode(model, torch.zeros(1, 3, size, size))
+            parameters = sum(value for key, value in costs[name].items() if key.endswith(" M"))
+            assert parameters == pytest.approx(model.num_parameters() / 1e6)
+        cost = {name: costs[name]["decoder G"] for name in costs}
+        expected = autoencoder_cost(PRESETS[config]["BricsAutoencoder"])
+        expected = expected["mlp"]["multiply_adds"] + expected["decoder"]["multiply_adds"]
+        assert cost["BricsAutoencoder"] == pytest.approx(expected)
+        assert cost["BricsAutoencoder"] < 0.9 * cost["AutoencoderKL"]
+        assert cost["AutoencoderKL"] == pytest.approx(cost["VQModel"]) == pytest.approx(cost["NoisyAutoencoderKL"])
+        assert len({latent.shape for latent in latents.values()}) == 1
+
+    def test_variants(self):
+        assert DEFAULT_MODELS[:2] == ["AutoencoderKL", "BRICS"] and "VQModel" in DEFAULT_MODELS
+        for variant in VARIANTS.values():
+            for preset in PRESETS.values():
+                with torch.device("meta"):
+                    model = variant.build(preset)
+                assert variant.part_learning_rates.keys() <= dict(model.named_children()).keys()
+                assert variant.changes.items() <= dict(model.config).items()
+        assert VARIANTS[NOISY].changes == {"relative_noise": RELATIVE_NOISE}
+
+    def test_every_class_is_searched_as_much(self):
+        trials = comparison_models.search_variants(DEFAULT_MODELS[:3])
+        of_class = {}
+        for name, variant in trials.items():
+            of_class.setdefault(name.partition(":")[0], []).append(variant)
+        assert list(of_class) == ["AutoencoderKL", "BRICS", "AutoencoderKL, shortcut"]
+        peers = [
+            [(variant.learning_rate, variant.adam_beta2, variant.warmup) for variant in of_class[name]]
+            for name in ("AutoencoderKL", "AutoencoderKL, shortcut")
+        ]
+        assert peers[0] == peers[1] and len(set(peers[0])) == 10
+        for variant, (rate, *others) in zip(of_class["BRICS"], peers[0], strict=True):
+            assert variant.part_learning_rates == pytest.approx({"encoder": rate})
+            assert variant.learning_rate == pytest.approx(6 * rate)
+            assert [variant.adam_beta2, variant.warmup] == others
+
+    def test_regularizers(self, images):
+        models = {name: make_model(name) for name in CLASSES}
+        parts = {name: comparison_models.reconstruct(model, images)[1] for name, model in models.items()}
+        for name in ("AutoencoderKL", "NoisyAutoencoderKL"):
+            posterior = models[name].encode(images).latent_dist
+            variance, mean = posterior.var, posterior.mean
+            kl = 0.5 * (mean.square() + variance - 1 - variance.log()).sum() / len(images)
+            assert parts[name].item() == pytest.approx(1e-6 * kl.item(), rel=1e-5)
+        encoded = models["VQModel"].encode(images).latents
+        codes = models["VQModel"].quantize.embedding.weight
+        nearest = torch.cdist(encoded.permute(0, 2, 3, 1).reshape(-1, 4), codes).min(dim=1).values
+        assert parts["VQModel"].item() == pytest.approx(1.25 * nearest.square().mean().item() / 4, rel=1e-4)
+        assert parts["BricsAutoencoder"] == 0
+
+    @pytest.mark.parametrize("name", CLASSES)
+    @torch.no_grad()
+    def test_exact_latents_make_the_models_own_reconstruction(self, name, images):
+        model = make_model(name).eval()
+        sample = comparison_models.decode(model, comparison_models.encode(model, images))
+        torch.testing.assert_close(sample, model(images).sample, rtol=1e-4, atol=1e-5)
+
+    def test_latent_deviation(self):
+        noise = torch.randn(64, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+        scale, offset = torch.tensor([3.0, 1.0]).view(1, 2, 1, 1), torch.tensor([5.0, -50.0]).view(1, 2, 1, 1)
+        # Where a channel lies is none of its deviation. 16,384 draws a channel: 1% is two standard errors.
+        assert comparison_models.latent_deviation(scale * noise + offset).item() == pytest.approx(5**0.5, rel=0.02)
+
+
+class TestNoisyAutoencoderKL:
+    def test_saving(self, images, tmp_path):
+        model = make_model("NoisyAutoencoderKL", relative_noise=0.25).eval()
+        model.save_pretrained(tmp_path)
+        loaded = NoisyAutoencoderKL.from_pretrained(tmp_path).eval()
+        assert loaded.config.relative_noise == 0.25 and loaded.config.sample_size == 32
+        with torch.no_grad():
+            assert torch.equal(loaded(images).sample, model(images).sample)
+        assert torch.equal(loaded.encoder.shortcut.weight, model.encoder.shortcut.weight)
+
+    @torch.no_grad()
+    def test_shortcut_is_added_to_the_means_alone(self, images):
+        model = make_model("NoisyAutoencoderKL").eval()
+        means, log_variances = model.encoder(images).chunk(2, dim=1)
+        plain_means, plain_log_variances = Encoder.forward(model.encoder, images).chunk(2, dim=1)
+        shortcut = model.encoder.shortcut(images)
+        assert shortcut.abs().mean() > 0.1 and torch.equal(means, plain_means + shortcut)
+        assert torch.equal(log_variances, plain_log_variances)
+        assert torch.equal(model.encode(images).latent_dist.mean, means)
+
+    @torch.no_grad()
+    def test_without_shortcut_and_noise_it_is_an_autoencoder_kl(self, images):
+        model = make_model("NoisyAutoencoderKL").eval()
+        for parameter in model.encoder.shortcut.parameters():
+            parameter.zero_()
+        twin = AutoencoderKL(**PEER, use_quant_conv=False).eval()  # the means come from the encoder itself
+        missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
+        assert not missing and set(unexpected) == {"encoder.shortcut.weight", "encoder.shortcut.bias"}
+        assert torch.equal(twin(images).sample, model(images).sample)
+
+    @pytest.mark.parametrize("relative_noise", [0.0, 0.5])
+    def test_noise_is_relative_to_the_latents_and_in_training_only(self, images, monkeypatch, relative_noise):
+        model, decoded = make_model("NoisyAutoencoderKL", relative_noise=relative_noise), []
+        # Means of 100 times their size, and variances of e**-30, the least there is: draws are the means themselves.
+        encode, decode = model.encoder.forward, model.decode
+        scale = torch.tensor([100.0, 0.0]).repeat_interleave(4).view(1, 8, 1, 1)
+        shift = torch.tensor([0.0, -30.0]).repeat_interleave(4).view(1, 8, 1, 1)
+        monkeypatch.setattr(model.encoder, "forward", lambda sample: encode(sample) * scale + shift)
+        monkeypatch.setattr(model, "decode", lambda latents: decoded.append(latents) or decode(latents))
+        with torch.no_grad():
+            comparison_models.reconstruct(model, images)
+            means = comparison_models.encode(model, images)
+        noise = (decoded[0] - means) / comparison_models.latent_deviation(means)
+        assert decoded[0].shape == (16, 4, 8, 8)
+        # 4,096 draws: a standard error of 1.1%.
+        assert noise.std().item() == pytest.approx(relative_noise, rel=0.05, abs=1e-5)
+        model.eval()
+        with torch.no_grad():
+            assert torch.equal(model(images).sample, decode(means).sample)
+
+
+def as_run(model, batch_size=4):
+    """What of a run a noise curve needs."""
+    ema = EMAModel(model.parameters())
+    return SimpleNamespace(model=model, ema=ema, args=SimpleNamespace(train_batch_size=batch_size))
+
+
+class TestReport:
+    @pytest.mark.parametrize("name", ["BricsAutoencoder", "NoisyAutoencoderKL", "VQModel"])
+    def test_noise_curve(self, name, image_folder):
+        model, dataset = make_model(name), load_collection(image_folder)
+        if name == "BricsAutoencoder":
+            torch.nn.init.normal_(model.grids.entries)  # as large as after training, so that codes matter
+        curve, other = (noise_curve(as_run(model, batch_size), dataset) for batch_size in (4, 7))
+        model.eval()
+        batch = next(iter(evaluation_loader(dataset, 32, 25)))["pixel_values"]
+        with torch.no_grad():
+            plain = image_metrics(model(batch).sample, batch)["psnr"].mean().item()
+            latents = comparison_models.encode(model, batch)
+        assert len(curve["psnr"]) == len(NOISES) and NOISES[0] == 0
+        assert curve["psnr"][0] == pytest.approx(plain, abs=1e-3)
+        assert curve["deviation"] == pytest.approx(comparison_models.latent_deviation(latents).item(), rel=1e-4)
+        assert len(set(curve["psnr"])) > 1  # noise reaches the images
+        # An image's noise does not depend on its batch. A codebook's choice may turn on rounding.
+        assert other["psnr"] == pytest.approx(curve["psnr"], abs=0.05 if name == "VQModel" else 1e-3)
+        expected = model.key_noise_scale / curve["deviation"] if name == "BricsAutoencoder" else None
+        assert curve["training_noise"] == expected
+
+    def test_seconds_until(self):
+        points = [(10.0, 15.0), (20.0, 19.0), (30.0, 18.0), (40.0, 22.0)]
+        run = SimpleNamespace(curve=[{"seconds": seconds, "psnr": psnr} for seconds, psnr in points])
+        assert seconds_until(run, 14) == seconds_until(run, 15) == 10
+        assert seconds_until(run, 16) == pytest.approx(12.5)
+        assert seconds_until(run, 19) == 20
+        assert seconds_until(run, 20) == pytest.approx(35)
+        assert seconds_until(run, 22.1) is None
+
+    @pytest.mark.parametrize(
+        ("psnr", "expected"), [((20, 20), "0.75 ± 0.35"), ((20, 9), "with 1 of 2 seeds"), ((9, 9), "never")]
+    )
+    def test_time_until_the_firsts_psnr(self, monkeypatch, psnr, expected):
+        monkeypatch.setattr("comparison_report.training_psnr", lambda run, dataset: 10.0)
+
+        def run(name, seconds, last):
+            curve = [{"seconds": seconds, "psnr": last, "ssim": 0.5}]
+            return SimpleNamespace(model=model, name=name, seconds=seconds, curve=curve, last_step=1)
+
+        model = make_model("BricsAutoencoder")
+        reference = [run("first", 10.0, 10.0), run("first", 20.0, 10.0)]
+        others = [run("other", 10.0, psnr[0]), run("other", 10.0, psnr[1])]
+        noise = [{"psnr": [10.0] * len(NOISES)}] * 2
+        row = table_row("other", others, reference, {"first": 2.0, "other": 3.0}, noise, None)
+        assert row["time until the first's PSNR"] == expected
+        assert row["training time"] == "0.75 ± 0.35" and row["decoding time"] == 1.5
+
+    def test_spread(self):
+        assert spread([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00" and spread([1.25], 1) == "1.2"

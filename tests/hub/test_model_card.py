@@ -1,0 +1,291 @@
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from brics_diffusers import BricsKeyCodePipeline
+from brics_diffusers.commands import main
+from brics_diffusers.hub.card import PAPER, make_card, metadata, read_facts, retitled, without_folders, write_card
+from brics_diffusers.hub.published_files import LIST, public_files
+from brics_diffusers.hub.push import export
+
+
+SUMMARY = {
+    "steps": 560,
+    "images_seen": 4480,
+    "training_images": 800,
+    "dataset_on_hub": False,
+    "validation": {"step": 560, "psnr": 25.5, "ssim": 0.75},
+    "num_processes": 2,
+    "mixed_precision": "bf16",
+    "machine": {
+        "device": "A Processor, 2 cores, 2 threads",
+        "python": "3.11.7",
+        "torch": "2.11.0",
+        "diffusers": "0.42.1",
+        "command": "train_autoencoder.py --config /home/me/configs/small.yaml --dataset_name=/home/me/emoji",
+    },
+}
+CONFIG = {"dataset_name": "/home/me/emoji", "dataset_split": "train", "learning_rate": 0.002, "train_batch_size": 8}
+RECONSTRUCTION = {
+    "protocol": "standard",
+    "dataset_name": "/home/me/emoji",
+    "split": "validation",
+    "images": 60,
+    "metrics": {"psnr": {"mean": 25.25, "two_std": 3.5, "left_out": 0}, "lpips": {"mean": None, "two_std": None}},
+}
+GENERATION = {
+    "input1": {"num_images": 50},
+    "input2": {"num_images": 800, "source": "/home/me/emoji", "split": "train"},
+    "extractors": {"fid": {"name": "random-conv", "weights": "not trained"}},
+    "metrics": {"fid": 12.5, "inception_score": None},
+}
+
+
+@pytest.fixture
+def pipeline(pipe, tmp_path):
+    """A saved pipeline that nobody has trained."""
+    folder = tmp_path / "emoji-model"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def trained(pipeline):
+    """The same with what a run leaves."""
+    write = {"training_summary": SUMMARY, "training_config": CONFIG, "reconstruct-metrics-standard": RECONSTRUCTION}
+    write |= {"reports/generation-metrics": GENERATION}
+    (pipeline / "reports").mkdir()
+    for name, content in write.items():
+        (pipeline / f"{name}.json").write_text(json.dumps(content))
+    return pipeline
+
+
+class TestContent:
+    def test_a_run(self, trained):
+        text = make_card(trained)
+        for row in (
+            "| steps | 560 |",
+            "| images seen | 4480 |",
+            "| images | emoji |",
+            "| train batch size | 8 |",
+            "| device | A Processor, 2 cores, 2 threads |",
+            "| PSNR | 25.2500 ± 3.5000 | reconstruction, protocol standard, 60 images of emoji (validation) |",
+            "| fid | 12.5 | 50 generated and 800 real images of emoji (train); random-conv (not trained) |",
+            "| PSNR | 25.5 | validation of the run, step 560 |",
+            "\n\n± is two standard deviations over images.\n<!-- end metrics -->",
+        ):
+            assert row in text
+        assert (
+            "launch --mixed_precision bf16 training/train_autoencoder.py --config small.yaml --dataset_name=emoji"
+            in text
+            and "/home/me" not in text
+        )
+        assert "generates 32 x 32 images" in text and "key code of 8 x 8 x 4 numbers" in text
+
+    def test_nothing_is_made_up(self, pipeline):
+        text = make_card(pipeline)
+        assert "None were measured." in text and "This folder has no record of the training." in text
+
+    def test_counts(self, pipeline, pipe):
+        counts = read_facts(pipeline)["parameters"]
+        assert counts == {"autoencoder": pipe.autoencoder.num_parameters(), "unet": pipe.unet.num_parameters()}
+
+    def test_both_stages(self, trained):
+        stage_one = SUMMARY | {"config": {"learning_rate": 0.125}}
+        stage_one["machine"] = SUMMARY["machine"] | {"command": "OMP_NUM_THREADS=2 train_autoencoder.py --seed 3"}
+        summary = SUMMARY | {"validation": None, "autoencoder_training": stage_one}
+        (trained / "training_summary.json").write_text(json.dumps(summary))
+        text = make_card(trained)
+        assert "| learning rate | 0.125 |" in text and "validation of the autoencoder's run, step 560" in text
+        # Where a shell sees it: before the launcher, which hands it on.
+        launch = "OMP_NUM_THREADS=2 accelerate launch --mixed_precision bf16 training/train_autoencoder.py --seed 3"
+        assert f"\n{launch}\n" in text
+
+    def test_autoencoder_alone(self, trained):
+        (trained / "model_index.json").unlink()
+        text = make_card(trained, repo_id="me/ae")
+        assert 'BricsAutoencoder.from_pretrained("me/ae", subfolder="autoencoder")' in text
+        assert "diffusion" not in text.split("begin training")[0].replace("diffusers", "")
+
+    def test_no_model(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="name a finished run or a saved pipeline"):
+            make_card(tmp_path)
+
+
+class TestMetadata:
+    def test_of_a_data_set_on_the_hub(self, trained):
+        facts = read_facts(trained)
+        assert "datasets" not in metadata(facts)
+        facts["config"]["dataset_name"], facts["summary"]["dataset_on_hub"] = "me/emoji", True
+        assert metadata(facts, "cc0-1.0") == {
+            "license": "cc0-1.0",
+            "library_name": "diffusers",
+            "pipeline_tag": "unconditional-image-generation",
+            "tags": ["brics", "arxiv:2305.18601", "diffusers:BricsKeyCodePipeline"],
+            "datasets": ["me/emoji"],
+        }
+
+    def test_the_hubs_library_reads_it(self, trained):
+        card = ModelCard(make_card(trained, license_name="apache-2.0"))
+        assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "unconditional-image-generation"
+        assert card.text.strip().startswith("# emoji-model")
+
+
+class TestEdits:
+    def test_generating_again_changes_nothing(self, trained):
+        text = write_card(trained).read_text()
+        assert write_card(trained).read_text() == text
+
+    def test_text_outside_generated_parts_stays(self, trained):
+        text = write_card(trained).read_text().replace("# emoji-model\n", "# Faces\n\nBy me.\n")
+        text = text.replace("<!-- begin metrics -->", "A word on metrics.\n\n<!-- begin metrics -->")
+        (trained / "README.md").write_text(text.replace("## Limits", "## Limitations") + "\nThe end.\n")
+        (trained / "training_summary.json").write_text(json.dumps(SUMMARY | {"steps": 561}))
+        assert write_card(trained).read_text() == text.replace("| steps | 560 |", "| steps | 561 |") + "\nThe end.\n"
+
+    def test_a_part_without_its_comments_is_the_users(self, trained):
+        text = write_card(trained).read_text()
+        before, rest = text.split("<!-- begin limits -->")
+        text = before + "My own limits." + rest.split("<!-- end limits -->")[1]
+        assert make_card(trained, text) == text
+
+    def test_a_card_of_the_user_gets_the_parts_at_its_end(self, trained):
+        text = make_card(trained, "---\nlicense: mit\n---\n\nMine.\n")
+        assert text.split("---\n")[2].startswith("\nMine.\n\n<!-- begin about -->")
+        assert yaml.safe_load(text.split("---\n")[1])["license"] == "mit"
+
+    def test_metadata_of_the_user_stay(self, trained):
+        mine = "# chosen with care\nlicense: mit\ntags: [faces]   # only this\ndatasets: null\n"
+        front = make_card(trained, f"---\n{mine}---\nHello.\n", license_name="apache-2.0").split("---\n")[1]
+        assert front == mine + "library_name: diffusers\npipeline_tag: unconditional-image-generation\n"
+
+    def test_a_card_of_metadata_alone_gets_a_title(self, trained):
+        text = make_card(trained, "---\nlicense: mit\n---\n")
+        assert text.split("---\n")[2].startswith("\n# emoji-model\n\n<!-- begin about -->")
+
+    def test_title_of_another_name(self, trained):
+        made, edited = "---\na: b\n---\n\n# emoji-model\n\n# emoji-model\n", "# Emoji\n\n# emoji-model\n"
+        assert retitled(made, trained, "me/faces") == made.replace("# emoji-model", "# faces", 1)
+        assert retitled(edited, trained, "me/faces") == edited
+        (trained / "training_config.json").write_text(json.dumps(CONFIG | {"hub_model_id": "me/heads"}))
+        assert retitled("# heads\n", trained, "named") == "# named\n"
+
+    @pytest.mark.parametrize("name", ["no", "1.0", r"\1x", "apache-2.0"])
+    def test_license(self, trained, name):
+        for existing in (None, "---\nlicense: unknown\n---\n", "---\nlicense: 'unknown' # todo\n---\n"):
+            front = make_card(trained, existing, license_name=name).split("---\n")[1]
+            assert yaml.safe_load(front)["license"] == name and ("# todo" in front) == ("todo" in (existing or ""))
+
+    @pytest.mark.parametrize("name", ["Apache-2.0", "cc by", "", r"\1"])
+    def test_license_that_is_none(self, trained, name, capsys):
+        with pytest.raises(SystemExit):
+            main(["card", str(trained), "--hub_license", name])
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"argument --hub_license: {name!r} is no identifier of a license" in error
+        assert error.endswith("for instance apache-2.0.") and not (trained / "README.md").exists()
+
+    @pytest.mark.parametrize(
+        "front", ["license: unknown-2\n", "license: mit # not unknown\n", "a:\n  license: unknown\n"]
+    )
+    def test_license_that_is_known(self, trained, front):
+        assert front in make_card(trained, f"---\n{front}---\n", license_name="apache-2.0")
+
+    @pytest.mark.parametrize("front", ["a: [", "- a list"])
+    def test_metadata_that_are_none(self, trained, front):
+        with pytest.raises(ValueError, match="the metadata of README.md are"):
+            make_card(trained, f"---\n{front}\n---\nHello.\n")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/home/me/runs/a", "a"),
+        ("/home/me/my runs/a b", "a b"),
+        ("x.py --a=/home/me/b.yaml --c ../d '/home/me/e'", "x.py --a=b.yaml --c ../d 'e'"),
+        ("~/secret/data", "data"),
+        ("~/my secret/data", "data"),
+        ("in ~me/secret/data and /x", "in data and /x"),
+        (
+            "x.py '/home/me/my runs/a b' --c '--d=/home/me/my runs/a' \"/home/me/e f\"",
+            "x.py 'a b' --c '--d=a' \"e f\"",
+        ),
+        ("x.py --d=/home/me/ --e /home/me//f/ --g=/data", "x.py --d=me --e f --g=/data"),
+        ("file:///home/me/x", "x"),
+        ("from file:///home/me/x, (/home/me/y)", "from x, (y)"),
+        ("a person's 1/2 / 3/4 of it's s3://a/b and '--c=d/e'", "a person's 1/2 / 3/4 of it's s3://a/b and '--c=d/e'"),
+        (f"{PAPER} and/or user/name", f"{PAPER} and/or user/name"),
+        ({"a": ["/b/c", 1, None]}, {"a": ["c", 1, None]}),
+    ],
+)
+def test_without_folders(value, expected):
+    assert without_folders(value) == expected
+
+
+class TestExport:
+    def test_only_what_is_published_is_copied(self, trained, tmp_path):
+        (trained / "checkpoint-4").mkdir()
+        (trained / "checkpoint-4/optimizer.bin").write_bytes(b"state")
+        target = tmp_path / "named"
+        (target / "reports").mkdir(parents=True)
+        (target / "pictures.png").write_bytes(b"mine")
+        main(["card", str(trained), "--export_dir", str(target), "--hub_license", "apache-2.0"])
+        files = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+        assert files == {*public_files(trained), "README.md", LIST, "pictures.png"}
+        assert "reports/generation-metrics.json" in files and "checkpoint-4/optimizer.bin" not in files
+        card = (target / "README.md").read_text()
+        assert "license: apache-2.0" in card and 'from_pretrained("named")' in card
+        assert "/home/me" not in (target / "training_config.json").read_text()
+        assert BricsKeyCodePipeline.from_pretrained(target).unet.config.sample_size
+
+    def test_edits_of_the_exported_card_survive(self, trained, tmp_path):
+        path = export(trained, tmp_path / "named")
+        path.write_text(path.read_text().replace("# named\n", "# named\n\nMine.\n"))
+        assert export(trained, tmp_path / "named").read_text().count("Mine.") == 1
+
+    def test_the_runs_card_is_the_first(self, trained, tmp_path):
+        path = write_card(trained)
+        path.write_text(path.read_text().replace("<!-- begin limits -->", "Of mine.\n\n<!-- begin limits -->"))
+        card = export(trained, tmp_path / "named", "apache-2.0").read_text()
+        assert "license: apache-2.0" in card and "# named\n" in card and "# emoji-model\n" not in card
+        assert "Of mine." in card and 'from_pretrained("named")' in card
+
+    def test_nothing_is_left_of_an_earlier_export(self, trained, tmp_path):
+        target = tmp_path / "named"
+        export(trained, target)
+        (target / "unet/diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+        for name in ("unet/notes.json", "unet/diffusion_pytorch_model.fp16.safetensors", "curves.png"):
+            (target / name).write_text("mine")
+        (trained / "reports/generation-metrics.json").unlink()
+        assert "random-conv" not in export(trained, target).read_text()
+        files = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+        mine = {"unet/notes.json", "unet/diffusion_pytorch_model.fp16.safetensors", "curves.png"}
+        assert files == {*public_files(trained), "README.md", LIST, *mine}
+        assert BricsKeyCodePipeline.from_pretrained(target).unet.config.sample_size
+
+    def test_a_list_that_leads_elsewhere(self, trained, tmp_path):
+        for name in ("kept.txt", "named/kept.txt"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("mine")
+        names = ["../kept.txt", str(tmp_path / "kept.txt"), "reports", "missing.json"]
+        (tmp_path / "named" / LIST).write_text(json.dumps(names))
+        export(trained, tmp_path / "named")
+        assert (tmp_path / "kept.txt").exists() and (tmp_path / "named/kept.txt").exists()
+
+    @pytest.mark.parametrize("flags, message", [((), "onto itself"), (("--push_to_hub",), "exclude each other")])
+    def test_refusals(self, trained, flags, message):
+        with pytest.raises(SystemExit, match=message):
+            main(["card", str(trained), "--export_dir", str(trained), *flags])
+
+    def test_folder_that_can_not_be_written(self, trained, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(SystemExit, match="--export_dir .*file is no folder that can be made"):
+            main(["card", str(trained), "--export_dir", str(tmp_path / "file")])
+
+    def test_no_model(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="has no autoencoder/config.json"):
+            export(tmp_path, tmp_path / "named")
+        with pytest.raises(SystemExit, match="has no autoencoder/config.json"):
+            main(["card", str(tmp_path), "--export_dir", str(tmp_path / "named")])
+        assert not (tmp_path / "named").exists()

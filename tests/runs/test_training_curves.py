@@ -1,0 +1,62 @@
+import sys
+
+import pytest
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from brics_diffusers.runs.curves import read_curves
+from brics_diffusers.runs.record import draw_curves
+
+
+def log(folder, steps, start, value):
+    """One piece of a run: an entry every ten minutes."""
+    with SummaryWriter(folder / "logs/tensorboard", filename_suffix=f".{start}") as writer:
+        for count, step in enumerate(steps):
+            for name in ("train/mse", "train/learning_rate", "validation/psnr"):
+                writer.add_scalar(name, value + step, step, walltime=start + 600 * count)
+    (path,) = (folder / "logs/tensorboard").glob(f"*.{start}")
+    time, rest = path.name.removeprefix("events.out.tfevents.").split(".", 1)
+    path.rename(path.with_name(f"events.out.tfevents.{start}.{rest}"))
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """A run that logged up to step 40, and went on from the checkpoint of step 20 the next day."""
+    log(tmp_path, (30, 40, 50), start=200_000, value=1000.0)
+    log(tmp_path, (10, 20, 30, 40), start=100_000, value=0.0)
+    return tmp_path
+
+
+def test_pieces_of_a_run_are_joined(interrupted):
+    curves, hours = read_curves(interrupted)
+    assert curves["train/mse"] == [(10, 10.0), (20, 20.0), (30, 1030.0), (40, 1040.0), (50, 1050.0)]
+    assert curves.keys() == {"train/mse", "train/learning_rate", "validation/psnr"}
+    assert hours == pytest.approx((3 * 600 + 2 * 600) / 3600)
+
+
+def test_an_abandoned_run_does_not_count(tmp_path):
+    log(tmp_path, (10, 20, 30), start=100_000, value=1000.0)
+    log(tmp_path, (10, 20), start=200_000, value=0.0)
+    curves, hours = read_curves(tmp_path)
+    assert curves["train/mse"] == [(10, 10.0), (20, 20.0)] and hours == pytest.approx(1 / 6)
+
+
+def test_without_matplotlib(interrupted, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    draw_curves(interrupted)
+    assert not (interrupted / "curves.png").exists()
+
+
+def test_a_folder_without_logs(tmp_path):
+    assert read_curves(tmp_path) == ({}, 0)
+    draw_curves(tmp_path)
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_a_row_for_each_stage(interrupted, tmp_path):
+    stage_two = tmp_path / "stage-two"
+    log(stage_two, (1, 2), start=300_000, value=0.5)
+    draw_curves(interrupted)
+    draw_curves(stage_two, interrupted)
+    assert Image.open(interrupted / "curves.png").size == (1000, 360)
+    assert Image.open(stage_two / "curves.png").size == (1000, 720)
