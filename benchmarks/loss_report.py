@@ -109,8 +109,8 @@ def _measure(args, run, train_set, validation_set) -> dict:
     last = dict(curve[-1])
     last[rfid], num_reference_images = training_distance(model, rows["reference"])
     last[kid] = KID_SCALE * kernel_distance(features(model, validation_set), references)
-    last[f"{kid}_real"] = KID_SCALE * kernel_distance(of_held_out, references)
-    last[f"{kid}_above_real"] = last[kid] - last[f"{kid}_real"]
+    last[f"{kid}_originals"] = KID_SCALE * kernel_distance(of_held_out, references)
+    last[f"{kid}_above_originals"] = last[kid] - last[f"{kid}_originals"]
     counts = {"held_out": held_out, "rfid": num_reference_images, "curve": num_curve_images, "kid": len(references)}
     return {"images": counts, "last": last, "curve": curve}
 
@@ -250,7 +250,7 @@ PSNR, SSIM and the perceptual distance: means over {images["held_out"]} held-out
 the kind that was trained with (all losses but the first); features of {args.extractor} were not. rFID: between
 {images["rfid"]} images of the training split and their own reconstructions. KID (times 1,000): of the held-out
 images' reconstructions from {images["kid"]} training images; `real` is that of the held-out images themselves,
-`above_real` the difference, 0 for a perfect autoencoder. Training time: seconds of all steps in units of the first
+`above_originals` the difference, 0 for a perfect autoencoder. Training time: seconds of all steps in units of the first
 row's, the variants taking turns, without reading images.
 
 {markdown_table(losses)}{rows}"""

@@ -1,4 +1,4 @@
-"""Samples of a pipeline as PNG files, on any number of processes, to be gone on with after an interruption."""
+"""Samples of a pipeline as PNG files, made by any number of processes, resumed after an interruption."""
 
 import copy
 import hashlib

@@ -92,7 +92,7 @@ def load_splits(args: argparse.Namespace):
         args (`argparse.Namespace`):
             Flags of [`add_common_arguments`], `validation_split` and `num_validation_images`. With no
             `validation_split`, a split called `validation` is taken if there is one; else `num_validation_images`, at
-            most a tenth, are taken from the training images by the seed.
+            most a tenth, are held out of the training images: the same ones whatever the run's seed.
 
     Returns:
         `tuple`: training and validation `datasets.Dataset`; the second may be `None`.
@@ -110,7 +110,7 @@ def load_splits(args: argparse.Namespace):
             held_out = min(args.num_validation_images, len(train) // 10)
             if held_out == 0:
                 return train, None
-            parts = train.train_test_split(test_size=held_out, seed=args.seed)
+            parts = train.train_test_split(test_size=held_out, seed=0)
             logger.info("No validation split: %d of %d images are held out.", held_out, len(train))
             return parts["train"], parts["test"]
     return train, validation.select(range(min(args.num_validation_images, len(validation))))

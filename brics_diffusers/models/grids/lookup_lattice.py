@@ -20,7 +20,7 @@ from .levels import Level, plane_corners
 NODES_PER_IMAGE = 10
 
 
-def pays(level: Level, keys: torch.Tensor) -> bool:
+def is_cheaper(level: Level, keys: torch.Tensor) -> bool:
     """Whether a level is faster by way of the lattice, for keys (C_key, g, B, P)."""
     # Levels that share entries would have to be unrolled first. On other devices it could not be measured.
     possible = keys.device.type == "cpu" and level.num_dims == 3 and not level.shares_entries and keys.numel() > 0
@@ -101,7 +101,7 @@ def column_starts(cell: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def bags_of_nodes(level: Level, height: int, width: int, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The corners of pixels turned round: for each node of a plane, which pixels it touches and by which weight."""
+    """For each node of a plane of the grid, the pixels whose cells have it as a corner, and its weight for them."""
     nodes, weights = (corner.flatten() for corner in plane_corners(level, height, width, like))
     order = nodes.argsort(stable=True)
     counts = torch.bincount(nodes, minlength=(level.resolution + 1) ** 2)

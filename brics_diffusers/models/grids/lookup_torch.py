@@ -37,7 +37,7 @@ def interpolate(planes: torch.Tensor, places: Sequence[torch.Tensor]) -> torch.T
     return planes
 
 
-def image_turns(keys: torch.Tensor) -> Iterator[slice]:
+def image_blocks(keys: torch.Tensor) -> Iterator[slice]:
     """Slices of the batch of keys (C_key, g, B, P) that are worked on in turn."""
     _, num_groups, batch_size, num_points = keys.shape
     turn = max(1, CPU_POINTS // max(1, num_groups * num_points)) if keys.device.type == "cpu" else max(1, batch_size)
@@ -71,14 +71,14 @@ def lookup(
     slopes = keys.new_empty(len(keys) if with_slopes else 0, *features.shape)
     for level in iterate_levels(resolutions, level_entries, 2 + len(keys), grid_type):
         of_level = slice(level.number * channels, (level.number + 1) * channels)
-        if lookup_lattice.pays(level, keys):
+        if lookup_lattice.is_cheaper(level, keys):
             lookup_lattice.lookup_level(
                 level, keys[0], entries, (height, width), features[:, of_level], slopes[:, :, of_level]
             )
             continue
         terms, weights = (corner.t().contiguous() for corner in plane_corners(level, height, width, keys))  # (P, 4)
         starts = group_starts(level, num_groups, total_entries, keys.device)
-        for images in image_turns(keys):
+        for images in image_blocks(keys):
             plane_terms, places = key_planes(level, keys[:, :, images])
             index = level.entry(level.join(plane_terms.unsqueeze(-1), terms)).add_(starts)  # (planes, g, b, P, 4)
             bag_weights = weights.expand(index.shape).reshape(-1, 4)
@@ -123,12 +123,12 @@ def scatter(
     parts = torch.arange(width_of_entry, device=keys.device).view(-1, 1, 1)
     for level in iterate_levels(resolutions, level_entries, 2 + len(keys), grid_type):
         of_level = grad_features[:, level.number * channels : (level.number + 1) * channels]
-        if lookup_lattice.pays(level, keys):
+        if lookup_lattice.is_cheaper(level, keys):
             lookup_lattice.scatter_level(level, keys[0], of_level, (height, width), grad_entries)
             continue
         terms, weights = plane_corners(level, height, width, keys)  # (4, P)
         starts = group_starts(level, num_groups, total_entries, keys.device).squeeze(-1)
-        for images in image_turns(keys):
+        for images in image_blocks(keys):
             plane_terms, places = key_planes(level, keys[:, :, images])
             index = level.join(plane_terms.unsqueeze(1), terms[:, None, None])
             index = level.entry(index).add_(starts).mul_(width_of_entry)  # (planes, 4, g, b, P)
