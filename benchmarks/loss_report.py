@@ -249,9 +249,9 @@ protocol `standard`. Mean ± standard deviation over the seeds.
 PSNR, SSIM and the perceptual distance: means over {images["held_out"]} held-out images. The perceptual distance is of
 the kind that was trained with (all losses but the first); features of {args.extractor} were not. rFID: between
 {images["rfid"]} images of the training split and their own reconstructions. KID (times 1,000): of the held-out
-images' reconstructions from {images["kid"]} training images; `real` is that of the held-out images themselves,
-`above_originals` the difference, 0 for a perfect autoencoder. Training time: seconds of all steps in units of the first
-row's, the variants taking turns, without reading images.
+images' reconstructions from {images["kid"]} training images; `originals`: of the held-out images themselves,
+`above_originals`: the difference, 0 for a perfect autoencoder. Training time: seconds of all steps in units of the
+first row's, the variants taking turns, without reading images.
 
 {markdown_table(losses)}{rows}"""
 

@@ -1,9 +1,9 @@
 """Time and memory of the lookup in the feature grids, forward and backward, at the paper's 64x64x4 preset.
 
 Times (on a CPU: processor time) are medians of rounds in which all candidates take turns, and are to be compared
-within one run only: the fast lookup against the reference, a loop over groups, levels and corners with index gathers,
-and against the same loop with all corners in one gather. The grids' gradient is part of every backward pass. On a CPU,
-levels are read at 8 corners or by way of the pixels' lattice, by batch and resolution; both are also tried for all.
+within one run only: the lookup against torch's own `F.grid_sample` on every level. The grids' gradient is part of
+every backward pass. On a CPU, levels are read at 8 corners or by way of the pixels' lattice, by batch and resolution;
+both are also tried for all.
 
 Bytes are those that must move once: keys, features, slopes, their gradients, all entries' gradient, and the entries
 that are touched. What that takes is measured: a copy that reads and writes as many.
@@ -15,15 +15,15 @@ themselves (74.5 MB) and the gradient that comes in are not part of it.
 
 import argparse
 import functools
-import itertools
 import json
 import math
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from timing import interleaved, medians, peak_bytes
 
-from brics_diffusers.models.grids import lookup_lattice, lookup_torch
+from brics_diffusers.models.grids import lookup_lattice
 from brics_diffusers.models.grids.feature_grids import FeatureGrids
 from brics_diffusers.models.grids.lookup import retrieval_implementation, retrieve
 from brics_diffusers.models.grids.lookup_reference import entry_index, pixel_centers
@@ -32,27 +32,22 @@ from brics_diffusers.utils.reports import markdown_table
 
 FEATURE_SIZE = 64
 KEY_CHANNELS = 4
-BAR = 5  # times the speed of a loop
 
 
-def gather_loop(keys, entries, resolutions, level_entries, grid_type):
-    """The reference with the corners of a point in one gather instead of a loop: a harder loop to beat."""
-    height, width = keys.shape[2:]
-    centers = pixel_centers(height, width, keys.device, keys.dtype).flatten(0, 1)
-    corners = torch.tensor(list(itertools.product((0, 1), repeat=3)), device=keys.device)  # (8, 3)
-    features = []
-    for key, group_entries in zip(keys.flatten(2).unbind(1), entries, strict=True):
-        points = torch.cat([centers.expand(len(key), -1, -1), key.unsqueeze(-1)], dim=-1)  # (B, P, 3)
-        levels = []
-        for table, resolution in zip(group_entries.split(level_entries), resolutions, strict=True):
-            position = points * resolution
-            cell = position.detach().floor().clamp(max=resolution - 1)
-            fraction = (position - cell).unsqueeze(-2)
-            weights = torch.where(corners.bool(), fraction, 1 - fraction).prod(dim=-1, keepdim=True)
-            index = entry_index(cell.long().unsqueeze(-2) + corners, resolution, len(table), grid_type)
-            levels.append((weights * table[index]).sum(dim=-2))
-        features.append(torch.cat(levels, dim=-1).permute(2, 0, 1))
-    return torch.stack(features)
+def grid_sample_lookup(keys, entries, resolutions, level_entries, grid_type):
+    """The lookup by `F.grid_sample` on the levels as volumes, copied where nodes share entries."""
+    num_groups, (batch_size, _, height, width) = len(entries), keys.shape
+    centers = pixel_centers(height, width, keys.device, keys.dtype).expand(num_groups, batch_size, -1, -1, -1)
+    points = 2 * torch.cat([centers, keys.transpose(0, 1).unsqueeze(-1)], dim=-1) - 1  # (g, B, H, W, 3)
+    levels = []
+    for table, resolution in zip(entries.split(level_entries, dim=1), resolutions, strict=True):
+        axis = torch.arange(resolution + 1, device=keys.device)
+        nodes = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij")[::-1], dim=-1)  # x last, as it is read
+        if nodes[..., 0].numel() > table.shape[1]:
+            table = table[:, entry_index(nodes, resolution, table.shape[1], grid_type).flatten()]
+        volume = table.transpose(1, 2).unflatten(2, nodes.shape[:3])  # (g, C_r, key, y, x)
+        levels.append(F.grid_sample(volume, points, align_corners=True, padding_mode="border"))
+    return torch.cat(levels, dim=1).flatten(3)  # (g, N_r * C_r, B, P)
 
 
 def make_step(grids: FeatureGrids, batch_size: int, lookup):
@@ -75,12 +70,6 @@ def with_lattice_up_to(nodes_per_image: float, step) -> None:
         step()
 
 
-def with_zeros_of_torch(step) -> None:
-    """A step in which torch itself makes the memory of the entries' gradient."""
-    with mock.patch.object(lookup_torch, "fresh_zeros", lambda shape, like: like.new_zeros(shape)):
-        step()
-
-
 def time_lookups(grids: FeatureGrids, batch_size: int, rounds: int) -> dict[str, float]:
     """Medians in seconds of all lookups and of moving the bytes, and these by the fast one's time."""
     device = grids.entries.device
@@ -88,14 +77,12 @@ def time_lookups(grids: FeatureGrids, batch_size: int, rounds: int) -> dict[str,
     half = torch.empty(bytes_moved(grids, batch_size, fast) // 8, device=device)  # read and written, 4 bytes each
     steps = {
         "retrieve": fast,
-        "loop over corners": make_step(grids, batch_size, functools.partial(retrieve, implementation="reference")),
-        "loop with one gather": make_step(grids, batch_size, gather_loop),
+        "grid_sample": make_step(grids, batch_size, grid_sample_lookup),
         "copy of its bytes": functools.partial(torch.empty_like(half).copy_, half),
     }
     if device.type == "cpu":
         steps["corners only"] = functools.partial(with_lattice_up_to, 0, fast)
         steps["lattice only"] = functools.partial(with_lattice_up_to, math.inf, fast)
-        steps["zeros of torch"] = functools.partial(with_zeros_of_torch, fast)
     interleaved(steps, device, rounds=1)  # warms up
     seconds = medians(interleaved(steps, device, rounds))
     ratios = {f"{name} / retrieve": seconds[name] / seconds["retrieve"] for name in list(seconds)[1:]}
@@ -119,7 +106,7 @@ def peak_of_step(grids: FeatureGrids, batch_size: int) -> int:
     step = make_step(grids, batch_size, retrieve)
     step()  # what is made once, and the gradients that the second step frees first
     grids.entries.grad = None
-    return peak_bytes(functools.partial(with_zeros_of_torch, step), grids.entries.device)  # numpy's are not counted
+    return peak_bytes(step, grids.entries.device)
 
 
 def measure(device: str = "cpu", batch_sizes: tuple[int, ...] = (1, 8), rounds: int = 9) -> dict:
@@ -142,22 +129,12 @@ def describe(result: dict) -> str:
         figures = {key: value for key, value in times.items() if "/" in key or "MB" in key}
         rows.append({"lookup, forward and backward": name, "retrieve, ms": 1e3 * times["retrieve"], **figures})
     one, more = result["memory"].values()
-    verdicts = [
-        f"{name.removeprefix('loop ')} {', '.join(bar_met(times[f'{name} / retrieve']) for times in batches.values())}"
-        for name in ("loop over corners", "loop with one gather")
-    ]
-    return f"""Implementation: {result["implementation"]}. The loops are what a user would write first; the copy reads
-and writes as many bytes as the lookup must.
+    return f"""Implementation: {result["implementation"]}. `grid_sample` is torch's, on the levels as volumes, the
+copies of those whose nodes share entries included; the copy reads and writes as many bytes as the lookup must.
 
 {markdown_table(rows)}
-At least {BAR} times the speed of a loop is wanted: {"; ".join(verdicts)}. Memory of a forward and backward pass:
-{one:.1f} MB at batch 1 (at most 91 is wanted), {more:.1f} MB for each further image (35).
+Memory of a forward and backward pass: {one:.1f} MB at batch 1, {more:.1f} MB for each further image.
 """
-
-
-def bar_met(ratio: float) -> str:
-    """Whether a loop takes so many times as long."""
-    return f"{ratio:.1f} ({'met' if ratio >= BAR else 'missed'})"
 
 
 def main():

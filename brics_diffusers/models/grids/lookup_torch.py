@@ -8,7 +8,6 @@ second read.
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -62,7 +61,7 @@ def lookup(
     grid_type: str,
     with_slopes: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arguments and result as of the operator `lookup` in retrieval.py."""
+    """Arguments and result as of the operator `lookup` in lookup.py."""
     (num_groups, total_entries, channels), (height, width) = entries.shape, keys.shape[2:]
     batch_size, num_features = len(keys), channels * len(resolutions)
     keys = split_keys(keys, num_groups)
@@ -94,16 +93,6 @@ def lookup(
     return features, slopes
 
 
-def fresh_zeros(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    """
-    `like.new_zeros(shape)`. On the CPU it is numpy's memory, which the system hands out as zeros, in huge pages where
-    it has them. `make bench` times the 64x64x4 preset, whose gradient has 75 MB, with either.
-    """
-    if like.device.type != "cpu" or 0 in shape:
-        return like.new_zeros(shape)
-    return torch.from_numpy(np.zeros((*shape, like.element_size()), np.uint8)).view(like.dtype).squeeze(-1)
-
-
 def scatter(
     grad_features: torch.Tensor,
     keys: torch.Tensor,
@@ -111,11 +100,11 @@ def scatter(
     level_entries: Sequence[int],
     grid_type: str,
 ) -> torch.Tensor:
-    """Arguments and result as of the operator `scatter` in retrieval.py. Deterministic where torch is told to be."""
+    """Arguments and result as of the operator `scatter` in lookup.py. Deterministic where torch is told to be."""
     num_groups, total_entries = len(grad_features), sum(level_entries)
     channels, (height, width) = grad_features.shape[1] // len(resolutions), keys.shape[2:]
     keys = split_keys(keys, num_groups)
-    grad_entries = fresh_zeros((num_groups, total_entries, channels), keys)
+    grad_entries = keys.new_zeros(num_groups, total_entries, channels)
     # Two channels as one complex number: half the additions to find a place for. Only the CPU gains.
     paired = keys.device.type == "cpu" and channels % 2 == 0
     target = torch.view_as_complex(grad_entries.view(-1, 2)) if paired else grad_entries.view(-1)
