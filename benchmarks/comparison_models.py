@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, VQModel
 from diffusers.configuration_utils import register_to_config
 
 from brics_diffusers import BricsAutoencoder
-from brics_diffusers.models.autoencoder_brics import ShortcutEncoder
+from brics_diffusers.models.encoder import ShortcutEncoder
 
 
 # LDM's weight of the KL divergence; a few percent of the loss here.

@@ -1,20 +1,18 @@
 """The BRICS autoencoder: image -> key code -> feature block -> image (arXiv 2305.18601)."""
 
-from dataclasses import dataclass
-
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DiagonalGaussianDistribution, Encoder
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
-from torch import nn
 
 from ..utils.safe_loading import SafeModelMixin
 from .decoders.group_mlp import GroupMLP
 from .decoders.style_decoder import StyleDecoder
+from .encoder import ShortcutEncoder
 from .grids.feature_grids import FeatureGrids
+from .outputs import BricsAutoencoderOutput, BricsDecoderOutput, BricsEncoderOutput
 
 
 DECODER_TYPES = ("style", "vqgan", "movq")
@@ -23,67 +21,6 @@ REGULARIZATIONS = ("noise", "kl", "none")
 # block, at least one. Measured with 64 x 64 to 256 x 256 images: above, one image at a time is faster (modulation
 # scales its weights instead of activations), below a whole batch is.
 SLICE_BYTES = 2**23
-
-
-@dataclass
-class BricsEncoderOutput(BaseOutput):
-    r"""
-    Output of [`BricsAutoencoder.encode`].
-
-    Args:
-        key_codes (`torch.Tensor` of shape (B, C_z, H_z, W_z)): Key codes in [0, 1].
-        kl_loss (`torch.Tensor` of shape (B,), *optional*):
-            Divergence of the logits from N(0, I), summed over a code; with `regularization="kl"` only.
-    """
-
-    key_codes: torch.Tensor
-    kl_loss: torch.Tensor | None = None
-
-
-@dataclass
-class BricsDecoderOutput(BaseOutput):
-    r"""
-    Output of [`BricsAutoencoder.decode`].
-
-    Args:
-        sample (`torch.Tensor` of shape (B, out_channels, H, W)): Images, nominally in [-1, 1], not clipped.
-    """
-
-    sample: torch.Tensor
-
-
-@dataclass
-class BricsAutoencoderOutput(BaseOutput):
-    r"""
-    Output of [`BricsAutoencoder.forward`].
-
-    Args:
-        sample (`torch.Tensor` of shape (B, out_channels, H, W)): Reconstructions, nominally in [-1, 1], not clipped.
-        key_codes (`torch.Tensor` of shape (B, C_z, H_z, W_z)): The key codes they were decoded from.
-        kl_loss (`torch.Tensor` of shape (B,), *optional*): As in [`BricsEncoderOutput`].
-    """
-
-    sample: torch.Tensor
-    key_codes: torch.Tensor = None  # the defaults let accelerate rebuild the output from a dictionary
-    kl_loss: torch.Tensor | None = None
-
-
-class ShortcutEncoder(Encoder):
-    """
-    diffusers' encoder, and beside it one strided convolution from the image to the logits, or to their means where the
-    encoder gives log-variances too. Arguments by name, as of `Encoder`.
-    """
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        factor = 2 ** (len(kwargs["block_out_channels"]) - 1)
-        self.shortcut = nn.Conv2d(kwargs["in_channels"], kwargs["out_channels"], factor, stride=factor)
-
-    def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        """(B, in_channels, H, W) -> (B, out_channels, H / f, W / f), or twice the channels."""
-        logits, shortcut = super().forward(sample), self.shortcut(sample)
-        log_variances = logits[:, shortcut.shape[1] :]  # none but with a double output
-        return torch.cat([logits[:, : shortcut.shape[1]] + shortcut, log_variances], dim=1)
 
 
 class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from accelerate.utils import convert_to_fp32
+from small_autoencoders import SAME, SMALL, fix_logits, generator, make_model, public
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,91 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from brics_diffusers import BricsAutoencoder
 from brics_diffusers.models import autoencoder_brics
 from brics_diffusers.models.presets import PRESETS
-
-
-SMALL = {
-    "sample_size": 16,
-    "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
-    "encoder_block_out_channels": (8, 8, 16),
-    "encoder_layers_per_block": 1,
-    "norm_num_groups": 4,
-    "key_channels": 4,
-    "feature_size": 8,
-    "feature_channels": 16,
-    "num_levels": 3,
-    "min_resolution": 4,
-    "max_resolution": 16,
-    "level_channels": 2,
-    "max_entries": 1000,
-    "style_dim": 16,
-    "decoder_block_out_channels": (16, 8),
-}
-VARIANTS = {
-    "style-noise": {},
-    "style-kl": {"regularization": "kl"},
-    "style-none": {"regularization": "none"},
-    "4d-keys": {"key_length": 2},
-    "hash": {"grid_type": "hash"},
-    "no-coordinates": {"use_coordinates": False},
-    "no-shortcut": {"encoder_shortcut": False},
-    "vqgan": {"decoder_type": "vqgan"},
-    # diffusers' spatial normalisation has 32 groups, whatever norm_num_groups says.
-    "movq": {"decoder_type": "movq", "decoder_block_out_channels": (32, 32)},
-}
-
-# Another batch size or memory plan changes the order of float32 sums; outputs are of order 1.
-SAME = {"rtol": 1e-4, "atol": 1e-5}
-
-
-def make_model(seed=0, **config) -> BricsAutoencoder:
-    """A small model whose grid entries are of order 1, so that codes matter as after training."""
-    torch.manual_seed(seed)
-    model = BricsAutoencoder(**{**SMALL, **config})
-    nn.init.uniform_(model.grids.entries, -1, 1)
-    return model
-
-
-@pytest.fixture(scope="module")
-def models():
-    return {name: make_model(**config) for name, config in VARIANTS.items()}
-
-
-@pytest.fixture(params=VARIANTS)
-def any_model(request, models):
-    return models[request.param].eval()
-
-
-@pytest.fixture
-def model(models):
-    return models["style-noise"].eval()
-
-
-@pytest.fixture
-def images():
-    return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
-
-
-@pytest.fixture
-def codes():
-    return torch.rand(3, 4, 4, 4, generator=torch.Generator().manual_seed(4))
-
-
-def fix_logits(model, monkeypatch, *logits):
-    """Lets the encoder give logits that a test chooses, the same for every image."""
-    logits = torch.cat(logits, dim=1)
-    monkeypatch.setattr(model.encoder, "forward", lambda sample: logits.expand(len(sample), -1, -1, -1))
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def relative_error(actual, expected):
-    return ((actual.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
-
-
-def public(config):
-    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 class TestInterface:
@@ -316,104 +232,6 @@ class TestKL:
             assert models[name].train().encode(images).kl_loss is None
 
 
-class TestTraining:
-    def test_every_parameter_gets_a_gradient(self, any_model, images):
-        any_model.train().zero_grad()
-        output = any_model(images, generator=generator())
-        loss = (output.sample - images).square().mean()
-        if output.kl_loss is not None:
-            loss = loss + 1e-4 * output.kl_loss.mean()
-        loss.backward()
-        for name, parameter in any_model.named_parameters():
-            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-            # Biases in front of a normalisation, or of attention's keys, have a gradient of 0 but for rounding.
-            if name.startswith(("grids", "mlp")) or name.endswith("weight") or name == "encoder.conv_out.bias":
-                assert parameter.grad.abs().max() > 0, name
-        any_model.zero_grad()
-
-    def test_gradient_checkpointing(self, any_model, images):
-        assert any_model._supports_gradient_checkpointing
-        any_model.train()
-        results = []
-        for enabled in (False, True):
-            (any_model.enable_gradient_checkpointing if enabled else any_model.disable_gradient_checkpointing)()
-            assert any_model.is_gradient_checkpointing == enabled
-            assert any_model.decoder.gradient_checkpointing == any_model.encoder.gradient_checkpointing == enabled
-            any_model.zero_grad()
-            sample = any_model(images, generator=generator()).sample
-            sample.square().mean().backward()
-            results.append((sample, [parameter.grad.clone() for parameter in any_model.parameters()]))
-        any_model.disable_gradient_checkpointing()
-        any_model.zero_grad()
-        torch.testing.assert_close(results[1], results[0], **SAME)
-
-    def test_a_few_steps_learn(self, images):
-        images = nn.functional.interpolate(images[:, :, :4, :4], scale_factor=4)  # one colour an element of the code
-        model = make_model().train()
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, betas=(0.9, 0.99), eps=1e-15)
-        losses = []
-        for step in range(40):
-            loss = (model(images, generator=generator(step)).sample - images).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        # 0.35 to 0.55 over eight seeds of weights and noise, on kernels of AVX-512, AVX2 and without either.
-        assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
-
-
-class TestPrecision:
-    @pytest.mark.parametrize("dtype, limit", [(torch.float16, 0.02), (torch.bfloat16, 0.15)])
-    def test_half_precision_is_near_float32(self, dtype, limit, images, codes):
-        single, half = make_model().eval(), make_model().to(dtype).eval()
-        output = half(images.to(dtype))
-        assert output.sample.dtype == output.key_codes.dtype == dtype
-        assert output.sample.isfinite().all()
-        # A dozen convolutions deep, eps being 2^-10 and 2^-7: codes within a few eps.
-        expected = single(images)
-        error = (output.key_codes.float() - expected.key_codes).abs().max()
-        assert error < 4 * torch.finfo(dtype).eps
-        # The same codes: only the decoder rounds.
-        codes = codes.to(dtype)
-        assert relative_error(half.decode(codes).sample, single.decode(codes.float()).sample) < limit / 2
-        assert relative_error(output.sample, expected.sample) < limit
-
-    @pytest.mark.parametrize("variant", ["style-noise", "style-kl", "vqgan", "4d-keys"])
-    def test_bfloat16_autocast(self, models, variant, images):
-        model = models[variant].eval()
-        with torch.autocast("cpu", torch.bfloat16):
-            output = model(images)
-        expected = model(images)
-        assert relative_error(output.sample, expected.sample) < 0.15  # as for bfloat16 weights
-        if expected.kl_loss is not None:
-            assert output.kl_loss.dtype == torch.float32
-            torch.testing.assert_close(output.kl_loss, expected.kl_loss, rtol=0.05, atol=0.5)
-
-    @pytest.mark.parametrize("variant", ["style-noise", "style-kl", "style-none"])
-    def test_autocast_keeps_codes_in_float32(self, models, variant, images):
-        # bfloat16 steps by 1/256 between 0.5 and 1: as much as sigma, for 64 cells.
-        with torch.autocast("cpu", torch.bfloat16):
-            codes = models[variant].train().encode(images, generator=generator()).key_codes
-        assert codes.dtype == torch.float32
-
-    def test_gradients_under_autocast(self, images):
-        model = make_model().train()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(images).sample.square().mean()
-        loss.backward()
-        for name, parameter in model.named_parameters():
-            assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), name
-
-    def test_float64(self, images):
-        model = make_model().eval()
-        expected = model(images).sample
-        sample = model.double()(images.double()).sample
-        assert sample.dtype == torch.float64
-        torch.testing.assert_close(
-            sample.float(), expected, rtol=1e-3, atol=1e-3
-        )  # float32, through a few dozen layers
-
-
 class TestSaving:
     def test_round_trip(self, any_model, images, tmp_path):
         any_model.save_pretrained(tmp_path)
@@ -441,40 +259,6 @@ class TestSaving:
     def test_state_is_parameters_only(self, any_model):
         # EMAModel keeps parameters only.
         assert not list(any_model.buffers())
-
-
-class TestCompile:
-    @pytest.mark.parametrize("variant, training", [("style-noise", True), ("style-kl", False), ("4d-keys", False)])
-    def test_one_graph(self, models, variant, training, images):
-        model = models[variant].train(training)
-        torch.compiler.reset()
-        compiled = torch.compile(model, fullgraph=True, backend="eager")  # tracing only: a break is an error
-        torch.manual_seed(0)
-        actual = compiled(images)
-        torch.manual_seed(0)
-        expected = model(images)
-        torch.testing.assert_close(actual.sample, expected.sample, **SAME)
-        torch.testing.assert_close(actual.key_codes, expected.key_codes, **SAME)
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("variant", ["style-noise", "4d-keys"])
-    def test_inductor(self, models, variant, images):
-        model = models[variant].eval()
-        torch.compiler.reset()
-        expected = model(images)
-        torch.testing.assert_close(torch.compile(model, fullgraph=True)(images).sample, expected.sample, **SAME)
-
-    @pytest.mark.slow
-    def test_inductor_gradients(self, models, images):
-        model = models["style-none"].train()
-        torch.compiler.reset()
-        results = []
-        for forward in (model, torch.compile(model, fullgraph=True)):
-            model.zero_grad()
-            forward(images).sample.square().mean().backward()
-            results.append([parameter.grad.clone() for parameter in model.parameters()])
-        model.zero_grad()
-        torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)  # fused float32 sums
 
 
 class TestDefaults:
@@ -517,106 +301,6 @@ class TestDefaults:
         with torch.device("meta"):
             model = BricsAutoencoder(**SMALL).eval()
             assert model(torch.zeros(1, 3, 16, 16)).sample.shape == (1, 3, 16, 16)
-
-
-class TestErrors:
-    @pytest.mark.parametrize(
-        "shape, message",
-        [
-            ((1, 4, 16, 16), r"sample has shape \(1, 4, 16, 16\); expected \(batch, 3, height, width\)"),
-            ((3, 16, 16), r"sample has shape \(3, 16, 16\); expected \(batch, 3"),
-            ((1, 3, 18, 16), "sample is 18x16; height and width must divide by 4"),
-            ((1, 3, 16, 17), "sample is 16x17; height and width must divide by 4"),
-            ((1, 3, 0, 16), "sample is 0x16"),
-        ],
-    )
-    @pytest.mark.parametrize("training", [False, True])
-    def test_image_shape(self, model, shape, message, training):
-        model.train(training)
-        for call in (model.encode, model):
-            with pytest.raises(ValueError, match=message):
-                call(torch.zeros(shape))
-
-    @pytest.mark.parametrize(
-        "sample, message",
-        [
-            (
-                torch.linspace(0, 255, 768).view(1, 3, 16, 16),
-                r"sample spans \[0, 255\]; expected \[-1, 1\].*scale pixels",
-            ),
-            (torch.full((1, 3, 16, 16), -1.1), r"sample spans \[-1.1, -1.1\]"),
-            (torch.full((1, 3, 16, 16), float("nan")), r"sample spans \[nan, nan\]"),
-            (torch.zeros(1, 3, 16, 16).index_fill(3, torch.tensor(5), float("nan")), "nan"),
-            (torch.full((1, 3, 16, 16), float("inf")), "inf"),
-            (
-                torch.zeros(1, 3, 16, 16, dtype=torch.uint8),
-                "sample is torch.uint8; expected floating point.*scale pixels",
-            ),
-        ],
-        ids=["bytes-as-floats", "below", "nan", "some-nan", "inf", "uint8"],
-    )
-    def test_image_values(self, model, sample, message):
-        with pytest.raises(ValueError, match=message):
-            model.encode(sample)
-
-    def test_uint8_is_refused_in_training_too(self, model):
-        with pytest.raises(ValueError, match="torch.uint8"):
-            model.train().encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
-
-    @pytest.mark.parametrize(
-        "key_codes, message",
-        [
-            (torch.zeros(1, 3, 4, 4), r"key_codes has shape \(1, 3, 4, 4\); expected \(batch, 4, height, width\)"),
-            (torch.zeros(4, 4, 4), r"key_codes has shape \(4, 4, 4\)"),
-            (torch.full((1, 4, 4, 4), -1.0), r"key_codes spans \[-1, -1\]; expected \[0, 1\].*z / 2 \+ 0.5"),
-            (torch.full((1, 4, 4, 4), 1.02), "key_codes spans"),
-            (torch.full((1, 4, 4, 4), float("nan")), r"key_codes spans \[nan, nan\]"),
-            (torch.zeros(1, 4, 4, 4, dtype=torch.int64), "key_codes is torch.int64; expected floating point"),
-        ],
-        ids=["channels", "no-batch", "latents", "above", "nan", "integers"],
-    )
-    def test_key_codes(self, model, key_codes, message):
-        with pytest.raises(ValueError, match=message):
-            model.decode(key_codes)
-
-    @pytest.mark.parametrize("variant", ["style-noise", "4d-keys"])
-    def test_codes_that_rounding_put_outside_are_clipped(self, models, variant):
-        model = models[variant].eval()
-        codes = torch.tensor([-0.009, 1.009]).repeat(32).view(1, 4, 4, 4)
-        torch.testing.assert_close(model.decode(codes).sample, model.decode(codes.clamp(0, 1)).sample, **SAME)
-
-    def test_values_at_the_limits_pass(self, model):
-        assert model.encode(torch.tensor([-1.0, 1.0]).repeat(384).view(1, 3, 16, 16)).key_codes.isfinite().all()
-        assert model.decode(torch.tensor([0.0, 1.0]).repeat(32).view(1, 4, 4, 4)).sample.isfinite().all()
-
-    @pytest.mark.parametrize(
-        "config, message",
-        [
-            ({"grid_type": "sparse"}, "grid_type is 'sparse'"),
-            ({"decoder_type": "unet"}, "decoder_type is 'unet'; it must be one of 'style', 'vqgan', 'movq'"),
-            ({"regularization": "vq"}, "regularization is 'vq'; it must be one of 'noise', 'kl', 'none'"),
-            ({"key_channels": 5, "key_length": 2}, "key_channels is 5 and key_length 2.*multiple"),
-            ({"key_channels": 0}, "key_channels is 0"),
-            ({"key_length": 0}, "key_length 0"),
-            ({"key_channels": 6, "key_length": 3}, "key_length is 3; set it to 1 or 2"),
-            ({"sample_size": 32}, "sample_size is 32; feature_size=8 and 2 decoder blocks make images of 16"),
-            ({"feature_size": 4}, "sample_size is 16; feature_size=4"),
-            ({"decoder_block_out_channels": (16, 8, 8)}, "3 decoder blocks make images of 32"),
-            ({"down_block_types": ("DownEncoderBlock2D",)}, "names 1 blocks and encoder_block_out_channels 3"),
-            (
-                {"feature_size": 2, "decoder_block_out_channels": (16, 8, 8, 8)},
-                "the encoder divides by 4 and the decoder multiplies by 8",
-            ),
-            ({"sample_size": 18, "feature_size": 9}, "divide sample_size=18"),
-            ({"feature_channels": 18}, "feature_channels=18.*4 groups"),
-            ({"style_dim": 18}, "style_dim=18.*4 groups"),
-            ({"mlp_layers": 0}, "mlp_layers=0"),
-            ({"min_resolution": 32}, "min_resolution=32, max_resolution=16"),
-        ],
-    )
-    def test_config(self, config, message):
-        with pytest.raises(ValueError, match=message):
-            BricsAutoencoder(**{**SMALL, **config})
 
 
 def test_output_survives_accelerate(autoencoder):

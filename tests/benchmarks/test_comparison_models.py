@@ -1,0 +1,65 @@
+"""AutoencoderKL with BRICS' shortcut and noise, as the comparison trains it."""
+
+import comparison_models
+import pytest
+import torch
+from comparison_models import NoisyAutoencoderKL
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import Encoder
+from test_compare_autoencoders import PEER, make_model
+
+
+@pytest.fixture
+def images():
+    return torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+class TestNoisyAutoencoderKL:
+    def test_saving(self, images, tmp_path):
+        model = make_model("NoisyAutoencoderKL", relative_noise=0.25).eval()
+        model.save_pretrained(tmp_path)
+        loaded = NoisyAutoencoderKL.from_pretrained(tmp_path).eval()
+        assert loaded.config.relative_noise == 0.25 and loaded.config.sample_size == 32
+        with torch.no_grad():
+            assert torch.equal(loaded(images).sample, model(images).sample)
+        assert torch.equal(loaded.encoder.shortcut.weight, model.encoder.shortcut.weight)
+
+    @torch.no_grad()
+    def test_shortcut_is_added_to_the_means_alone(self, images):
+        model = make_model("NoisyAutoencoderKL").eval()
+        means, log_variances = model.encoder(images).chunk(2, dim=1)
+        plain_means, plain_log_variances = Encoder.forward(model.encoder, images).chunk(2, dim=1)
+        shortcut = model.encoder.shortcut(images)
+        assert shortcut.abs().mean() > 0.1 and torch.equal(means, plain_means + shortcut)
+        assert torch.equal(log_variances, plain_log_variances)
+        assert torch.equal(model.encode(images).latent_dist.mean, means)
+
+    @torch.no_grad()
+    def test_without_shortcut_and_noise_it_is_an_autoencoder_kl(self, images):
+        model = make_model("NoisyAutoencoderKL").eval()
+        for parameter in model.encoder.shortcut.parameters():
+            parameter.zero_()
+        twin = AutoencoderKL(**PEER, use_quant_conv=False).eval()  # the means come from the encoder itself
+        missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
+        assert not missing and set(unexpected) == {"encoder.shortcut.weight", "encoder.shortcut.bias"}
+        assert torch.equal(twin(images).sample, model(images).sample)
+
+    @pytest.mark.parametrize("relative_noise", [0.0, 0.5])
+    def test_noise_is_relative_to_the_latents_and_in_training_only(self, images, monkeypatch, relative_noise):
+        model, decoded = make_model("NoisyAutoencoderKL", relative_noise=relative_noise), []
+        # Means of 100 times their size, and variances of e**-30, the least there is: draws are the means themselves.
+        encode, decode = model.encoder.forward, model.decode
+        scale = torch.tensor([100.0, 0.0]).repeat_interleave(4).view(1, 8, 1, 1)
+        shift = torch.tensor([0.0, -30.0]).repeat_interleave(4).view(1, 8, 1, 1)
+        monkeypatch.setattr(model.encoder, "forward", lambda sample: encode(sample) * scale + shift)
+        monkeypatch.setattr(model, "decode", lambda latents: decoded.append(latents) or decode(latents))
+        with torch.no_grad():
+            comparison_models.reconstruct(model, images)
+            means = comparison_models.encode(model, images)
+        noise = (decoded[0] - means) / comparison_models.latent_deviation(means)
+        assert decoded[0].shape == (16, 4, 8, 8)
+        # 4,096 draws: a standard error of 1.1%.
+        assert noise.std().item() == pytest.approx(relative_noise, rel=0.05, abs=1e-5)
+        model.eval()
+        with torch.no_grad():
+            assert torch.equal(model(images).sample, decode(means).sample)
