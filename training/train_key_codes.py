@@ -51,7 +51,7 @@ from brics_diffusers.runs.optimization import (
 )
 from brics_diffusers.runs.record import finish_run, summarize_run
 from brics_diffusers.runs.run import StepLog, resume_run, start_run, tensorboard
-from brics_diffusers.schedulers.scheduling_cosine_variant import min_snr_weights
+from brics_diffusers.schedulers.min_snr import min_snr_weights
 from brics_diffusers.utils.files import weights_digest
 from brics_diffusers.utils.image_grids import image_grid
 

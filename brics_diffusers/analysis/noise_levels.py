@@ -6,7 +6,8 @@ from ..metrics.reconstruction import row_generator
 from ..models import BricsAutoencoder
 from ..pipelines.pipeline_brics_key_code import key_codes_to_latents, latents_to_key_codes
 from ..schedulers import CosineVariantScheduler
-from ..schedulers.scheduling_cosine_variant import GAMMA_SCHEDULES, min_snr_weights
+from ..schedulers.min_snr import min_snr_weights
+from ..schedulers.scheduling_cosine_variant import GAMMA_SCHEDULES
 
 
 def log_snr(scheduler) -> torch.Tensor:

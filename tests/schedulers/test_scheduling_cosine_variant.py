@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from brics_diffusers.schedulers.min_snr import min_snr_weights
 from brics_diffusers.schedulers.scheduling_cosine_variant import (
     GAMMA_SCHEDULES,
     CosineVariantScheduler,
-    min_snr_weights,
     schedule_alpha_bar,
     schedule_gamma,
 )
