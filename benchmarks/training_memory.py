@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from brics_diffusers import BricsAutoencoder, BricsDiscriminator
+from brics_diffusers import BricsAutoencoder
 from brics_diffusers.metrics.perceptual import load_lpips
+from brics_diffusers.runs.adversarial import build_discriminator
 from brics_diffusers.runs.losses import DiscriminatorLoss, adversarial_loss, reconstruction_loss
 
 
@@ -71,8 +72,8 @@ def stage_one(config: dict, batch_size: int, checkpointing: bool) -> None:
     autoencoder = BricsAutoencoder(**config["autoencoder"])
     if checkpointing:
         autoencoder.enable_gradient_checkpointing()
-    discriminator = {"sample_size": autoencoder.config.sample_size, **config.get("discriminator", {})}
-    critic = DiscriminatorLoss(BricsDiscriminator(**discriminator))
+    kind = config["train_autoencoder"].get("discriminator_type", "stylegan2")
+    critic = DiscriminatorLoss(build_discriminator(kind, autoencoder, config.get("discriminator", {})))
     lpips_metric = load_lpips("vgg", pretrained=False)
     averaged = [torch.empty_like(parameter) for parameter in autoencoder.parameters()]  # noqa: F841
     optimizers = [torch.optim.Adam(model.parameters(), fused=True) for model in (autoencoder, critic)]

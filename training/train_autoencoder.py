@@ -19,7 +19,7 @@ from brics_diffusers.data import ImageCollection, UnreadableLog, collate_images,
 from brics_diffusers.metrics.perceptual import PERCEPTUAL_NETWORKS, load_perceptual_network, perceptual_is_cached
 from brics_diffusers.metrics.reconstruction import reconstruction_metrics
 from brics_diffusers.models.loading import load_autoencoder
-from brics_diffusers.runs.adversarial import Adversary
+from brics_diffusers.runs.adversarial import DISCRIMINATOR_TYPES, Adversary
 from brics_diffusers.runs.arguments import add_common_arguments, parse_arguments, positive, run_settings
 from brics_diffusers.runs.augmentation import policy
 from brics_diffusers.runs.averaging import averaged_weights, ema_half_life_decay
@@ -99,6 +99,12 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--adaptive_gan_weight",
         default=False,
         help="Multiply its weight by the ratio of the reconstruction loss' gradient to its own, VQGAN's rule.",
+    )
+    add(
+        "--discriminator_type",
+        default="stylegan2",
+        choices=DISCRIMINATOR_TYPES,
+        help="StyleGAN2's, the paper's; or one that judges patches, which learns from fewer images.",
     )
     add(
         "--discriminator_start_step",

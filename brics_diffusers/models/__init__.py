@@ -1,4 +1,4 @@
 """The networks, without anything of their training."""
 
 from .autoencoder_brics import BricsAutoencoder
-from .discriminator import BricsDiscriminator
+from .discriminator import BricsDiscriminator, PatchDiscriminator

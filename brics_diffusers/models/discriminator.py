@@ -1,4 +1,4 @@
-"""StyleGAN2's residual discriminator, for training the autoencoder (App. A.3)."""
+"""Discriminators for training the autoencoder: StyleGAN2's (App. A.3), and one that judges patches."""
 
 import math
 
@@ -9,7 +9,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from ..utils.safe_loading import SafeModelMixin
-from .decoders.group_mlp import scaled_leaky_relu
+from .decoders.group_mlp import LEAKY_SLOPE, scaled_leaky_relu
 from .decoders.style_decoder import EqualizedLinear, filter_2d
 
 
@@ -124,3 +124,40 @@ class BricsDiscriminator(SafeModelMixin, ModelMixin, ConfigMixin):
             x = block(x)
         x = scaled_leaky_relu(self.conv_out(minibatch_stddev(x, self.config.stddev_group_size)))
         return self.linear_out(scaled_leaky_relu(self.linear(x.flatten(1)))).squeeze(1)
+
+
+class PatchDiscriminator(SafeModelMixin, ModelMixin, ConfigMixin):
+    r"""
+    Discriminator that judges every patch of an image by itself (PatchGAN, Isola et al. 2017, arXiv 1611.07004):
+    strided convolutions and two more at the last resolution, no normalisation. It is for small collections and short
+    runs, in which [`BricsDiscriminator`], the paper's, learns little.
+
+    Args:
+        in_channels (`int`, defaults to 3): Channels of the image.
+        base_channels (`int`, defaults to 64): Channels after the first convolution; they double with every other one.
+        num_layers (`int`, defaults to 2):
+            Convolutions that halve the resolution; a logit sees 26 x 26 pixels with 2 of them, 54 x 54 with 3.
+    """
+
+    @register_to_config
+    def __init__(self, in_channels: int = 3, base_channels: int = 64, num_layers: int = 2):
+        super().__init__()
+        widths = [in_channels, *(base_channels * 2**layer for layer in range(num_layers + 1))]
+        halving = [
+            nn.Conv2d(fan_in, fan_out, 4, 2, 1) for fan_in, fan_out in zip(widths[:-2], widths[1:-1], strict=True)
+        ]
+        self.convs = nn.ModuleList([*halving, nn.Conv2d(widths[-2], widths[-1], 3, padding=1)])
+        self.conv_out = nn.Conv2d(widths[-1], 1, 3, padding=1)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        r"""
+        Args:
+            sample (`torch.Tensor` of shape (B, in_channels, H, W)): Images in [-1, 1].
+
+        Returns:
+            `torch.Tensor` of shape (B, H / 2**num_layers, W / 2**num_layers): Logits, higher for patches taken to be
+            real.
+        """
+        for conv in self.convs:
+            sample = F.leaky_relu(conv(sample), LEAKY_SLOPE)
+        return self.conv_out(sample).squeeze(1)

@@ -5,9 +5,22 @@ import argparse
 import torch
 from accelerate import Accelerator
 
-from ..models import BricsAutoencoder, BricsDiscriminator
+from ..models import BricsAutoencoder, BricsDiscriminator, PatchDiscriminator
 from .losses import DiscriminatorLoss, adversarial_loss, adversarial_ramp
 from .optimization import build_optimizer, schedule_factor, set_adam
+
+
+DISCRIMINATOR_TYPES = ("stylegan2", "patch")
+
+
+def build_discriminator(
+    discriminator_type: str, autoencoder: BricsAutoencoder, arguments: dict
+) -> BricsDiscriminator | PatchDiscriminator:
+    """A new discriminator, one of `DISCRIMINATOR_TYPES`, of the images of an autoencoder."""
+    arguments = {"in_channels": autoencoder.config.out_channels} | arguments
+    if discriminator_type == "patch":
+        return PatchDiscriminator(**arguments)
+    return BricsDiscriminator(**{"sample_size": autoencoder.config.sample_size} | arguments)
 
 
 def last_layer_weight(autoencoder: BricsAutoencoder) -> torch.nn.Parameter:
@@ -79,9 +92,9 @@ class Adversary:
                 "discriminator must learn before it counts, so lower the one or raise the other."
             )
         self.last_weight = last_layer_weight(autoencoder)
-        config = {"in_channels": autoencoder.config.out_channels, "sample_size": autoencoder.config.sample_size}
+        discriminator = build_discriminator(args.discriminator_type, autoencoder, args.discriminator)
         interval, gamma = args.gradient_penalty_interval, args.gradient_penalty_weight
-        loss = DiscriminatorLoss(BricsDiscriminator(**config | args.discriminator), gamma, interval, args.augmentation)
+        loss = DiscriminatorLoss(discriminator, gamma, interval, args.augmentation)
         power = lazy_correction(interval, gamma) if args.lazy_r1_correction else 1.0
         rate = args.learning_rate if args.discriminator_learning_rate is None else args.discriminator_learning_rate
         self.learning_rate = power * rate

@@ -54,11 +54,12 @@ def gradient_penalty(images: torch.Tensor, logits: torch.Tensor) -> torch.Tensor
 
     Args:
         images (`torch.Tensor` of shape (B, 3, H, W)): Real images that require a gradient.
-        logits (`torch.Tensor` of shape (B,)): The discriminator's logits for them.
+        logits (`torch.Tensor` of shape (B, ...)): The discriminator's logits for them; those of patches are averaged.
 
     Returns:
         `torch.Tensor`: scalar, to be multiplied by gamma and by the interval between penalties.
     """
+    logits = logits.reshape(len(images), -1).mean(dim=1)
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return 0.5 * gradient.square().sum(dim=(1, 2, 3)).mean()
 
@@ -114,7 +115,7 @@ class DiscriminatorLoss(nn.Module):
         self.augmentation = augmentation
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (B,) of images (B, 3, H, W), augmented."""
+        """Logits (B,), or (B, h, w) of patches, of images (B, 3, H, W), augmented."""
         return self.discriminator(augment(images, self.augmentation))
 
     def forward(self, real: torch.Tensor, fake: torch.Tensor, penalize: bool):

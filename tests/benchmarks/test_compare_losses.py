@@ -59,11 +59,12 @@ class TestFlags:
         assert (flags.max_train_steps, flags.discriminator_start_step, flags.gan_start_step) == (7000, 1750, 3500)
         assert (flags.gan_warmup_steps, flags.validation_steps, flags.seed) == (350, 875, 3)
         assert (flags.perceptual_network, flags.perceptual_weight) == ("efficientnet-lite0", 1)  # not the config's 0
-        assert flags.adversarial_weight == 0.1 and flags.save_validation_weights and flags.random_flip
-        assert flags.discriminator == compare_losses.DISCRIMINATOR
+        assert flags.adversarial_weight == 0.5 and flags.save_validation_weights and flags.random_flip
+        assert flags.discriminator_type == "patch" and flags.discriminator == compare_losses.DISCRIMINATOR
 
     def test_a_config_with_a_discriminator_keeps_it(self, flags):
-        assert self.build("--config", flags[1]).flags.discriminator == CONFIG["discriminator"]
+        flags = self.build("--config", flags[1]).flags
+        assert flags.discriminator_type == "stylegan2" and flags.discriminator == CONFIG["discriminator"]
 
     @pytest.mark.parametrize(
         ("variant", "changed"),
@@ -73,7 +74,7 @@ class TestFlags:
             ("no head start", {"discriminator_start_step": 60}),
             ("no lazy R1 correction", {"lazy_r1_correction": False}),
             ("adaptive weight", {"adaptive_gan_weight": True}),
-            ("no augmentation", {"augmentation": ""}),
+            ("augmentation", {"augmentation": "color,translation"}),
             ("no momentum", {"adam_beta1_gan": 0}),
         ],
     )
@@ -89,7 +90,7 @@ class TestFlags:
         words = ["--add_variant", "Weak, small", "adversarial_weight=0.02", "discriminator.max_channels=64"]
         run = self.build(*words, variant="Weak, small")
         assert run.folder.name == "weak-small-3" and run.flags.adversarial_weight == 0.02
-        assert run.flags.discriminator == {"base_channels": 1024, "max_channels": 64}
+        assert run.flags.discriminator == {"base_channels": 32, "max_channels": 64}
         args = compare_losses.parse_args(["--dataset_name", "x", *words])
         assert args.variants == [*compare_losses.DEFAULT_VARIANTS, "Weak, small"]
         for wrong in (["--add_variant", "weak", "0.02"], ["--variants", "weak"], ["--config", "none"]):
@@ -126,15 +127,15 @@ class TestReport:
         assert 1 < seconds[NAMES[1]] / seconds["mse"] < 20
         assert result["means"]["mse"] == result["runs"]["mse-0"]["last"]
 
-    def test_the_discriminator_matters_from_its_start_on(self, folder):
+    def test_the_adversarial_loss_matters_from_its_start_on(self, folder):
         curves = [run["curve"] for run in json.loads((folder / "losses.json").read_text())["runs"].values()]
         same = [one["psnr"] == other["psnr"] for one, other in zip(*curves, strict=True)]
-        # It learns from step 2 on; what its augmentation draws changes the noise of the step after.
-        assert same == [True] * 3 + [False] * 5
+        # The discriminator learns from step 2 on and counts from step 4 on, counted from 0.
+        assert same == [True] * 4 + [False] * 4
 
     def test_text_and_pictures(self, folder):
         text = (folder / "losses.md").read_text()
-        assert "| mse + perceptual + gan | 20 MSE + 0.1 adversarial from step 4 (full weight after 1 more" in text
+        assert "| mse + perceptual + gan | 20 MSE + 0.5 adversarial from step 4 (full weight after 1 more" in text
         assert "12 images of the training split" in text and "training time |" in text
         assert "images, mse, mse + perceptual + gan" in text and "![curves](losses-curves.png)" in text
         picture = Image.open(folder / "losses-reconstructions.png")
@@ -160,7 +161,7 @@ class TestReport:
 
     def test_other_settings_are_refused(self, folder, flags):
         words = [*flags, "--variants", *NAMES, "--output_dir", str(folder)]
-        with pytest.raises(ValueError, match="gan-0 was trained with adversarial_weight 0.1, not 0.2; give the same"):
+        with pytest.raises(ValueError, match="gan-0 was trained with adversarial_weight 0.5, not 0.2; give the same"):
             compare_losses.main([*words, "--adversarial_weight", "0.2"])
 
 

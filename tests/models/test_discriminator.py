@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from brics_diffusers import BricsDiscriminator
+from brics_diffusers import BricsDiscriminator, PatchDiscriminator
 from brics_diffusers.models.discriminator import DiscriminatorBlock, EqualizedConv2d, minibatch_stddev
+from brics_diffusers.runs.losses import gradient_penalty
 
 
 SMALL = {"base_channels": 64, "max_channels": 8}
@@ -188,3 +189,30 @@ class TestErrors:
     def test_no_batch_axis(self, discriminator):
         with pytest.raises(ValueError, match=r"expected \(batch, 3, 8, 8\)"):
             discriminator(torch.zeros(3, 8, 8))
+
+
+class TestPatches:
+    @pytest.mark.parametrize(("num_layers", "field"), [(1, 12), (2, 26), (3, 54)])
+    def test_a_logit_sees_a_patch(self, num_layers, field):
+        model = PatchDiscriminator(base_channels=4, num_layers=num_layers)
+        images = torch.rand(2, 3, 64, 96, requires_grad=True)
+        logits = model(images)
+        assert logits.shape == (2, 64 // 2**num_layers, 96 // 2**num_layers)
+        row, column = (side // 2 for side in logits.shape[1:])
+        (gradient,) = torch.autograd.grad(logits[0, row, column], images)
+        seen = gradient[0].abs().sum(dim=0).nonzero()
+        assert (seen.amax(dim=0) - seen.amin(dim=0) + 1).tolist() == [field, field]
+        assert not gradient[1].any()
+
+    def test_other_channels_and_saving(self, tmp_path):
+        model = PatchDiscriminator(in_channels=1, base_channels=4)
+        model.save_pretrained(tmp_path)
+        images = torch.rand(2, 1, 16, 16)
+        assert torch.equal(PatchDiscriminator.from_pretrained(tmp_path)(images), model(images))
+
+    def test_r1_is_that_of_the_mean_over_patches(self):
+        model = PatchDiscriminator(base_channels=4)
+        images = torch.rand(3, 3, 16, 16, requires_grad=True)
+        (gradient,) = torch.autograd.grad(model(images).mean(dim=(1, 2)).sum(), images)
+        expected = 0.5 * gradient.square().sum(dim=(1, 2, 3)).mean()
+        torch.testing.assert_close(gradient_penalty(images, model(images)), expected)
