@@ -3,14 +3,28 @@
 import diffusers
 from diffusers.pipelines import pipeline_loading_utils
 
-from .models import BricsAutoencoder, BricsDiscriminator
+from .models import (
+    BricsAutoencoder,
+    BricsAutoencoderOutput,
+    BricsDecoderOutput,
+    BricsDiscriminator,
+    BricsEncoderOutput,
+)
 from .pipelines import BricsKeyCodePipeline
 from .schedulers import CosineVariantScheduler
 
 
 __version__ = "0.1.0"
 
-__all__ = ["BricsAutoencoder", "BricsDiscriminator", "BricsKeyCodePipeline", "CosineVariantScheduler"]
+__all__ = [
+    "BricsAutoencoder",
+    "BricsAutoencoderOutput",
+    "BricsDecoderOutput",
+    "BricsDiscriminator",
+    "BricsEncoderOutput",
+    "BricsKeyCodePipeline",
+    "CosineVariantScheduler",
+]
 
 
 def _register_with_diffusers():

@@ -1,2 +1,2 @@
-from .autoencoder_brics import BricsAutoencoder
+from .autoencoder_brics import BricsAutoencoder, BricsAutoencoderOutput, BricsDecoderOutput, BricsEncoderOutput
 from .discriminator import BricsDiscriminator
