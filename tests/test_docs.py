@@ -27,7 +27,7 @@ PAGES = [
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
 ]
 FENCE = re.compile(r"^(?:<!-- not run: (?P<reason>.+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
-SPAN = re.compile(r"`([^`\n]+)`")
+SPAN = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")  # a line may end within
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
 VARIABLE = re.compile(r"[A-Z_]+=\S*")
@@ -78,7 +78,7 @@ def command_lines(page: str) -> list[str]:
     for span in SPAN.findall(prose):
         words = VARIABLE.sub("", span).split()
         if len(words) > 1 and words[0] in PROGRAMS and span != "accelerate launch":
-            lines.append(span)
+            lines.append(" ".join(span.split()))
     return [line for line in lines if line.split("#")[0].strip()]
 
 
