@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-slow lint cost bench
+.PHONY: demo test test-slow lint docs cost bench
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python demo.py
@@ -17,6 +17,9 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+docs: $(INSTALLED)
+	$(VENV)/bin/mkdocs build --strict --quiet
+
 cost: $(INSTALLED)
 	$(VENV)/bin/brics-diffusers cost
 
@@ -27,5 +30,5 @@ bench: $(INSTALLED)
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade pip
-	$(VENV)/bin/pip install --quiet --editable ".[demo,test]"
+	$(VENV)/bin/pip install --quiet --editable ".[demo,docs,test]"
 	touch $@

@@ -3,7 +3,14 @@
 import diffusers
 from diffusers.pipelines import pipeline_loading_utils
 
-from .models import BricsAutoencoder, BricsDiscriminator, PatchDiscriminator
+from .models import (
+    BricsAutoencoder,
+    BricsAutoencoderOutput,
+    BricsDecoderOutput,
+    BricsDiscriminator,
+    BricsEncoderOutput,
+    PatchDiscriminator,
+)
 from .pipelines import BricsKeyCodePipeline
 from .schedulers import CosineVariantScheduler
 
@@ -12,7 +19,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BricsAutoencoder",
+    "BricsAutoencoderOutput",
+    "BricsDecoderOutput",
     "BricsDiscriminator",
+    "BricsEncoderOutput",
     "BricsKeyCodePipeline",
     "CosineVariantScheduler",
     "PatchDiscriminator",

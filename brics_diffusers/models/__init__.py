@@ -2,3 +2,4 @@
 
 from .autoencoder_brics import BricsAutoencoder
 from .discriminator import BricsDiscriminator, PatchDiscriminator
+from .outputs import BricsAutoencoderOutput, BricsDecoderOutput, BricsEncoderOutput
