@@ -139,16 +139,17 @@ class CosineVariantScheduler(DDPMScheduler):
         variance_type (`str`, defaults to `"fixed_small"`):
             The variance of the noise that [`~DDPMScheduler.step`] adds.
         clip_sample (`bool`, defaults to `True`):
-            Clamp the predicted clean sample to `clip_sample_range`. In effect only with `thresholding=False`.
+            Whether the predicted clean sample is clamped, here and after a swap for another scheduler. `False` is for
+            latents without bounds, and switches `thresholding` off as well unless that is given.
         clip_sample_range (`float`, defaults to `1.0`):
-            The bound for `clip_sample`.
+            The bound of the clamp with `thresholding=False`.
         prediction_type (`"epsilon"`, `"sample"` or `"v_prediction"`, defaults to `"epsilon"`):
             What the model predicts.
-        thresholding (`bool`, defaults to `True`):
+        thresholding (`bool`, *optional*, defaults to `clip_sample`):
             Dynamic thresholding of the predicted clean sample. Key codes, mapped to `2 * (z - 0.5)`, lie in [-1, 1],
             and at alpha-bar 1e-6 an error in epsilon comes out 1000 times as large in the clean sample. Multistep
             solvers have no `clip_sample` but do have `thresholding`, which with `sample_max_value=1.0` is a clamp to
-            [-1, 1]: this keeps the clamp across a scheduler swap. Set both to `False` for samples without bounds.
+            [-1, 1]: this keeps the clamp across a scheduler swap.
         dynamic_thresholding_ratio (`float`, defaults to `0.995`):
             The quantile for dynamic thresholding. Without effect at `sample_max_value=1.0`.
         sample_max_value (`float`, defaults to `1.0`):
@@ -185,7 +186,7 @@ class CosineVariantScheduler(DDPMScheduler):
         clip_sample: bool = True,
         clip_sample_range: float = 1.0,
         prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
-        thresholding: bool = True,
+        thresholding: bool | None = None,
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
         timestep_spacing: Literal["linspace", "leading", "trailing"] = "trailing",
@@ -214,7 +215,10 @@ class CosineVariantScheduler(DDPMScheduler):
         # `from_config` of another class sees only the config, and drops from it what `_use_default_values` names. The
         # class name tells it which keys are this class's own, so that it need not warn of them.
         self.register_to_config(
-            trained_betas=betas.tolist(), _use_default_values=[], _class_name=self.__class__.__name__
+            trained_betas=betas.tolist(),
+            thresholding=clip_sample if thresholding is None else thresholding,
+            _use_default_values=[],
+            _class_name=self.__class__.__name__,
         )
 
         betas = torch.from_numpy(betas)
@@ -228,6 +232,7 @@ class CosineVariantScheduler(DDPMScheduler):
         self.one = torch.tensor(1.0)
         self.init_noise_sigma = 1.0
 
+        self.range_is_checked = False
         self.custom_timesteps = False
         self.num_inference_steps = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
@@ -255,6 +260,8 @@ class CosineVariantScheduler(DDPMScheduler):
             [`CosineVariantScheduler`]: the scheduler; a tuple with the unused arguments if `return_unused_kwargs`.
         """
         if isinstance(config, dict):
+            if "clip_sample" in kwargs and "thresholding" not in kwargs:
+                config = {key: value for key, value in config.items() if key != "thresholding"}
             schedule_keys = {"num_train_timesteps", "gamma_schedule", "start", "end", "tau"}
             if "trained_betas" not in kwargs and any(
                 key in kwargs and kwargs[key] != config.get(key) for key in schedule_keys
@@ -290,6 +297,22 @@ class CosineVariantScheduler(DDPMScheduler):
         # "trailing" counts down in floating point and for some numbers (61, 103, 121, ...) ends on a surplus step -1.
         if timesteps is None:
             self.timesteps = self.timesteps[:num_inference_steps]
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.IntTensor
+    ) -> torch.Tensor:
+        """As in diffusers; warns at the first call where samples lie outside what sampling will clamp to."""
+        if not self.range_is_checked:
+            self.range_is_checked = True  # once: reading a value waits for the device
+            clamps = self.config.thresholding or self.config.clip_sample
+            bound = self.config.sample_max_value if self.config.thresholding else self.config.clip_sample_range
+            largest = original_samples.abs().max().item() if clamps and original_samples.numel() else 0.0
+            if largest > 1.01 * bound:
+                logger.warning(
+                    f"Samples reach {largest:.3g} in size, but sampling will clamp them to [-{bound:g}, {bound:g}]; "
+                    "scale them, or build the scheduler with clip_sample=False."
+                )
+        return super().add_noise(original_samples, noise, timesteps)
 
     def _threshold_sample(self, sample: torch.Tensor) -> torch.Tensor:
         # A threshold between 1 and sample_max_value = 1 needs no quantile, whose input torch limits to 2**24 elements.

@@ -4,7 +4,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
+from brics_diffusers.schedulers import scheduling_cosine_variant
 from brics_diffusers.schedulers.min_snr import min_snr_weights
 from brics_diffusers.schedulers.scheduling_cosine_variant import (
     GAMMA_SCHEDULES,
@@ -25,6 +27,14 @@ PORTABLE_KEYS = (
     "timestep_spacing",
     "variance_type",
 )
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What the scheduler warns of."""
+    warnings = []
+    monkeypatch.setattr(scheduling_cosine_variant.logger, "warning", warnings.append)
+    return warnings
 
 
 def swap_class(name):
@@ -258,6 +268,41 @@ def test_custom_timesteps():
     scheduler = CosineVariantScheduler()
     scheduler.set_timesteps(timesteps=[999, 500, 10])
     assert scheduler.timesteps.tolist() == [999, 500, 10]
+
+
+class TestWithoutAClamp:
+    """One argument is enough for latents without bounds."""
+
+    @pytest.mark.parametrize("scheduler_class", [CosineVariantScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
+    def test_also_after_a_swap(self, scheduler_class):
+        config = CosineVariantScheduler(clip_sample=False).config
+        scheduler = scheduler_class.from_config(config)
+        scheduler.set_timesteps(4)
+        sample, epsilon = torch.full((1, 1, 2, 2), 3.0), torch.zeros(1, 1, 2, 2)  # the clean sample is far outside
+        stepped = scheduler.step(epsilon, scheduler.timesteps[-1], sample).prev_sample
+        assert stepped.abs().max() > 2.5
+        clamped = scheduler_class.from_config(CosineVariantScheduler().config)
+        clamped.set_timesteps(4)
+        assert clamped.step(epsilon, clamped.timesteps[-1], sample).prev_sample.abs().max() < 2.5
+
+    def test_config(self):
+        assert CosineVariantScheduler().config.thresholding
+        assert not CosineVariantScheduler(clip_sample=False).config.thresholding
+        assert CosineVariantScheduler(clip_sample=False, thresholding=True).config.thresholding
+        saved = CosineVariantScheduler().config
+        assert not CosineVariantScheduler.from_config(saved, clip_sample=False).config.thresholding
+
+    @pytest.mark.parametrize(("options", "warned"), [({}, True), ({"clip_sample": False}, False)])
+    def test_latents_that_leave_the_range_are_named_once(self, options, warned, warnings):
+        scheduler = CosineVariantScheduler(**options)
+        for _ in range(2):
+            scheduler.add_noise(torch.full((1, 1, 1, 1), 2.5), torch.zeros(1, 1, 1, 1), torch.tensor([0]))
+        assert len(warnings) == warned
+        assert all("reach 2.5 in size, but sampling will clamp them to [-1, 1]" in text for text in warnings)
+
+    def test_key_codes_are_in_range(self, warnings):
+        CosineVariantScheduler().add_noise(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.tensor([0]))
+        assert not warnings
 
 
 def test_thresholding_is_the_parent_class_one():
