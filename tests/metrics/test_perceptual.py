@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import train_autoencoder
-from torch import nn
 
 from brics_diffusers.metrics import perceptual
 from brics_diffusers.metrics.efficientnet import (
@@ -48,8 +47,11 @@ def test_nothing_is_downloaded_offline(monkeypatch, tmp_path):
         load_lpips("vgg", remedy="do this instead")
 
 
+@torch.no_grad()
 def test_real_lpips_modules_take_images():
-    assert isinstance(load_lpips("squeeze", pretrained=False), nn.Module)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    metric = load_lpips("squeeze", pretrained=False)
+    assert metric(images, images).abs().max() < 1e-6 and metric(images, images.flip(0)).shape[0] == 2
 
 
 def test_damaged_lpips_weights(tmp_path, monkeypatch):
