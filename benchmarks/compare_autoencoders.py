@@ -167,7 +167,7 @@ class Run:
         clock = time.perf_counter if args.device.type == "cuda" else time.process_time
         for _ in tqdm(range(self.step, last_step), desc=self.folder.name, leave=False, disable=None):
             batch = next(loader)
-            args.unreadable.add(batch["unreadable"])
+            args.unreadable.add(batch["unreadable"], batch["reasons"])
             batch = batch["pixel_values"].to(args.device)
             started = clock()
             sample, regularizer = reconstruct(self.model, batch)

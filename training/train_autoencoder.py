@@ -333,7 +333,7 @@ def main(argv=None):
     while state.global_step < args.max_train_steps:
         with log.waiting():
             batch = next(batches)
-        unreadable.add(batch["unreadable"])
+        unreadable.add(batch["unreadable"], batch["reasons"])
         images = batch["pixel_values"].to(accelerator.device, non_blocking=True)
         parts, finite = trainer.step(images, state.global_step)
         log.add(parts)
@@ -369,8 +369,8 @@ def main(argv=None):
             accelerator.end_training()
             return
 
-    for names in gather_object([unreadable.names]):
-        unreadable.add(names)
+    for reasons in gather_object([unreadable.reasons]):
+        unreadable.add(reasons, reasons)
     if accelerator.is_main_process:
         if unreadable.count:
             logger.warning("%s", unreadable.summary())

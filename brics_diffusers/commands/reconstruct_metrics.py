@@ -119,11 +119,11 @@ def run(args: argparse.Namespace) -> None:
         autoencoder, loader, metric, unreadable, state.is_main_process, args.protocol, args.seed
     )
     metrics = gather_by_index(metrics)
-    names = chain.from_iterable(gather_object([unreadable.names]))
+    reasons = dict(chain.from_iterable(gather_object([list(unreadable.reasons.items())])))
     if extractor is not None:
         features, skipped = gather_all_features(args, autoencoder, loader, extractor, *references)
     if state.is_main_process:
-        unreadable.add(names)
+        unreadable.add(reasons, reasons)
         result = describe(args, autoencoder, state.num_processes)
         result |= collection_facts(args, dataset, resolution, unreadable)
         result["metrics"] = summarize_metrics(metrics, unreadable)
