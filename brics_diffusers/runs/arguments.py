@@ -73,6 +73,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         dest="dataset_name",
         help="Folder of images, folder of parquet files, zip of images, or name of a data set on the Hub.",
     )
+    add("--dataset_config_name", help="Configuration of a data set that has several.")
     add("--dataset_split", default="train", help="Split to train on.")
     add("--image_column", help="Column that holds the images; found by itself if there is one.")
     add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")

@@ -97,7 +97,7 @@ def load_splits(args: argparse.Namespace):
     Returns:
         `tuple`: training and validation `datasets.Dataset`; the second may be `None`.
     """
-    options = {"image_column": args.image_column, "cache_dir": args.cache_dir}
+    options = {"image_column": args.image_column, "cache_dir": args.cache_dir, "config_name": args.dataset_config_name}
     train = load_collection(args.dataset_name, args.dataset_split, max_images=args.max_train_samples, **options)
     if args.num_validation_images == 0:
         return train, None

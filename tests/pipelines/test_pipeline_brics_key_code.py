@@ -169,6 +169,7 @@ class TestReconstruct:
         with Image.open(tmp_path / "image.png") as image:
             for given in (image, [image], read_image(tmp_path / "image.png")):
                 assert torch.equal(pipe.reconstruct(given, output_type="pt").images, expected)
+            assert len(pipe.reconstruct([image, Image.fromarray(pixels)]).images) == 2  # of one size when upright
             assert image.size == (32, 36)  # the caller's image stays as it is
 
     def test_without_unet(self, pipe):
