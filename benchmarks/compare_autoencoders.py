@@ -47,7 +47,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--config", choices=sorted(PRESETS), default="noto-emoji-64", help="Models, batch size and steps.")
     add("--dataset_name", required=True, help="Any collection that training/train_autoencoder.py takes.")
     add("--dataset_config_name", help="Configuration of a data set that has several.")
-    add("--image_column", help="Column that holds the images; found by itself if there is one.")
+    add("--image_column", help="Column that holds the images; default: `image`, or the only one.")
     add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")
     add("--max_train_samples", type=positive, help="Use the first images only.")
     add("--num_validation_images", type=positive, default=256, help="Held-out images to use at most.")

@@ -36,7 +36,7 @@ def add_collection_arguments(parser: argparse.ArgumentParser, split: str, requir
         default=split,
         help="Split to read; a plain folder of images is all `train`. Default: %(default)s.",
     )
-    add("--image_column", help="Column that holds the images; found by itself if there is one.")
+    add("--image_column", help="Column that holds the images; default: `image`, or the only one.")
     add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")
     add("--max_images", type=positive, help="Use the first images of the collection only.")
     add("--batch_size", type=positive, default=16, help="Images in a batch; has no influence on results.")

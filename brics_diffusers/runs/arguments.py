@@ -75,7 +75,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--dataset_config_name", help="Configuration of a data set that has several.")
     add("--dataset_split", default="train", help="Split to train on.")
-    add("--image_column", help="Column that holds the images; found by itself if there is one.")
+    add("--image_column", help="Column that holds the images; default: `image`, or the only one.")
     add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")
     add("--max_train_samples", type=int, help="Use the first images only.")
     add("--random_flip", action=argparse.BooleanOptionalAction, default=False, help="Add mirror images.")
