@@ -11,3 +11,4 @@ from .images import (
     training_loader,
 )
 from .reading import UnreadableImageError, image_name, image_size, read_image
+from .resized import ResizedImages

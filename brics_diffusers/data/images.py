@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from .reading import UnreadableImageError, image_name, read_image
+from .resized import ResizedImages
 
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ class ImageCollection(torch.utils.data.Dataset):
             order of the items alone, whatever the workers' random states.
         replace_unreadable (`bool`, *optional*, defaults to `False`):
             Let the next readable row take the place of an unreadable one, so that batches keep their size.
+        resized ([`ResizedImages`], *optional*):
+            Where images are kept once they are cut and resized, and looked for before they are read.
 
     Raises:
         ValueError: on reading, if images are to be replaced and none of the collection is readable.
@@ -64,6 +67,7 @@ class ImageCollection(torch.utils.data.Dataset):
         resolution: int,
         random_flip: bool = False,
         replace_unreadable: bool = False,
+        resized: ResizedImages | None = None,
     ):
         if resolution < 1:
             raise ValueError(f"resolution is {resolution}; give a positive number of pixels.")
@@ -71,6 +75,7 @@ class ImageCollection(torch.utils.data.Dataset):
         self.resolution = resolution
         self.random_flip = random_flip
         self.replace_unreadable = replace_unreadable
+        self.resized = resized
 
     def __len__(self) -> int:
         return len(self.dataset) * (2 if self.random_flip else 1)
@@ -83,15 +88,12 @@ class ImageCollection(torch.utils.data.Dataset):
         unreadable, reasons = [], {}
         for row in range(index, index + (num_rows if self.replace_unreadable else 1)):
             row %= num_rows
-            data = self.dataset[row]["image"]
             try:
-                image = read_image(data)
+                pixel_values = self._to_tensor(self._pixels(row), bool(mirror))
+                break
             except UnreadableImageError as error:
-                unreadable.append(image_name(data, row))
+                unreadable.append(image_name(self.dataset[row]["image"], row))
                 reasons[unreadable[-1]] = error.reason
-                continue
-            pixel_values = self._to_tensor(image, bool(mirror))
-            break
         else:
             if self.replace_unreadable:
                 raise _none_readable(reasons)
@@ -99,11 +101,19 @@ class ImageCollection(torch.utils.data.Dataset):
         item = {"pixel_values": pixel_values, "index": row, "unreadable": unreadable, "reasons": reasons}
         return item | {"resolution": self.resolution}  # lets `collate_images` shape a batch without images
 
-    def _to_tensor(self, image: Image.Image, mirror: bool) -> torch.Tensor:
-        image = center_crop_resize(image, self.resolution)
-        if mirror:
-            image = ImageOps.mirror(image)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (R, R, 3) -> (3, R, R)
+    def _pixels(self, row: int) -> np.ndarray:
+        pixels = None if self.resized is None else self.resized.get(row)
+        if pixels is None:
+            image = read_image(self.dataset[row]["image"])
+            pixels = np.array(center_crop_resize(image, self.resolution))
+            if self.resized is not None:
+                self.resized.put(row, pixels)
+        return pixels
+
+    @staticmethod
+    def _to_tensor(pixels: np.ndarray, mirror: bool) -> torch.Tensor:
+        pixels = torch.from_numpy(pixels).permute(2, 0, 1)  # (R, R, 3) -> (3, R, R)
+        pixels = pixels.flip(-1) if mirror else pixels
         return pixels.contiguous().float() / 127.5 - 1.0
 
 
