@@ -23,6 +23,7 @@ from .splits import choose_split
 
 logger = logging.getLogger(__name__)
 
+ARCHIVES = {".arrow", ".tar", ".zip"}  # folders of them are read by `datasets`
 FINGERPRINT_THREADS = 8  # enough for drives on a network, which answer late
 EXPECTED = "a folder of images, a folder of parquet files, a zip of images or the name of a dataset on the Hub"
 
@@ -42,7 +43,7 @@ def load_collection(
     as such, and one whose README.md has `configs` as the same repository on the Hub. Any other is searched to any
     depth, hidden files and files of other types are passed over; splits are told apart as [`choose_split`] says,
     parquet files also as `<split>-00000-of-00001.parquet`. A folder that has both parquet files and images is read as
-    parquet if the former hold images.
+    parquet if the former hold images, and one of zips, webdataset's tars or Arrow files as `datasets` reads it.
 
     Args:
         source (`str` or `os.PathLike`):
@@ -143,8 +144,11 @@ def _load_folder(folder: Path, split: str, config_name: str | None, cache_dir) -
     kinds = {re.sub(r"\d+", "0", name): name for name in parquet}  # one of many shards
     kinds = {kind for kind, name in kinds.items() if _holds_images(folder / name)}
     holding = [name for name in parquet if re.sub(r"\d+", "0", name) in kinds]
-    if holding or parquet and not any(extension(name) in IMAGE_EXTENSIONS for name in names):
+    has_images = any(extension(name) in IMAGE_EXTENSIONS for name in names)
+    if holding or parquet and not has_images:
         return _load_parquet(folder, holding or parquet, split, cache_dir)
+    if not has_images and any(extension(name) in ARCHIVES for name in names):
+        return load_repository(folder, split, config_name, cache_dir)
     names = choose_split(folder, only_images(folder, names), split)
     paths = [str((folder / name).absolute()) for name in names]
     return datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": datasets.Image()}))
@@ -220,7 +224,7 @@ def _find_image_column(features: datasets.Features, wanted: str | None, source) 
         best = ", ".join(best)
         raise ValueError(f"'{source}' has several image columns; choose one with image_column from: {best}.")
     if len(features) > 1:
-        level = logging.WARNING if len(ranks) > 1 else logging.INFO
+        level = logging.WARNING if len(ranks) > 1 or "image" in features and best != ["image"] else logging.INFO
         logger.log(level, "Images of '%s' are those of column '%s', of columns: %s.", source, best[0], listing)
     return best[0]
 

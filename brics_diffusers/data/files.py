@@ -40,19 +40,28 @@ def list_files(folder: Path) -> list[str]:
 
     Returns:
         `list[str]`: paths.
+
+    Raises:
+        ValueError: the path of the folder is not UTF-8.
     """
+    if not _is_utf8(str(folder.absolute())):
+        raise ValueError(f"the path {os.fsencode(folder)} is not UTF-8, which Arrow can't hold; rename the folder.")
     return printable(folder, sorted(_walk(folder)))
 
 
 def printable(folder: Path, names: list[str]) -> list[str]:
     """The names that are UTF-8, as Arrow can't hold others, which are logged."""
-    odd = [name for name in names if name.encode("utf-8", "ignore").decode() != name]
+    odd = [name for name in names if not _is_utf8(name)]
     if odd:
         found = _shorten([str(os.fsencode(name)) for name in odd])
         text = "%d file(s) of '%s' have names that are not UTF-8 and are left out, rename them: %s."
         logger.warning(text, len(odd), folder, found)
         odd = set(odd)
     return [name for name in names if name not in odd]
+
+
+def _is_utf8(name: str) -> bool:
+    return name.encode("utf-8", "ignore").decode() == name
 
 
 def _walk(folder: Path) -> Iterator[str]:

@@ -22,6 +22,9 @@ else:
 PNG, JPEG, EXIF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"Exif\0\0"
 # Comments and applications' segments but APP0 (JFIF) and APP14 (Adobe), which say what colours the channels are.
 JPEG_METADATA = {0xFE, *range(0xE1, 0xF0)} - {0xEE}
+# Texts, resolutions, dates, XMP, IPTC, Photoshop's, EXIF, ICC, GPS; in the place of their numbers one without meaning.
+TIFF_METADATA = {*range(269, 273), 282, 283, 296, 305, 306, 315, 316, 700, 33723, 34377, 34665, 34675, 34853, 37724}
+UNKNOWN_TAG = 65000
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}  # ISO/IEC 23008-12
 
 
@@ -143,7 +146,7 @@ def _reason(error: Exception, data: dict | str | os.PathLike) -> str:
 
 def _without_metadata(data: bytes) -> bytes:
     r"""
-    A PNG or JPEG less everything that has no influence on its pixels but the EXIF orientation.
+    A PNG, JPEG or TIFF less everything that has no influence on its pixels but the EXIF orientation.
 
     Args:
         data (`bytes`): A file, perhaps with faults.
@@ -168,7 +171,17 @@ def _without_metadata(data: bytes) -> bytes:
         exif = next((segment[4:] for kind, segment in segments if kind == 0xE1 and segment[4:].startswith(EXIF)), b"")
         exif = _orientation_only(exif)
         return b"".join([JPEG[:2], b"\xff\xe1", (len(exif) + 2).to_bytes(2), exif, *kept, image])
-    raise ValueError("not a PNG or JPEG")
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        return _without_tiff_metadata(bytearray(data), "little" if data[:2] == b"II" else "big")
+    raise ValueError("not a PNG, JPEG or TIFF")
+
+
+def _without_tiff_metadata(data: bytearray, order: str) -> bytes:
+    start = int.from_bytes(data[4:8], order)
+    for entry in range(start + 2, start + 2 + 12 * int.from_bytes(data[start : start + 2], order), 12):
+        if int.from_bytes(data[entry : entry + 2], order) in TIFF_METADATA:
+            data[entry : entry + 2] = UNKNOWN_TAG.to_bytes(2, order)
+    return bytes(data)
 
 
 def _orientation_only(exif: bytes) -> bytes:

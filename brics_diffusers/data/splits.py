@@ -1,9 +1,9 @@
 """Which files of a collection make which split, by the names of folders and files."""
 
+import functools
 import logging
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS
@@ -40,7 +40,7 @@ def choose_split(source: str | os.PathLike, names: list[str], split: str) -> lis
         ValueError: no such split.
     """
     groups = _group(source, names)
-    in_folder = [name for name in groups.get(_split_in([split]), ()) if split in _folders(name)]
+    in_folder = [name for name in groups.get(_split_in_word(split), ()) if split in _folders(name)]
     found = groups.get(split) or in_folder or groups.get(SPLIT_WORDS.get(split.lower()))
     if not found:
         raise ValueError(f"'{source}' has no split '{split}'; available splits: {', '.join(sorted(groups))}.")
@@ -53,9 +53,9 @@ def _group(source: str | os.PathLike, names: list[str]) -> dict[str, list[str]]:
         os.path.commonprefix(list(folders.values()))
     )  # "my test photos/train/1.png", "my test photos/val/..."
     ways = (
-        lambda name: _split_in(folders[name][shared:]),
-        lambda name: _split_in(folders[name]),
-        lambda name: _split_in(folders[name]) or _split_in_file_name(name),
+        lambda name: _split_in(_folders(name)[shared:]),
+        lambda name: _split_in(_folders(name)),
+        lambda name: _split_in(_folders(name)) or _split_in_file_name(name),
     )
     for way in ways:
         groups: dict[str | None, list[str]] = {}
@@ -66,7 +66,7 @@ def _group(source: str | os.PathLike, names: list[str]) -> dict[str, list[str]]:
             break
     else:
         alike = [name for found in groups.values() for name in found]
-        alike += [name for name in outside if any(map(NEARLY_A_SPLIT.match, folders[name]))]
+        alike += [name for name in outside if any(map(NEARLY_A_SPLIT.match, _folders(name)))]
         if alike:
             text = (
                 "'%s' is read as one split, 'train', though %d of its %d files, such as %s, are named like a split; "
@@ -82,16 +82,26 @@ def _group(source: str | os.PathLike, names: list[str]) -> dict[str, list[str]]:
     return groups
 
 
-def _folders(name: str) -> list[str]:
-    return list(Path(name).parts[:-1])
+def _folders(name: str) -> tuple[str, ...]:
+    return _parts(os.path.dirname(name))
 
 
-def _split_in(words: Iterable[str]) -> str | None:
-    found = next(filter(None, map(SPLIT_NAME.search, words)), None)
+@functools.lru_cache(2**16)
+def _parts(folder: str) -> tuple[str, ...]:
+    return Path(folder).parts
+
+
+@functools.lru_cache(2**16)
+def _split_in(words: tuple[str, ...]) -> str | None:
+    return next(filter(None, map(_split_in_word, words)), None)
+
+
+def _split_in_word(word: str) -> str | None:
+    found = SPLIT_NAME.search(word)
     return SPLIT_WORDS[found[1].lower()] if found else None
 
 
 def _split_in_file_name(name: str) -> str | None:
-    name = Path(name).name
+    name = os.path.basename(name)
     shard = SHARD_NAME.match(name) if name.lower().endswith(".parquet") else None
-    return shard[1] if shard else _split_in([name])
+    return shard[1] if shard else _split_in_word(name)

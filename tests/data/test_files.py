@@ -38,6 +38,16 @@ def test_names_that_are_not_utf8(folder, load, caplog):
     assert "1 file(s) of" in caplog.text and r"not UTF-8 and are left out, rename them: b'caf\xe9.png'." in caplog.text
 
 
+def test_a_folder_whose_name_is_not_utf8(folder, load):
+    try:
+        odd = folder.rename(os.fsdecode(os.fsencode(folder) + b"\xe9"))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    save(odd / "a.png")
+    with pytest.raises(ValueError, match=r"the path b'.*\\xe9' is not UTF-8, .*; rename the folder"):
+        load(odd)
+
+
 def test_images_that_cannot_be_read_are_counted_and_named(folder, load, caplog, monkeypatch):
     monkeypatch.setattr(files, "IMAGE_EXTENSIONS", files.IMAGE_EXTENSIONS - files.HEIF_EXTENSIONS)
     monkeypatch.setattr(files, "OTHER_IMAGES", files.OTHER_IMAGES | files.HEIF_EXTENSIONS)

@@ -241,6 +241,13 @@ def test_faults_in_segments_of_a_jpeg():
     assert np.array_equal(pixels(cmyk[:2] + profile + cmyk[2:]), pixels(cmyk))  # the Adobe segment is kept
 
 
+def test_faults_in_tags_of_a_tiff():
+    data = bytearray(encoded(Image.fromarray(NOISE), "TIFF", tiffinfo={0x0112: 6, 0x011A: 72.0, 0x0128: 3}))
+    place = data.index(struct.pack("<HHI", 0x011A, 5, 1))
+    data[place : place + 12] = struct.pack("<HHI4s", 0x011A, 2, 3, b"72")  # a resolution as text
+    assert np.array_equal(pixels(bytes(data)), np.rot90(NOISE, -1)) and image_size({"bytes": bytes(data)}) == (4, 6)
+
+
 def test_an_image_is_turned_once():
     data = encoded(Image.fromarray(NOISE), exif=exif_data(6))
     image = read_image({"bytes": data})

@@ -1,6 +1,9 @@
 import argparse
+import io
 import logging
 import os
+import tarfile
+import zipfile
 
 import datasets
 import pytest
@@ -108,6 +111,23 @@ def test_card_that_is_no_yaml(repository, load):
         assert len(load(repository)) == 4
 
 
+def test_folders_of_archives(folder, load):
+    data = encoded(Image.new("RGB", (4, 4)))
+    for split, count in (("train2017", 3), ("val2017", 2)):
+        with zipfile.ZipFile(folder / f"{split}.zip", "w") as file:
+            for number in range(count):
+                file.writestr(f"{number}.png", data)
+    assert len(load(folder)) == 3 and len(load(folder, "validation")) == 2
+    for path in folder.iterdir():
+        path.unlink()
+    with tarfile.open(folder / "images-000.tar", "w") as file:  # as of webdataset
+        for name, content in (("1.jpg", data), ("1.txt", b"text"), ("2.jpg", data), ("2.txt", b"text")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    assert len(load(folder)) == 2
+
+
 @pytest.fixture
 def rows():
     image = {"bytes": encoded(Image.new("RGB", (4, 4))), "path": None}
@@ -158,6 +178,9 @@ def test_columns(folder, load, caplog):
     pictures("conditioning_image", "image").to_parquet(folder / "a.parquet")
     assert load(folder)[0]["image"]["bytes"] is not None
     assert "are those of column 'image', of columns: conditioning_image, image" in caplog.text
+    pictures("conditioning_image").add_column("image", ["a.png"]).to_parquet(folder / "a.parquet")
+    caplog.clear()
+    assert len(load(folder)) == 1 and [record.levelname for record in caplog.records] == ["WARNING"]
     pictures("before", "after").to_parquet(folder / "a.parquet")
     with pytest.raises(ValueError, match="several image columns; choose one with image_column from: before, after"):
         load(folder)
