@@ -46,7 +46,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", choices=sorted(PRESETS), default="noto-emoji-64", help="Models, batch size and steps.")
     add("--dataset_name", required=True, help="Any collection that training/train_autoencoder.py takes.")
-    add("--image_column", help="Column that holds the images; found by itself if there is one.")
+    add("--dataset_config_name", help="Configuration of a data set that has several.")
+    add("--image_column", help="Column that holds the images; default: `image`, or the only one.")
     add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")
     add("--max_train_samples", type=positive, help="Use the first images only.")
     add("--num_validation_images", type=positive, default=256, help="Held-out images to use at most.")
@@ -167,7 +168,7 @@ class Run:
         clock = time.perf_counter if args.device.type == "cuda" else time.process_time
         for _ in tqdm(range(self.step, last_step), desc=self.folder.name, leave=False, disable=None):
             batch = next(loader)
-            args.unreadable.add(batch["unreadable"])
+            args.unreadable.add(batch["unreadable"], batch["reasons"])
             batch = batch["pixel_values"].to(args.device)
             started = clock()
             sample, regularizer = reconstruct(self.model, batch)

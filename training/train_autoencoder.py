@@ -42,7 +42,7 @@ from brics_diffusers.runs.optimization import (
     step_if_finite,
 )
 from brics_diffusers.runs.record import finish_run, summarize_run
-from brics_diffusers.runs.run import StepLog, load_splits, resume_run, start_run, tensorboard
+from brics_diffusers.runs.run import StepLog, load_splits, resized_images, resume_run, start_run, tensorboard
 from brics_diffusers.utils.image_grids import side_by_side
 
 
@@ -61,6 +61,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="Freeze the encoder and train grids, MLPs and decoder on key codes with noise of --key_noise_scale.",
     )
     add("--key_noise_scale", type=float, help="Standard deviation of the noise on key codes; default: the config's.")
+    flag("--cache_resized", default=False, help="Keep resized images in --cache_dir; worth it for large photographs.")
     add("--validation_split", help="Held-out split; default: `validation`, or images held out from training.")
     add("--num_validation_images", type=int, default=256, help="Held-out images to use at most; 0 for no validation.")
     add("--learning_rate", type=float, default=2e-3, help="Adam's learning rate, both networks.")
@@ -310,7 +311,7 @@ def main(argv=None):
     with accelerator.main_process_first():
         train_set, validation_set = load_splits(args)
     trainer = Trainer(args, accelerator)
-    bare = trainer.bare
+    bare, size = trainer.bare, trainer.bare.config.sample_size
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     ema = EMAModel(bare.parameters(), decay=ema_half_life_decay(global_batch, args.ema_half_life_images), foreach=True)
     usage = GridUsage(bare.grids)
@@ -320,7 +321,7 @@ def main(argv=None):
     resume_run(args, accelerator, state, ema, trainer.lr_scheduler, trainer.optimizers)
 
     loader = training_loader(
-        ImageCollection(train_set, bare.config.sample_size, args.random_flip, replace_unreadable=True),
+        ImageCollection(train_set, size, args.random_flip, True, resized_images(args, train_set, size)),
         args.train_batch_size,
         args.seed,
         start=state.images_seen // (args.train_batch_size * accelerator.num_processes),
@@ -339,7 +340,7 @@ def main(argv=None):
     while state.global_step < args.max_train_steps:
         with log.waiting():
             batch = next(batches)
-        unreadable.add(batch["unreadable"])
+        unreadable.add(batch["unreadable"], batch["reasons"])
         images = batch["pixel_values"].to(accelerator.device, non_blocking=True)
         parts, finite = trainer.step(images, state.global_step)
         log.add(parts)
@@ -375,8 +376,8 @@ def main(argv=None):
             accelerator.end_training()
             return
 
-    for names in gather_object([unreadable.names]):
-        unreadable.add(names)
+    for reasons in gather_object([unreadable.reasons]):
+        unreadable.add(reasons, reasons)
     if accelerator.is_main_process:
         if unreadable.count:
             logger.warning("%s", unreadable.summary())

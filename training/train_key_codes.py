@@ -201,9 +201,8 @@ def main(argv=None):
     output_dir = Path(args.output_dir)
     autoencoder = load_autoencoder(args.autoencoder_name_or_path).requires_grad_(False).eval().to(accelerator.device)
     with accelerator.main_process_first():
-        dataset = load_collection(
-            args.dataset_name, args.dataset_split, args.image_column, args.cache_dir, args.max_train_samples
-        )
+        where = args.image_column, args.cache_dir, args.max_train_samples, args.dataset_config_name
+        dataset = load_collection(args.dataset_name, args.dataset_split, *where)
     key_codes = encode_collection(args, accelerator, autoencoder, dataset)
     terminated = TerminationSignal(accelerator)  # until here, what is encoded stays and needs no saving
 

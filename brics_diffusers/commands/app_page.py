@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from ..data.images import center_crop_resize, read_image
+from ..data import center_crop_resize, read_image
 from ..pipelines import BricsKeyCodePipeline
 from ..pipelines.sampling import SAMPLERS, with_scheduler
 

@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from ..data import UnreadableLog, collection_fingerprint, evaluation_loader, load_collection
+from ..data import UnreadableLog, collection_fingerprint, evaluation_loader
 from ..metrics.feature_distances import (
     FEW_IMAGES,
     check_count,
@@ -46,6 +46,7 @@ from .shared import (
     add_run_arguments,
     choose_device,
     collection_facts,
+    load_split,
     open_collection,
     open_model,
     origin_sentence,
@@ -119,11 +120,11 @@ def run(args: argparse.Namespace) -> None:
         autoencoder, loader, metric, unreadable, state.is_main_process, args.protocol, args.seed
     )
     metrics = gather_by_index(metrics)
-    names = chain.from_iterable(gather_object([unreadable.names]))
+    reasons = dict(chain.from_iterable(gather_object([list(unreadable.reasons.items())])))
     if extractor is not None:
         features, skipped = gather_all_features(args, autoencoder, loader, extractor, *references)
     if state.is_main_process:
-        unreadable.add(names)
+        unreadable.add(reasons, reasons)
         result = describe(args, autoencoder, state.num_processes)
         result |= collection_facts(args, dataset, resolution, unreadable)
         result["metrics"] = summarize_metrics(metrics, unreadable)
@@ -147,7 +148,7 @@ def open_references(args: argparse.Namespace) -> tuple:
     """The collection to compare with, and the rows of the random images of it; faults show before any work."""
     import torch_fidelity  # noqa: F401, PLC0415 - rFID needs it
 
-    dataset = load_collection(args.dataset_name, args.reference_split, args.image_column, args.cache_dir)
+    dataset = load_split(args, args.reference_split)
     check_count("kid", 2, reference=min(len(dataset), args.num_reference_images))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
     return dataset, sorted(order[: args.num_reference_images].tolist())

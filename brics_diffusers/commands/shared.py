@@ -30,12 +30,13 @@ def add_collection_arguments(parser: argparse.ArgumentParser, split: str, requir
         required=required,
         help="Folder of images, folder of parquet files, zip of images, or name of a data set on the Hub.",
     )
+    add("--dataset_config_name", help="Configuration of a data set that has several.")
     add(
         "--dataset_split",
         default=split,
         help="Split to read; a plain folder of images is all `train`. Default: %(default)s.",
     )
-    add("--image_column", help="Column that holds the images; found by itself if there is one.")
+    add("--image_column", help="Column that holds the images; default: `image`, or the only one.")
     add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")
     add("--max_images", type=positive, help="Use the first images of the collection only.")
     add("--batch_size", type=positive, default=16, help="Images in a batch; has no influence on results.")
@@ -76,7 +77,13 @@ def open_model(name_or_path: str, device: torch.device) -> BricsAutoencoder:
 
 def read_collection(args: argparse.Namespace):
     """The `datasets.Dataset` of [`add_collection_arguments`]."""
-    return load_collection(args.dataset_name, args.dataset_split, args.image_column, args.cache_dir, args.max_images)
+    return load_split(args, args.dataset_split, args.max_images)
+
+
+def load_split(args: argparse.Namespace, split: str, max_images: int | None = None):
+    """A split of the same collection, whatever `--dataset_split` says."""
+    options = {"max_images": max_images, "config_name": args.dataset_config_name}
+    return load_collection(args.dataset_name, split, args.image_column, args.cache_dir, **options)
 
 
 def open_collection(args: argparse.Namespace, resolution: int, rows: slice = slice(None)):

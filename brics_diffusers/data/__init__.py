@@ -4,13 +4,11 @@ from .collection import collection_fingerprint, load_collection
 from .images import (
     ImageCollection,
     InfiniteBatchSampler,
-    UnreadableImageError,
     UnreadableLog,
     center_crop_resize,
     collate_images,
     evaluation_loader,
-    image_name,
-    image_size,
-    read_image,
     training_loader,
 )
+from .reading import UnreadableImageError, image_name, image_size, read_image
+from .resized import ResizedImages

@@ -1,13 +1,47 @@
 """PIL images of any mode as 8-bit ones, the same for training and for pipelines."""
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
+
+
+ORIENTATION = ExifTags.Base.Orientation
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def upright(image: Image.Image) -> Image.Image:
+    r"""
+    Turns an image as its EXIF orientation says. Unlike `PIL.ImageOps.exif_transpose`, no other entry of the EXIF data
+    is read or written, so that none can fail.
+
+    Args:
+        image (`PIL.Image.Image`): An image of any mode.
+
+    Returns:
+        `PIL.Image.Image`: the image itself if it is upright, else a new one that no longer has an orientation.
+    """
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # whatever Pillow's reader of EXIF data and XMP may raise
+        turn = None
+    if turn is None:
+        return image
+    image = image.transpose(turn)
+    image.info = {key: value for key, value in image.info.items() if key == "transparency"}
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     r"""
-    An image as 8-bit RGB: transparency is composited on white, values of more than 8 bits are scaled as in
-    [`to_eight_bits`].
+    An image as 8-bit RGB, [`upright`]: transparency is composited on white, values of more than 8 bits are scaled as
+    in [`to_eight_bits`].
 
     Args:
         image (`PIL.Image.Image`): An image of any mode.
@@ -18,7 +52,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         `ValueError`: For values out of range.
     """
-    image = to_eight_bits(image)
+    image = to_eight_bits(upright(image))
     if image.mode == "La":
         image = image.convert("LA")
     if image.has_transparency_data:

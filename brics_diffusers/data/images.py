@@ -1,101 +1,22 @@
 """Images of a collection as square tensors in [-1, 1], and the loaders that serve training and evaluation."""
 
-import io
 import logging
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import datasets
-import fsspec
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader
 
-from .image_modes import to_rgb
+from .reading import UnreadableImageError, image_name, read_image
+from .resized import ResizedImages
 
 
 logger = logging.getLogger(__name__)
-
-
-class UnreadableImageError(ValueError):
-    """An image that cannot be turned into 8-bit RGB: truncated, not an image, too large or of no known range."""
-
-
-def read_image(data: dict | str | os.PathLike) -> Image.Image:
-    r"""
-    Read an image as 8-bit RGB, upright by its EXIF orientation.
-
-    Transparency is composited on white, 16-bit values are divided by 257, floats in [0, 1] are multiplied by 255, of
-    an animation the first frame is taken. Colour profiles are not applied.
-
-    Args:
-        data (`dict`, `str` or `os.PathLike`):
-            A `{"bytes", "path"}` dictionary, where `bytes` comes first if present, or a path.
-
-    Returns:
-        `PIL.Image.Image`: mode "RGB".
-
-    Raises:
-        UnreadableImageError: missing, truncated, not an image, a decompression bomb or of no known range.
-    """
-    try:
-        with Image.open(_image_file(data)) as image:
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error and more on bad files
-        raise UnreadableImageError(f"not readable as an image: {error}") from error
-
-
-def image_size(data: dict | str | os.PathLike) -> tuple[int, int]:
-    r"""
-    Width and height as the file's header has them, without decoding the image.
-
-    Args:
-        data (`dict`, `str` or `os.PathLike`): As in [`read_image`].
-
-    Returns:
-        `tuple[int, int]`: pixels.
-
-    Raises:
-        UnreadableImageError: missing, or not an image. A truncated image shows only when it is read.
-    """
-    try:
-        with Image.open(_image_file(data)) as image:
-            return image.size
-    except Exception as error:
-        raise UnreadableImageError(f"not readable as an image: {error}") from error
-
-
-def image_name(data: dict | None, row: int) -> str:
-    r"""
-    What to call an image: its path, or `"row 17"`; with the row too for files within an archive, which may share
-    names.
-
-    Args:
-        data (`dict`): A `{"bytes", "path"}` dictionary.
-        row (`int`): Its row in the collection.
-    """
-    path = (data or {}).get("path")
-    if path is None:
-        return f"row {row}"
-    return path if data.get("bytes") is None else f"{path} (row {row})"
-
-
-def _image_file(data: dict | str | os.PathLike) -> str | os.PathLike | io.BytesIO:
-    if not isinstance(data, dict):
-        data = {"path": data}
-    if data.get("bytes") is not None:
-        return io.BytesIO(data["bytes"])
-    path = data.get("path")
-    if path is None:
-        raise ValueError("neither bytes nor a path")
-    if "://" not in str(path):
-        return path
-    with fsspec.open(str(path), "rb") as file:  # "zip://a.png::archive.zip", as some Hub datasets have it
-        return io.BytesIO(file.read())
 
 
 def center_crop_resize(image: Image.Image, resolution: int) -> Image.Image:
@@ -121,7 +42,7 @@ class ImageCollection(torch.utils.data.Dataset):
 
     An item is a dictionary of `pixel_values`, float32 `(3, R, R)` in [-1, 1], or `None` for an unreadable image;
     `index` (`int`), the row that was read; `unreadable` (`list[str]`), the unreadable images met on the way, each
-    by its path or as "row 17"; and `resolution` (`int`), R.
+    by its path or as "row 17"; `reasons` (`dict[str, str]`), why, by these names; and `resolution` (`int`), R.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -133,6 +54,8 @@ class ImageCollection(torch.utils.data.Dataset):
             order of the items alone, whatever the workers' random states.
         replace_unreadable (`bool`, *optional*, defaults to `False`):
             Let the next readable row take the place of an unreadable one, so that batches keep their size.
+        resized ([`ResizedImages`], *optional*):
+            Where images are kept once they are cut and resized, and looked for before they are read.
 
     Raises:
         ValueError: on reading, if images are to be replaced and none of the collection is readable.
@@ -144,6 +67,7 @@ class ImageCollection(torch.utils.data.Dataset):
         resolution: int,
         random_flip: bool = False,
         replace_unreadable: bool = False,
+        resized: ResizedImages | None = None,
     ):
         if resolution < 1:
             raise ValueError(f"resolution is {resolution}; give a positive number of pixels.")
@@ -151,6 +75,7 @@ class ImageCollection(torch.utils.data.Dataset):
         self.resolution = resolution
         self.random_flip = random_flip
         self.replace_unreadable = replace_unreadable
+        self.resized = resized
 
     def __len__(self) -> int:
         return len(self.dataset) * (2 if self.random_flip else 1)
@@ -160,39 +85,44 @@ class ImageCollection(torch.utils.data.Dataset):
             raise IndexError(f"item {index} of a collection of {len(self)} images")
         num_rows = len(self.dataset)
         mirror, index = divmod(index, num_rows)
-        unreadable = []
+        unreadable, reasons = [], {}
         for row in range(index, index + (num_rows if self.replace_unreadable else 1)):
             row %= num_rows
-            data = self.dataset[row]["image"]
             try:
-                image = read_image(data)
-            except UnreadableImageError:
-                unreadable.append(image_name(data, row))
-                continue
-            return self._item(self._to_tensor(image, bool(mirror)), row, unreadable)
-        if self.replace_unreadable:
-            raise _none_readable(unreadable)
-        return self._item(None, index, unreadable)
+                pixel_values = self._to_tensor(self._pixels(row), bool(mirror))
+                break
+            except UnreadableImageError as error:
+                unreadable.append(image_name(self.dataset[row]["image"], row))
+                reasons[unreadable[-1]] = error.reason
+        else:
+            if self.replace_unreadable:
+                raise _none_readable(reasons)
+            pixel_values, row = None, index
+        item = {"pixel_values": pixel_values, "index": row, "unreadable": unreadable, "reasons": reasons}
+        return item | {"resolution": self.resolution}  # lets `collate_images` shape a batch without images
 
-    def _item(self, pixel_values: torch.Tensor | None, row: int, unreadable: list[str]) -> dict:
-        # The resolution lets `collate_images` shape a batch without images.
-        return {
-            "pixel_values": pixel_values,
-            "index": row,
-            "unreadable": unreadable,
-            "resolution": self.resolution,
-        }
+    def _pixels(self, row: int) -> np.ndarray:
+        pixels = None if self.resized is None else self.resized.get(row)
+        if pixels is None:
+            image = read_image(self.dataset[row]["image"])
+            pixels = np.array(center_crop_resize(image, self.resolution))
+            if self.resized is not None:
+                self.resized.put(row, pixels)
+        return pixels
 
-    def _to_tensor(self, image: Image.Image, mirror: bool) -> torch.Tensor:
-        image = center_crop_resize(image, self.resolution)
-        if mirror:
-            image = ImageOps.mirror(image)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (R, R, 3) -> (3, R, R)
+    @staticmethod
+    def _to_tensor(pixels: np.ndarray, mirror: bool) -> torch.Tensor:
+        pixels = torch.from_numpy(pixels).permute(2, 0, 1)  # (R, R, 3) -> (3, R, R)
+        pixels = pixels.flip(-1) if mirror else pixels
         return pixels.contiguous().float() / 127.5 - 1.0
 
 
-def _none_readable(names: list[str]) -> ValueError:
-    return ValueError(f"none of the {len(names)} images is readable ({_shorten(names)}); give a collection of images.")
+def _none_readable(reasons: dict[str, str]) -> ValueError:
+    name, reason = next(iter(reasons.items()))
+    return ValueError(
+        f"none of the {len(reasons)} images is readable ({_shorten(reasons)}; {name}: {reason}); give a collection of "
+        "images."
+    )
 
 
 def _shorten(names: Iterable[str], limit: int = 10) -> str:
@@ -209,8 +139,8 @@ def collate_images(items: list[dict]) -> dict:
         items (`list[dict]`): at least one item; those whose `pixel_values` are `None` are dropped.
 
     Returns:
-        `dict`: `pixel_values` `(B, 3, R, R)`, `index` int64 `(B,)` and `unreadable` (`list[str]`). B is the number of
-        readable items and may be 0.
+        `dict`: `pixel_values` `(B, 3, R, R)`, `index` int64 `(B,)`, `unreadable` (`list[str]`) and `reasons`
+        (`dict[str, str]`). B is the number of readable items and may be 0.
     """
     readable = [item for item in items if item["pixel_values"] is not None]
     size = items[0]["resolution"]
@@ -219,6 +149,7 @@ def collate_images(items: list[dict]) -> dict:
         "pixel_values": torch.stack(images) if images else torch.empty(0, 3, size, size),
         "index": torch.tensor([item["index"] for item in readable], dtype=torch.int64),
         "unreadable": [name for item in items for name in item["unreadable"]],
+        "reasons": {name: reason for item in items for name, reason in item["reasons"].items()},
     }
 
 
@@ -226,29 +157,30 @@ class UnreadableLog:
     r"""Warns of each unreadable image once, however many epochs meet it, and counts them (`count`)."""
 
     def __init__(self):
-        self._names: dict[str, None] = {}  # in the order met
+        self.reasons: dict[str, str] = {}  # by name, in the order met
 
     @property
     def names(self) -> list[str]:
         """The unreadable images in the order met."""
-        return list(self._names)
+        return list(self.reasons)
 
     @property
     def count(self) -> int:
         """Number of different unreadable images."""
-        return len(self._names)
+        return len(self.reasons)
 
-    def add(self, names: Iterable[str]) -> None:
-        """Notes names, and warns of those that are new."""
+    def add(self, names: Iterable[str], reasons: Mapping[str, str] | None = None) -> None:
+        """Notes names, and warns of those that are new with their reasons, where those are known."""
         for name in names:
-            if name not in self._names:
-                self._names[name] = None
-                logger.warning("%s is not readable as an image and is skipped.", name)
+            if name not in self.reasons:
+                self.reasons[name] = (reasons or {}).get(name, "")
+                why = f" ({self.reasons[name]})" if self.reasons[name] else ""
+                logger.warning("%s is not readable as an image%s and is skipped.", name, why)
 
     def summary(self) -> str:
         r"""One phrase such as "skipped 2 unreadable files: a.jpg, b.png"; at most ten names are spelled out."""
         files = "file" if self.count == 1 else "files"
-        return f"skipped {self.count} unreadable {files}" + (f": {_shorten(self._names)}" if self._names else "")
+        return f"skipped {self.count} unreadable {files}" + (f": {_shorten(self.reasons)}" if self.reasons else "")
 
 
 class InfiniteBatchSampler(torch.utils.data.Sampler):

@@ -71,11 +71,11 @@ def write_key_codes(
         unreadable = UnreadableLog()
         codes = [np.empty((0, *autoencoder.key_code_shape), np.float16)]
         for batch in tqdm(loader, desc=f"Encoding shard {shard}", disable=process_index > 0, leave=False):
-            unreadable.add(batch["unreadable"])
+            unreadable.add(batch["unreadable"], batch["reasons"])
             if batch["index"].numel():
                 key_codes = autoencoder.encode(batch["pixel_values"].to(device, dtype)).key_codes
                 codes.append(key_codes.to("cpu", torch.float16).numpy())
-        _write_json(path.with_suffix(".unreadable.json"), unreadable.names)
+        _write_json(path.with_suffix(".unreadable.json"), unreadable.reasons)
         partial = path.with_suffix(".partial")
         with open(partial, "wb") as file:
             np.save(file, np.concatenate(codes))
@@ -131,7 +131,8 @@ def finish_key_codes(folder: str | os.PathLike, num_shards: int) -> UnreadableLo
         raise ValueError(f"{folder} holds no key codes; give a collection with at least one readable image.")
     unreadable = UnreadableLog()
     for path in shards:
-        unreadable.add(json.loads(path.with_suffix(".unreadable.json").read_text()))
+        reasons = json.loads(path.with_suffix(".unreadable.json").read_text())
+        unreadable.add(reasons, reasons)
     manifest = json.loads((folder / MANIFEST).read_text())
     _write_json(folder / MANIFEST, manifest | {"counts": counts, "unreadable": unreadable.names})
     return unreadable

@@ -120,7 +120,7 @@ def extract_features(
     loader = evaluation_loader(dataset, resolution, batch_size, num_workers)
     unreadable, features, logits = UnreadableLog(), [], []
     for batch in tqdm(loader, desc=desc, disable=not progress):
-        unreadable.add(batch["unreadable"])
+        unreadable.add(batch["unreadable"], batch["reasons"])
         if batch["index"].numel():
             some_features, some_logits = apply_extractor(extractor, to_uint8(batch["pixel_values"]).to(device))
             features.append(some_features.cpu())

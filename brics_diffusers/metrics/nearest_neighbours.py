@@ -203,7 +203,7 @@ def nearest_in_collection(
 
     def read():
         for batch in tqdm(loader, desc="Comparing", unit="batch", disable=not progress):
-            unreadable.add(batch["unreadable"])
+            unreadable.add(batch["unreadable"], batch["reasons"])
             yield batch
 
     vectors = embed_images(queries.to(device), embedding, batch_size)

@@ -118,7 +118,7 @@ def image_batches(
     count = 0
     for batch in tqdm(loader, desc=description, disable=not progress, leave=False):
         if unreadable is not None:
-            unreadable.add(batch["unreadable"])
+            unreadable.add(batch["unreadable"], batch["reasons"])
         count += batch["index"].numel()
         if batch["index"].numel() > 0:
             yield batch["pixel_values"].to(device), batch["index"]

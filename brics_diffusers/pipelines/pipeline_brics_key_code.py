@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..models import BricsAutoencoder
 from ..utils.safe_loading import SafePipelineMixin
-from .image_processor import BricsImageProcessor
+from .image_processor import BricsImageProcessor, upright
 from .key_code_editing import KeyCodeEditingMixin
 from .latents import generators_per_image, key_codes_to_latents, latents_to_key_codes
 
@@ -80,7 +80,7 @@ class BricsKeyCodePipeline(SafePipelineMixin, KeyCodeEditingMixin, DiffusionPipe
     def check_images(self, images: PipelineImageInput, name: str = "images"):
         """Raises a `ValueError` for images of different sizes, or arrays and tensors that leave [0, 1]."""
         images = images if isinstance(images, list) else [images]
-        sizes = {image.size if isinstance(image, Image.Image) else tuple(image.shape) for image in images}
+        sizes = {upright(image).size if isinstance(image, Image.Image) else tuple(image.shape) for image in images}
         if len(sizes) != 1:
             raise ValueError(f"{name} have sizes {sorted(sizes)}; give at least one, all of one size.")
         for image in images:

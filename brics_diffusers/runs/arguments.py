@@ -19,7 +19,7 @@ FREE_FLAGS = {
     *("mixed_precision", "gradient_checkpointing", "dataloader_num_workers", "encode_batch_size", "shard_size"),
     *("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps", "max_nonfinite_steps"),
     *("validation_split", "num_validation_images", "num_inference_steps", "pretrained_autoencoder_name_or_path"),
-    *("best_metric", "save_validation_weights"),
+    *("best_metric", "save_validation_weights", "cache_resized"),
     *("autoencoder_name_or_path", "save_dtype", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_license"),
 }
 
@@ -73,8 +73,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         dest="dataset_name",
         help="Folder of images, folder of parquet files, zip of images, or name of a data set on the Hub.",
     )
+    add("--dataset_config_name", help="Configuration of a data set that has several.")
     add("--dataset_split", default="train", help="Split to train on.")
-    add("--image_column", help="Column that holds the images; found by itself if there is one.")
+    add("--image_column", help="Column that holds the images; default: `image`, or the only one.")
     add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")
     add("--max_train_samples", type=int, help="Use the first images only.")
     add("--random_flip", action=argparse.BooleanOptionalAction, default=False, help="Add mirror images.")
@@ -144,9 +145,20 @@ def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple
         if name not in models:
             parser.error(f"--set {name}.{key} is none of this script's models; expected {' or '.join(models)}")
         getattr(args, name)[key] = value
+    check_images(parser, getattr(args, "autoencoder", {}))
     if args.dataset_name is None:
         parser.error("no collection: give --dataset_name (a folder, a zip, or a name on the Hub)")
     return args
+
+
+def check_images(parser: argparse.ArgumentParser, autoencoder: dict) -> None:
+    """Refuses an autoencoder of other images than are read: RGB and square."""
+    for name in ("in_channels", "out_channels"):
+        if autoencoder.get(name, 3) != 3:
+            parser.error(f"autoencoder.{name} is {autoencoder[name]}; images are read as RGB, so leave it at 3")
+    for name in ("sample_size", "feature_size"):
+        if not isinstance(autoencoder.get(name, 1), int):
+            parser.error(f"autoencoder.{name} is {autoencoder[name]}; images are cut to squares, so give one number")
 
 
 def flag_words(name: str, value) -> list[str]:

@@ -10,12 +10,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
+from datasets.config import HF_DATASETS_CACHE
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from ..data import load_collection
+from ..data import ResizedImages, collection_fingerprint, load_collection
 from ..hub.push import open_repository
 from .checkpoints import RunState, check_shared_folder, clean_up, list_checkpoints, resume
 
@@ -97,7 +98,7 @@ def load_splits(args: argparse.Namespace):
     Returns:
         `tuple`: training and validation `datasets.Dataset`; the second may be `None`.
     """
-    options = {"image_column": args.image_column, "cache_dir": args.cache_dir}
+    options = {"image_column": args.image_column, "cache_dir": args.cache_dir, "config_name": args.dataset_config_name}
     train = load_collection(args.dataset_name, args.dataset_split, max_images=args.max_train_samples, **options)
     if args.num_validation_images == 0:
         return train, None
@@ -114,6 +115,27 @@ def load_splits(args: argparse.Namespace):
             logger.info("No validation split: %d of %d images are held out.", held_out, len(train))
             return parts["train"], parts["test"]
     return train, validation.select(range(min(args.num_validation_images, len(validation))))
+
+
+def resized_images(args: argparse.Namespace, dataset, resolution: int) -> ResizedImages | None:
+    r"""
+    The file of `--cache_resized` for one collection and size. Call on every process.
+
+    Args:
+        args (`argparse.Namespace`): Flags `cache_resized` and `cache_dir`.
+        dataset (`datasets.Dataset`): Result of `load_collection`.
+        resolution (`int`): Side of the images in pixels.
+
+    Returns:
+        [`ResizedImages`]: or `None` without the flag.
+    """
+    if not args.cache_resized:
+        return None
+    # One process reads all images for it.
+    key = broadcast_object_list([collection_fingerprint(dataset) if PartialState().is_main_process else None])[0]
+    resized = ResizedImages(Path(args.cache_dir or HF_DATASETS_CACHE) / "brics-resized", key, resolution)
+    logger.info("Resized images are kept in %s.", resized.path)
+    return resized
 
 
 def resume_run(

@@ -1,11 +1,7 @@
-import io
 import itertools
 import logging
 import os
-import struct
 import traceback
-import zipfile
-import zlib
 
 import datasets
 import numpy as np
@@ -17,183 +13,12 @@ from PIL import Image
 from brics_diffusers.data import (
     ImageCollection,
     InfiniteBatchSampler,
-    UnreadableImageError,
     UnreadableLog,
     center_crop_resize,
     collate_images,
     evaluation_loader,
-    image_name,
-    image_size,
-    read_image,
     training_loader,
 )
-
-
-def png(color_type, bit_depth, size, rows):
-    """A PNG in a form that Pillow does not write."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bit_depth, color_type, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-def pixels(data):
-    image = read_image({"bytes": data, "path": None})
-    assert image.mode == "RGB"
-    return np.asarray(image).astype(int)
-
-
-# read_image
-
-
-def test_gray_and_one_bit():
-    assert pixels(encoded(Image.new("L", (3, 2), 77))).tolist() == [[[77] * 3] * 3] * 2
-    one_bit = Image.new("1", (2, 1))
-    one_bit.putpixel((1, 0), 1)
-    assert pixels(encoded(one_bit)).tolist() == [[[0] * 3, [255] * 3]]
-
-
-@pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_16_bit_gray_is_scaled(format):
-    values = np.array([[0, 257, 128 * 257, 65535, 1000]], np.uint16)
-    expected = [0, 1, 128, 255, 4]  # 1000 / 257 = 3.89
-    assert pixels(encoded(Image.fromarray(values), format))[0, :, 0].tolist() == expected
-
-
-def test_big_endian_and_32_bit_gray():
-    big = Image.frombytes("I;16B", (2, 1), struct.pack(">2H", 0, 200 * 257))
-    assert pixels(encoded(big, "TIFF"))[0, :, 1].tolist() == [0, 200]
-    wide = Image.fromarray(np.array([[0, 65535, 514]], np.int32))
-    assert pixels(encoded(wide, "TIFF"))[0, :, 2].tolist() == [0, 255, 2]
-    with pytest.raises(UnreadableImageError, match=r"values in \[0, 70000\], expected \[0, 65535\]"):
-        pixels(encoded(Image.fromarray(np.array([[0, 70000]], np.int32)), "TIFF"))
-
-
-def test_16_bit_rgb_png():
-    row = b"\0" + struct.pack(">6H", 0, 128 * 257, 65535, 64 * 257, 257, 0)
-    result = pixels(png(2, 16, (2, 1), row))
-    assert result.tolist() == [[[0, 128, 255], [64, 1, 0]]]
-
-
-def test_float_tiff():
-    values = np.array([[0.0, 0.2, 1.0]], np.float32)
-    assert pixels(encoded(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == [0, 51, 255]
-    for bad in (2.0, -0.5, np.nan):
-        with pytest.raises(UnreadableImageError, match=r"expected \[0, 1.0\]"):
-            pixels(encoded(Image.fromarray(np.array([[0.5, bad]], np.float32)), "TIFF"))
-
-
-def test_palette():
-    image = Image.new("P", (2, 1))
-    image.putpalette([10, 20, 30, 200, 100, 50])
-    image.putpixel((1, 0), 1)
-    assert pixels(encoded(image)).tolist() == [[[10, 20, 30], [200, 100, 50]]]
-    assert pixels(encoded(image, transparency=1)).tolist() == [[[10, 20, 30], [255] * 3]]
-    assert pixels(encoded(image, transparency=bytes([0, 255]))).tolist() == [[[255] * 3, [200, 100, 50]]]
-    assert pixels(encoded(image, "GIF", transparency=0)).tolist() == [[[255] * 3, [200, 100, 50]]]
-
-
-def test_alpha_is_composited_on_white():
-    half = [round((100 * 128 + 255 * 127) / 255)] * 3
-    gray = Image.new("LA", (1, 1), (100, 128))
-    assert np.abs(pixels(encoded(gray)) - half).max() <= 1
-    color = Image.new("RGBA", (2, 1), (200, 0, 50, 0))
-    color.putpixel((1, 0), (200, 0, 50, 255))
-    assert pixels(encoded(color)).tolist() == [[[255] * 3, [200, 0, 50]]]
-    keyed = Image.new("RGB", (2, 1), (1, 2, 3))
-    keyed.putpixel((1, 0), (9, 9, 9))
-    assert pixels(encoded(keyed, transparency=(1, 2, 3))).tolist() == [[[255] * 3, [9, 9, 9]]]
-
-
-def test_palette_with_alpha_and_premultiplied_modes(monkeypatch):
-    palette = Image.new("RGBA", (1, 1), (255, 0, 0, 0)).convert("PA")
-    premultiplied = Image.new("LA", (1, 1), (0, 0)).convert("La")
-    for image in (palette, premultiplied):  # no file format holds these, so they are handed over opened
-        monkeypatch.setattr(Image, "open", lambda file, image=image: image.copy())
-        assert pixels(b"").tolist() == [[[255] * 3]]
-
-
-def test_cmyk_jpeg():
-    for color in [(220, 30, 40), (20, 200, 60), (10, 20, 30), (240, 240, 240)]:
-        data = encoded(Image.new("RGB", (16, 16), color).convert("CMYK"), "JPEG", quality=95)
-        assert Image.open(io.BytesIO(data)).mode == "CMYK"
-        assert np.abs(pixels(data) - color).max() <= 6
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(orientation):
-    upright = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
-    # What the camera stores, so that the operation of each EXIF orientation gives the upright image.
-    stored = {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.T,
-        6: np.rot90(upright),
-        7: upright[::-1, ::-1].T,
-        8: np.rot90(upright, -1),
-    }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
-    assert np.array_equal(pixels(data)[:, :, 0], upright)
-
-
-def test_exif_orientation_of_jpeg_and_16_bit():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored a quarter turn counterclockwise
-    image = Image.new("RGB", (32, 16), (255, 0, 0))
-    image.paste((0, 0, 255), (16, 0, 32, 16))
-    result = pixels(encoded(image, "JPEG", quality=95, exif=exif))
-    assert result.shape == (32, 16, 3)
-    assert np.abs(result[4, 8] - [255, 0, 0]).max() < 8 and np.abs(result[28, 8] - [0, 0, 255]).max() < 8
-    deep = Image.fromarray(np.array([[10 * 257, 20 * 257]], np.uint16))
-    assert pixels(encoded(deep, exif=exif))[:, :, 0].tolist() == [[10], [20]]
-
-
-def test_first_frame():
-    frames = [Image.new("RGB", (4, 4), color) for color in COLORS[:3]]
-    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert pixels(data)[0, 0].tolist() == list(COLORS[0])
-
-
-def test_size_and_name_without_decoding(tmp_path):
-    save(tmp_path / "a.png", size=(9, 7))
-    data = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(data[:50])  # its header is whole
-    assert image_size(tmp_path / "a.png") == image_size(tmp_path / "cut.png") == image_size({"bytes": data}) == (9, 7)
-    (tmp_path / "text.png").write_text("no image")
-    for wrong in (tmp_path / "text.png", tmp_path / "missing.png", {"bytes": b""}, {"path": None}):
-        with pytest.raises(UnreadableImageError, match="not readable as an image"):
-            image_size(wrong)
-    assert image_name({"bytes": None, "path": "a.png"}, 3) == "a.png"
-    assert image_name({"bytes": data, "path": "a.png"}, 3) == "a.png (row 3)"
-    assert image_name({"bytes": data, "path": None}, 3) == image_name(None, 3) == "row 3"
-
-
-def test_read_image_from_paths(tmp_path):
-    save(tmp_path / "a.png", (1, 2, 3))
-    for data in (tmp_path / "a.png", str(tmp_path / "a.png"), {"bytes": None, "path": str(tmp_path / "a.png")}):
-        assert read_image(data).getpixel((0, 0)) == (1, 2, 3)
-    with zipfile.ZipFile(tmp_path / "b.zip", "w") as file:
-        file.write(tmp_path / "a.png", "inner/a.png")
-    assert read_image({"path": f"zip://inner/a.png::{tmp_path}/b.zip"}).getpixel((0, 0)) == (1, 2, 3)
-
-
-def test_unreadable_images(tmp_path, monkeypatch):
-    whole = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), "JPEG")
-    for data in (whole[: len(whole) // 2], b"hello", b""):
-        with pytest.raises(UnreadableImageError, match="not readable as an image"):
-            read_image({"bytes": data, "path": "x.jpg"})
-    for data in (tmp_path / "missing.png", {"bytes": None, "path": None}):
-        with pytest.raises(UnreadableImageError, match="not readable as an image"):
-            read_image(data)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UnreadableImageError, match="decompression bomb"):
-        read_image({"bytes": encoded(Image.new("L", (64, 64))), "path": None})
 
 
 # center_crop_resize
@@ -269,6 +94,8 @@ def test_batch_without_images(mixed):
     batch = collate_images([ImageCollection(mixed, 4)[row] for row in (1, 2)])
     assert batch["pixel_values"].shape == (0, 3, 4, 4) and batch["index"].shape == (0,)
     assert batch["index"].dtype == torch.int64 and names(batch["unreadable"]) == ["b.jpg", "c.png"]
+    assert list(batch["reasons"]) == batch["unreadable"]
+    assert "truncated" in batch["reasons"][batch["unreadable"][0]]
 
 
 def test_names_of_rows():
@@ -461,9 +288,11 @@ def test_unreadable_log(caplog):
     with caplog.at_level(logging.WARNING, logger="brics_diffusers.data"):
         log.add(["a.jpg"])
         assert log.summary() == "skipped 1 unreadable file: a.jpg"
-        log.add(["b.png", "a.jpg"])
+        log.add(["b.png", "a.jpg"], {"b.png": "the file is empty"})
         log.add(["a.jpg"])
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "a.jpg is not readable as an image and is skipped." in caplog.text
+    assert "b.png is not readable as an image (the file is empty) and is skipped." in caplog.text
     assert log.count == 2 and log.summary() == "skipped 2 unreadable files: a.jpg, b.png"
     log.add(str(number) for number in range(10))
     assert log.summary().endswith("7 and 2 more")

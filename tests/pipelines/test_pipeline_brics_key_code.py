@@ -160,6 +160,18 @@ class TestReconstruct:
             image.save(tmp_path / "image.png")
             assert np.array_equal(np.array(read_image(tmp_path / "image.png")), np.array(same))
 
+    def test_pictures_are_turned_as_in_training(self, pipe, tmp_path):
+        pixels = np.random.default_rng(0).integers(0, 256, (32, 36, 3), dtype=np.uint8)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # stored a quarter turn counterclockwise
+        Image.fromarray(np.rot90(pixels).copy()).save(tmp_path / "image.png", exif=exif)
+        expected = pipe.reconstruct(Image.fromarray(pixels), output_type="pt").images
+        with Image.open(tmp_path / "image.png") as image:
+            for given in (image, [image], read_image(tmp_path / "image.png")):
+                assert torch.equal(pipe.reconstruct(given, output_type="pt").images, expected)
+            assert len(pipe.reconstruct([image, Image.fromarray(pixels)]).images) == 2  # of one size when upright
+            assert image.size == (32, 36)  # the caller's image stays as it is
+
     def test_without_unet(self, pipe):
         pipe.unet.register_forward_hook(lambda *_: pytest.fail("the diffusion model takes no part"))
         pipe.reconstruct(Image.new("RGB", (32, 32)))

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
-from brics_diffusers.data import ImageCollection, load_collection
+from brics_diffusers.data import ImageCollection, load_collection, read_image
 from brics_diffusers.metrics.reconstruction import image_metrics
 from demo import write_crops
 
@@ -89,6 +89,17 @@ class TestFlags:
             ({}, ["--config", "none.yaml"], "--config none.yaml can't be read as YAML"),
             ({}, ["--set", "key_length=2"], "must look like autoencoder.key_length=2, not key_length=2"),
             ({}, ["--set", "autoencoder.x=["], "must have a value that YAML can read, not autoencoder.x=["),
+            (
+                {},
+                ["--set", "autoencoder.in_channels=1", "autoencoder.out_channels=1"],
+                "autoencoder.in_channels is 1; images are read as RGB, so leave it at 3",
+            ),
+            ({"autoencoder": {"out_channels": 4}}, [], "autoencoder.out_channels is 4; images are read as RGB"),
+            (
+                {},
+                ["--set", "autoencoder.sample_size=[64, 96]"],
+                "autoencoder.sample_size is [64, 96]; images are cut to squares, so give one number",
+            ),
             ({}, ["--set", "unet.x=1"], "--set unet.x is none of this script's models; expected autoencoder or disc"),
         ],
     )
@@ -158,6 +169,21 @@ def test_two_processes_equal_one_with_doubled_batch(tmp_path, image_folder, writ
         launch("train_autoencoder.py", *flags, processes=processes)
         moves.append(movement(output_dir, 1, 2, ("model", "model_1")))
     assert_same_movement(*moves)
+
+
+def test_cache_of_resized_images(tmp_path, image_folder, write_config, run_here, monkeypatch):
+    flags = ["--config", write_config(), "--dataset_name", image_folder, "--num_validation_images", 0]
+    flags += ["--max_train_steps", 12, "--cache_dir", tmp_path / "cache"]  # two epochs of 24 images by 4
+    weights, reads = [], []
+    monkeypatch.setattr(
+        "brics_diffusers.data.images.read_image", lambda data: reads.append(data["path"]) or read_image(data)
+    )
+    for name, cached in (("plain", "--no-cache_resized"), ("first", "--cache_resized"), ("again", "--cache_resized")):
+        reads.clear()
+        run_here(train_autoencoder.main, *flags, cached, "--output_dir", tmp_path / name)
+        weights.append((tmp_path / name / "autoencoder/diffusion_pytorch_model.safetensors").read_bytes())
+    assert weights[0] == weights[1] == weights[2]
+    assert set(reads) == {str(image_folder / "broken.png")}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,77 @@
+"""Collections laid out by `datasets`: on the Hub, in a folder with the card of a repository, by `save_to_disk`."""
+
+import os
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+from datasets.data_files import DataFilesList
+
+from .files import printable
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote a folder."""
+    return (folder / "dataset_dict.json").is_file() or {"dataset_info.json", "state.json"} <= set(os.listdir(folder))
+
+
+def load_saved(folder: Path, split: str) -> datasets.Dataset:
+    """One split of what `save_to_disk` wrote; a `ValueError` if there is none, or the folder can't be read."""
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise ValueError(f"'{folder}' cannot be read as save_to_disk wrote it ({error}); save again.") from error
+    if isinstance(saved, datasets.Dataset):
+        saved = {str(saved.split or "train"): saved}
+    return _of_split(folder, saved, split).with_format(None)
+
+
+def _of_split(source: Path, splits: dict, split: str):
+    if split not in splits:
+        raise ValueError(f"'{source}' has no split '{split}'; available splits: {', '.join(sorted(splits))}.")
+    return splits[split]
+
+
+def has_configs(folder: Path) -> bool:
+    """Whether the card of a folder says which files make its splits; a `ValueError` if that is no YAML."""
+    card = folder / "README.md"
+    try:
+        metadata = huggingface_hub.metadata_load(card) if card.is_file() else None
+    except Exception as error:
+        raise ValueError(f"the header of '{card}' is no valid YAML ({_line(error)}); mend or remove it.") from error
+    return "configs" in (metadata or {}) or (folder / datasets.config.REPOYAML_FILENAME).is_file()
+
+
+def load_repository(folder: Path, split: str, config_name: str | None, cache_dir) -> datasets.Dataset:
+    """One split of a folder as `datasets` finds it; a `ValueError` for what it can't load or has no files of."""
+    try:
+        builder = datasets.load_dataset_builder(str(folder.absolute()), config_name, cache_dir=cache_dir)
+        splits = builder.config.data_files
+        kind = type(builder).__module__.rpartition(".")[2]
+        if split in splits:  # given as files, whose changes the cache follows; those of a card's patterns it does not
+            files = DataFilesList(printable(folder, splits[split]), splits[split].origin_metadata)
+            return datasets.load_dataset(kind, data_files={split: files}, split=split, cache_dir=cache_dir)
+    except Exception as error:
+        reason = _line(error.__cause__ or error)
+        raise ValueError(f"'{folder}' cannot be loaded with config_name {config_name!r}: {reason}") from error
+    return _of_split(folder, splits, split)
+
+
+def _line(error: Exception) -> str:
+    # What `datasets` says of a missing configuration ends with an example in code.
+    line = " ".join(str(error).partition("Example of usage")[0].split())
+    return line.replace("Please pick one among", "Choose by config_name (--dataset_config_name) one of")
+
+
+def load_hub(name: str, split: str, config_name: str | None, cache_dir) -> datasets.Dataset:
+    """One split of a dataset on the Hub; a `FileNotFoundError` if that provides none, else a `ValueError`."""
+    try:
+        return datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir)
+    except ValueError as error:  # an unknown split, a missing or unknown configuration: the message lists the choices
+        what = f"dataset '{name}' with split '{split}' and config_name {config_name!r}"
+        raise ValueError(f"{what} cannot be loaded: {_line(error)}") from error
+    except Exception as error:  # whatever the network, the Hub or a proxy may raise
+        raise FileNotFoundError(
+            f"'{name}' is neither a local folder nor a dataset that the Hub could provide "
+            f"({type(error).__name__}: {error}); check the path, or the name and the network."
+        ) from error
