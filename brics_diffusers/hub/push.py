@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from ..utils.files import unused
+from ..utils.files import free_path
 from .card import CARD, make_card, read_card, retitled
 from .published_files import (
     LIST,
@@ -109,7 +109,7 @@ def _write_card(folder: Path, card: str, name: str, license_name: str | None) ->
     if here is not None:
         renewed = make_card(folder, retitled(here, folder, name), name, license_name)
         if renewed not in (card, make_card(folder, None, name, license_name)):
-            kept = unused(folder / f"local-{CARD}")
+            kept = free_path(folder / f"local-{CARD}")
             kept.write_text(here, encoding="utf-8")
             logger.warning("The card of %s has other edits than the one here, which is kept as %s.", name, kept)
     path.write_text(card, encoding="utf-8")

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from ..hub.card import CURVES, metric_files, write_card
 from ..hub.published_files import model_folders
 from ..hub.push import first_line, push
-from ..utils.files import unused
+from ..utils.files import free_path
 from ..utils.reports import machine
 from .checkpoints import RunState
 from .curves import read_curves, training_plot
@@ -107,7 +107,7 @@ def _set_reports_aside(output_dir: Path) -> None:
     reports = metric_files(output_dir)
     if not reports:
         return
-    folder = unused(output_dir / "superseded-reports")
+    folder = free_path(output_dir / "superseded-reports")
     for report in reports:
         for path in sorted(report.parent.glob(f"{report.stem}[.-]*")):
             target = folder / path.relative_to(output_dir)
