@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..data.collection import IMAGE_EXTENSIONS
 from ..utils.files import atomic_write, weights_digest
-from ..utils.safe_loading import load_pipeline_safely
+from ..utils.safe_loading import load_safely
 
 
 MANIFEST = "samples.json"
@@ -93,15 +93,15 @@ def load_pipeline(
 
     Raises:
         `FileNotFoundError`: If there is no such folder.
-        `ValueError`: If the scheduler is unknown, weights are pickled, or one is missing or shaped otherwise than its
-            config says.
+        `OSError`: If weights are not in safetensors.
+        `ValueError`: If the scheduler is unknown, or a weight is missing or shaped otherwise than its config says.
     """
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path))
     if not (Path(name_or_path) / "model_index.json").is_file() and (Path(name_or_path).exists() or not is_hub_name):
         raise FileNotFoundError(
             f"{name_or_path} holds no model_index.json; name the folder of a pipeline or a pipeline on the Hub."
         )
-    pipe = load_pipeline_safely(DiffusionPipeline.from_pretrained, name_or_path)
+    pipe = load_safely(DiffusionPipeline.from_pretrained, name_or_path)
     if scheduler is not None or scheduler_options:
         scheduler_class = type(pipe.scheduler) if scheduler is None else getattr(diffusers, scheduler, None)
         if not hasattr(scheduler_class, "set_timesteps"):
