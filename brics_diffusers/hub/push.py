@@ -100,5 +100,5 @@ def _explained(repo_id: str):
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        reason = " ".join(str(error).split()).rstrip(".")
         raise OSError(f"the push to {repo_id} at {constants.ENDPOINT} failed ({reason}); push again.") from error
