@@ -48,8 +48,8 @@ def model_folders(folder: str | os.PathLike) -> list[str]:
 
 
 def named_pictures(card: str) -> set[str]:
-    """Paths of pictures that a card names where Markdown or HTML has links."""
-    words = (unquote(word) for word in re.split(r"""[\s()<>\[\]"'?#]+""", card))
+    """Relative paths of pictures that a card names where Markdown or HTML has links."""
+    words = (unquote(word) for word in re.split(r"""[\s()<>\[\]"'?#]+""", card) if not word.startswith("/"))
     return {posixpath.normpath(word) for word in words if word.lower().endswith(PICTURE_SUFFIXES)}
 
 
