@@ -48,9 +48,9 @@ def model_folders(folder: str | os.PathLike) -> list[str]:
 
 
 def named_pictures(card: str) -> set[str]:
-    """Relative paths of pictures that a card names where Markdown or HTML has links."""
-    words = (unquote(word) for word in re.split(r"""[\s()<>\[\]"'?#]+""", card) if not word.startswith("/"))
-    return {posixpath.normpath(word) for word in words if word.lower().endswith(PICTURE_SUFFIXES)}
+    """Paths of pictures that a card names where Markdown or HTML has links; none that lead out of its folder."""
+    paths = {posixpath.normpath(unquote(word)) for word in re.split(r"""[\s()<>\[\]"'?#]+""", card)}
+    return {path for path in paths if path.lower().endswith(PICTURE_SUFFIXES) and not path.startswith(("/", "../"))}
 
 
 def public_files(folder: str | os.PathLike, card: str | None = None) -> list[str]:

@@ -87,8 +87,8 @@ def finish_run(args: argparse.Namespace, summary: dict) -> None:
         logger.info("Pushed: %s", push(output_dir, args.hub_model_id, args.hub_license))
     except Exception as error:  # whatever it is, the run is complete
         raise OSError(
-            f"the run in {output_dir} is complete, but its push to {args.hub_model_id} failed ({first_line(error)}); "
-            f"repeat it with `brics-diffusers card {output_dir} --push_to_hub --hub_model_id {args.hub_model_id}`."
+            f"the run in {output_dir} is complete, but not pushed: {first_line(error)}; the command is "
+            f"`brics-diffusers card {output_dir} --push_to_hub --hub_model_id {args.hub_model_id}`."
         ) from error
 
 

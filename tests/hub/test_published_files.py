@@ -41,7 +41,15 @@ def test_links_publish_pictures_of_the_folder_alone(pipe, tmp_path):
         Image.new("RGB", (8, 8)).save(path)
     (folder / "outside-too.png").symlink_to("../outside.png")
     (folder / "optimizer.bin").write_bytes(b"private")
-    names = ["a%20b.png", "more/in.png", "../outside.png", "outside-too.png", str(folder / "in.png"), "optimizer.bin"]
+    names = [
+        "a%20b.png",
+        "more/in.png",
+        "../outside.png",
+        "../folder/in.png",
+        "outside-too.png",
+        str(folder / "in.png"),
+        "optimizer.bin",
+    ]
     names += ["missing.png", "unet", "https://example.org/d.png"]
     (folder / "README.md").write_text("\n\n".join(f"![A]({name})" for name in names))
     assert set(public_files(folder)) == before | {"a b.png", "more/in.png"}
