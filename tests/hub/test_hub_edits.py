@@ -138,11 +138,6 @@ class TestCard:
         assert push() is None
         assert text(repository).endswith("Theirs.\n") and "training_config.json" in repository.files()
 
-    def test_title(self, brics, folder, repository, push):
-        assert brics("card", folder) is None and "\n# pipeline\n" in (folder / "README.md").read_text()
-        assert push() is None
-        assert f"\n# {repository.name}\n" in text(repository) and "# pipeline\n" not in text(repository)
-
     def test_a_byte_order_mark(self, repository, push):
         edit(repository, {"README.md": "\ufeff---\nlicense: mit\n---\n\n# Faces\n"})
         assert push() is None

@@ -218,11 +218,6 @@ class TestExport:
         assert "/home/me" not in (target / "training_config.json").read_text()
         assert BricsKeyCodePipeline.from_pretrained(target).unet.config.sample_size
 
-    def test_edits_of_the_exported_card_survive(self, trained, tmp_path):
-        path = export(trained, tmp_path / "named")
-        path.write_text(path.read_text().replace("# named\n", "# named\n\nMine.\n"))
-        assert export(trained, tmp_path / "named").read_text().count("Mine.") == 1
-
     def test_the_runs_card_is_the_first(self, trained, tmp_path):
         path = write_card(trained)
         path.write_text(path.read_text().replace("<!-- begin limits -->", "Of mine.\n\n<!-- begin limits -->"))
