@@ -1,12 +1,12 @@
-"""A small Hugging Face Hub in memory, on loopback, for the real client: repositories with branches, commits and LFS.
+"""A small Hugging Face Hub in memory, on loopback, for the real client: repositories with branches and commits.
 
 It implements the calls that `huggingface_hub` makes to create a repository, to commit to it and to load from it, with
-the answers that the Hub gives. Clients need `HF_ENDPOINT` in their environment before they import the library.
+the answers that the Hub gives, but for large files: how these travel is the library's affair, so here all are small.
+Clients need `HF_ENDPOINT` in their environment before they import the library.
 """
 
 import base64
 import contextlib
-import fnmatch
 import hashlib
 import json
 import os
@@ -16,11 +16,6 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
-
-import yaml
-
-
-LFS_PATTERNS = ("*.safetensors", "*.bin", "*.png")  # the Hub's .gitattributes has these and more
 
 
 class Problem(Exception):
@@ -34,11 +29,6 @@ class Problem(Exception):
 def blob_id(content: bytes) -> str:
     """Git's name of a blob."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def is_large(path: str) -> bool:
-    """Whether the Hub keeps a file in LFS."""
-    return any(fnmatch.fnmatch(path, pattern) for pattern in LFS_PATTERNS)
 
 
 class Repository:
@@ -81,7 +71,6 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, Repository] = {}
-        self.objects: dict[str, bytes] = {}  # LFS, by SHA-256
         self.tokens = {"hf_writer": ("user", "write"), "hf_reader": ("user", "read")}
         self.calls: list[str] = []
         self.before: Callable[[str, dict], None] = lambda name, found: None
@@ -127,9 +116,6 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", rf"/api/models/{REPO}/commit/(?P<revision>[^/]+)", "commit"),
         ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)", "tree"),
         ("GET", rf"/api/models/{REPO}(?:/revision/(?P<revision>[^/]+))?", "model_info"),
-        ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
-        ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_upload"),
-        ("GET|HEAD", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_download"),
         ("GET|HEAD", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     ]
 
@@ -210,18 +196,7 @@ class Handler(BaseHTTPRequestHandler):
         return {}
 
     def validate_yaml(self):
-        match = re.match(r"\s*---\n(.*?)\n---", json.loads(self.body)["content"], re.DOTALL)
-        try:
-            data = yaml.safe_load(match[1]) if match else {}
-        except yaml.YAMLError as error:
-            raise Problem(400, f"YAML: {error}") from error
-        tags = data.get("tags") or []
-        if not isinstance(data.get("license", ""), str) or not all(isinstance(tag, str) for tag in tags):
-            raise Problem(400, '"license" and "tags" must be strings')
-        return {
-            "errors": [],
-            "warnings": [] if match else [{"message": "empty or missing yaml metadata"}],
-        }
+        return {"errors": [], "warnings": []}
 
     def branch(self, repo: str, branch: str):
         repository = self.repository(repo)
@@ -236,32 +211,11 @@ class Handler(BaseHTTPRequestHandler):
         there = self.repository(repo).files(revision)
         answer = []
         for file in json.loads(self.body)["files"]:
-            large = is_large(file["path"])
-            entry = {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            entry = {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
             if file["path"] in there:
-                content = there[file["path"]]
-                entry["oid"] = hashlib.sha256(content).hexdigest() if large else blob_id(content)
+                entry["oid"] = blob_id(there[file["path"]])
             answer.append(entry)
         return {"files": answer}
-
-    def lfs_batch(self, repo: str):
-        self.user("write")
-        self.repository(repo)
-        objects = []
-        for item in json.loads(self.body)["objects"]:
-            if item["oid"] not in self.server.objects:
-                item["actions"] = {"upload": {"href": f"{self.server.endpoint}/lfs/{item['oid']}"}}
-            objects.append(item)
-        return {"transfer": "basic", "objects": objects}
-
-    def lfs_upload(self, oid: str):
-        if hashlib.sha256(self.body).hexdigest() != oid:
-            raise Problem(400, "The content has another SHA-256.")
-        self.server.objects[oid] = self.body
-        return {}
-
-    def lfs_download(self, oid: str):
-        self.send(200, self.server.objects[oid], {"ETag": f'"{oid}"'})
 
     def commit(self, repo: str, revision: str):
         self.user("write")
@@ -276,8 +230,6 @@ class Handler(BaseHTTPRequestHandler):
                     raise Problem(412, "A commit has happened since. Please refresh and try again.")
             elif key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
-            elif key == "lfsFile":
-                files[value["path"]] = self.server.objects[value["oid"]]
             elif key == "deletedFile":
                 del files[value["path"]]
             else:
@@ -286,13 +238,8 @@ class Handler(BaseHTTPRequestHandler):
         return {"commitUrl": f"{self.server.endpoint}/{repo}/commit/{name}", "commitOid": name}
 
     def tree(self, repo: str, revision: str):
-        entries = []
-        for path, content in sorted(self.repository(repo).files(revision).items()):
-            entry = {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
-            if is_large(path):
-                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
-            entries.append(entry)
-        return entries
+        files = self.repository(repo).files(revision).items()
+        return [{"type": "file", "path": path, "size": len(file), "oid": blob_id(file)} for path, file in files]
 
     def model_info(self, repo: str, revision: str = "main"):
         repository = self.repository(repo)
@@ -308,10 +255,4 @@ class Handler(BaseHTTPRequestHandler):
         if content is None:
             self.send(404, b"", headers | {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
             return
-        if not is_large(path):
-            self.send(200, content, headers | {"ETag": f'"{blob_id(content)}"'})
-            return
-        oid = hashlib.sha256(content).hexdigest()
-        headers |= {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{oid}"'}
-        # Another host, as the Hub's store of large files is: the client goes there without its token.
-        self.send(302, b"", headers | {"Location": f"http://localhost:{self.server.server_port}/lfs/{oid}"})
+        self.send(200, content, headers | {"ETag": f'"{blob_id(content)}"'})

@@ -9,7 +9,8 @@ import argparse
 from pathlib import Path
 
 from ..hub.card import read_facts, write_card
-from ..hub.push import export, open_repository, push
+from ..hub.published_files import export
+from ..hub.push import open_repository, push
 from ..runs.arguments import add_hub_arguments, add_license_argument
 from ..utils.reports import make_output_folder
 

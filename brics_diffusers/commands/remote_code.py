@@ -24,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the folder, and pushes it."""
-    code = write_remote_code(args.pipeline, args.output_dir)
+    write_remote_code(args.pipeline, args.output_dir)
     if not args.push_to_hub:
         print(args.output_dir)
         return
     repo_id = open_repository(args.hub_model_id or Path(args.pipeline).resolve().name, args.hub_private_repo)
     message = "Push by brics-diffusers remote-code"
-    print(push(args.output_dir, repo_id, message=message, branch=BRANCH, code=code))
+    print(push(args.output_dir, repo_id, message=message, branch=BRANCH))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..utils.files import atomic_write
 from . import UnreadableLog, evaluation_loader
 
 
@@ -76,10 +77,8 @@ def write_key_codes(
                 key_codes = autoencoder.encode(batch["pixel_values"].to(device, dtype)).key_codes
                 codes.append(key_codes.to("cpu", torch.float16).numpy())
         _write_json(path.with_suffix(".unreadable.json"), unreadable.reasons)
-        partial = path.with_suffix(".partial")
-        with open(partial, "wb") as file:
+        with atomic_write(path) as file:
             np.save(file, np.concatenate(codes))
-        os.replace(partial, path)
 
 
 def open_key_codes(folder: str | os.PathLike, fingerprint: str) -> bool:
@@ -139,9 +138,8 @@ def finish_key_codes(folder: str | os.PathLike, num_shards: int) -> UnreadableLo
 
 
 def _write_json(path: Path, content) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2))
-    os.replace(partial, path)
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=2).encode())
 
 
 class KeyCodeDataset(torch.utils.data.Dataset):

@@ -1,28 +1,15 @@
-"""To the Hub or into a folder: what may be published of a run, in one commit, with the user's edits of the card."""
+"""Pushes to the Hub: whether a repository can take one, and one commit with what is published of a run."""
 
-import logging
+import contextlib
 import os
-from http import HTTPStatus
+import shutil
+import tempfile
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, constants
 
-from ..utils.files import unused
-from .card import CARD, make_card, read_card, retitled
-from .published_files import (
-    LIST,
-    Place,
-    folder_as_place,
-    public_contents,
-    read_list,
-    stale_files,
-    with_list,
-    write_contents,
-)
-
-
-logger = logging.getLogger(__name__)
+from .card import CARD
+from .published_files import export, stale_patterns
 
 
 def open_repository(name: str, private: bool) -> str:
@@ -61,127 +48,57 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
-def fetch_place(repo_id: str, branch: str) -> tuple[str, Place]:
-    r"""
-    A branch as it is now.
-
-    Args:
-        repo_id (`str`): A repository that exists.
-        branch (`str`): Made from `main` if it does not exist.
-
-    Returns:
-        `tuple[str, Place]`: Its commit, and what that holds.
-
-    Raises:
-        `OSError`: If it can't be read.
-    """
-    api = HfApi()
-    try:
-        if branch != "main":
-            api.create_branch(repo_id, branch=branch, exist_ok=True)
-        commit = api.model_info(repo_id, revision=branch).sha
-        files = api.list_repo_files(repo_id, revision=commit)
-        # What the cache holds of a commit never is out of date.
-        paths = {
-            name: Path(api.hf_hub_download(repo_id, name, revision=commit)) for name in (CARD, LIST) if name in files
-        }
-    except Exception as error:  # of the network, whatever it is
-        reason = first_line(error.__cause__ or error)
-        raise OSError(
-            f"what {repo_id} holds at {constants.ENDPOINT} can't be read ({reason}), and a push could overwrite it; "
-            "nothing was pushed, try again."
-        ) from error
-    card = read_card(paths[CARD]) if CARD in paths else None
-    return commit, Place(files, card, read_list(paths[LIST]) if LIST in paths else [])
-
-
-def renewed_card(folder: Path, place: Place, name: str, license_name: str | None = None) -> str:
-    """The card of a place that a folder goes to renewed, or if it has none that of the folder."""
-    existing, here = place.card, read_card(folder / CARD)
-    if existing is None and here is not None:
-        existing = retitled(here, folder, name)
-    return make_card(folder, existing, name, license_name)
-
-
-def _write_card(folder: Path, card: str, name: str, license_name: str | None) -> None:
-    """Replaces the folder's card; edits that are not in the new one stay in a copy."""
-    path, here = folder / CARD, read_card(folder / CARD)
-    if here is not None:
-        renewed = make_card(folder, retitled(here, folder, name), name, license_name)
-        if renewed not in (card, make_card(folder, None, name, license_name)):
-            kept = unused(folder / f"local-{CARD}")
-            kept.write_text(here, encoding="utf-8")
-            logger.warning("The card of %s has other edits than the one here, which is kept as %s.", name, kept)
-    path.write_text(card, encoding="utf-8")
-
-
 def push(
     folder: str | os.PathLike,
     repo_id: str,
     license_name: str | None = None,
     message: str = "Push by brics-diffusers",
     branch: str = "main",
-    code: list[str] | None = None,
 ) -> str:
     r"""
-    Pushes a run or a pipeline in one commit: its [`public_files`], with the card renewed. A card that is there keeps
-    its edits, and is then the folder's own. Files of an earlier push that are no more are removed; others stay.
+    Pushes a run or a pipeline in one commit: what [`~published_files.export`] makes of it. A card that is there keeps
+    its edits.
 
     Args:
         folder (`str`): Folder of the run or pipeline.
         repo_id (`str`): A repository that exists.
         license_name (`str`, *optional*): License of the weights for a card that names none.
         message (`str`): Message of the commit.
-        branch (`str`, defaults to `"main"`): Made if it does not exist.
-        code (`list[str]`, *optional*): More files, those that [`~remote_code.write_remote_code`] made.
+        branch (`str`, defaults to `"main"`): Made from `main` if it does not exist.
 
     Returns:
         `str`: Address of the commit.
 
     Raises:
-        `OSError`: If the branch can't be read, or has changed by the time of the commit; nothing is committed then.
+        `OSError`: If the branch can't be read or written to, or changes while it is written to.
+        `ValueError`: If the metadata of the card are not valid YAML.
     """
-    folder = Path(folder)
-    parent, place = fetch_place(repo_id, branch)
-    card = renewed_card(folder, place, repo_id, license_name)
-    contents = public_contents(folder, card) | {name: folder / name for name in code or []}
-    operations = [CommitOperationDelete(name) for name in stale_files(place, contents)]
-    operations += [CommitOperationAdd(name, content) for name, content in with_list(contents).items()]
+    api = HfApi()
+    # Beside the weights, as other file systems may be too small for them.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as copy:
+        with _explained(repo_id):
+            if branch != "main":
+                api.create_branch(repo_id, branch=branch, exist_ok=True)
+            commit = api.model_info(repo_id, revision=branch).sha
+            if api.file_exists(repo_id, CARD, revision=commit):
+                shutil.copyfile(api.hf_hub_download(repo_id, CARD, revision=commit), Path(copy, CARD))
+        card = export(folder, copy, license_name, name=repo_id)
+        with _explained(repo_id):
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=copy,
+                delete_patterns=stale_patterns(folder, card.read_text(encoding="utf-8")),
+                commit_message=message,
+                revision=branch,
+                parent_commit=commit,  # so that an edit in the meantime is not overwritten
+            ).commit_url
+
+
+@contextlib.contextmanager
+def _explained(repo_id: str):
+    """Gives errors of the network, whatever they are, a sentence of their own."""
     try:
-        commit = HfApi().create_commit(
-            repo_id, operations, commit_message=message, revision=branch, parent_commit=parent
-        )
-    except HfHubHTTPError as error:
-        if error.response.status_code != HTTPStatus.PRECONDITION_FAILED:
-            raise
-        raise OSError(
-            f"{repo_id} has changed since this push read it; nothing was pushed, push again to keep that change."
-        ) from error
-    _write_card(folder, card, repo_id, license_name)
-    return commit.commit_url
-
-
-def export(folder: str | os.PathLike, target: str | os.PathLike, license_name: str | None = None) -> Path:
-    r"""
-    Makes another folder hold what a push would publish, by the same rules: a card that is there keeps its edits, files
-    of an earlier export that are no more are removed, others stay.
-
-    Args:
-        folder (`str`): Folder of the run or pipeline.
-        target (`str`): The other folder, made if it does not exist; its name is the model's in the card.
-        license_name (`str`, *optional*): License of the weights for a card that names none.
-
-    Returns:
-        `Path`: The card.
-
-    Raises:
-        `FileNotFoundError`: If the folder holds no model.
-        `ValueError`: If both folders are one.
-    """
-    folder, target = Path(folder), Path(target)
-    if folder.resolve() == target.resolve():
-        raise ValueError(f"{folder} would be copied onto itself; name another folder.")
-    place = folder_as_place(target)
-    card = renewed_card(folder, place, target.resolve().name, license_name)
-    write_contents(target, place, public_contents(folder, card))
-    return target / CARD
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise OSError(f"the push to {repo_id} at {constants.ENDPOINT} failed ({reason}); push again.") from error

@@ -22,7 +22,7 @@ from ..data import (
     image_name,
     image_size,
 )
-from ..utils.files import write_atomically
+from ..utils.files import atomic_write
 from .feature_extractors import apply_extractor, extractor_description, extractor_digest
 
 
@@ -159,7 +159,8 @@ def cached_features(
     facts = {"unreadable": found.unreadable, "extractor": extractor_description(extractor), "resolution": resolution}
     content = safetensors.torch.save({"features": found.features}, {"facts": json.dumps(facts)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(content))
+    with atomic_write(path) as file:
+        file.write(content)
     return found, False
 
 

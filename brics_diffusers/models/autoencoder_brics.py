@@ -7,7 +7,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..utils.safe_loading import SafeModelMixin
+from ..utils.safe_loading import SafeLoadingMixin
 from .decoders.group_mlp import GroupMLP
 from .decoders.style_decoder import StyleDecoder
 from .encoder import ShortcutEncoder
@@ -23,7 +23,7 @@ REGULARIZATIONS = ("noise", "kl", "none")
 SLICE_BYTES = 2**23
 
 
-class BricsAutoencoder(SafeModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
+class BricsAutoencoder(SafeLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""
     Autoencoder with bounded continuous key codes, grouped multi-resolution feature grids and a small style decoder
     (arXiv 2305.18601).

@@ -8,7 +8,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ..utils.safe_loading import SafeModelMixin
+from ..utils.safe_loading import SafeLoadingMixin
 from .decoders.group_mlp import LEAKY_SLOPE, scaled_leaky_relu
 from .decoders.style_decoder import EqualizedLinear, filter_2d
 
@@ -68,7 +68,7 @@ def minibatch_stddev(x: torch.Tensor, group_size: int = 4) -> torch.Tensor:
     return torch.cat([x, deviation.to(x.dtype)], dim=1)
 
 
-class BricsDiscriminator(SafeModelMixin, ModelMixin, ConfigMixin):
+class BricsDiscriminator(SafeLoadingMixin, ModelMixin, ConfigMixin):
     r"""
     Discriminator for the adversarial loss of [`BricsAutoencoder`] (App. A.3): residual blocks down to 4 x 4.
 
@@ -126,7 +126,7 @@ class BricsDiscriminator(SafeModelMixin, ModelMixin, ConfigMixin):
         return self.linear_out(scaled_leaky_relu(self.linear(x.flatten(1)))).squeeze(1)
 
 
-class PatchDiscriminator(SafeModelMixin, ModelMixin, ConfigMixin):
+class PatchDiscriminator(SafeLoadingMixin, ModelMixin, ConfigMixin):
     r"""
     Discriminator that judges every patch of an image by itself (PatchGAN, Isola et al. 2017, arXiv 1611.07004):
     strided convolutions and two more at the last resolution, no normalisation. It is for small collections and short

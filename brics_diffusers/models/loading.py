@@ -1,8 +1,9 @@
 """Autoencoders from wherever they were saved: their own folder, a training run, a pipeline or the Hub."""
 
+import contextlib
 from pathlib import Path
 
-from ..utils.safe_loading import check_local, load_class_safely
+from ..utils.safe_loading import load_class_safely
 from .autoencoder_brics import BricsAutoencoder
 
 
@@ -18,21 +19,10 @@ def load_autoencoder(name_or_path: str, **changes) -> BricsAutoencoder:
         `BricsAutoencoder`.
 
     Raises:
-        `FileNotFoundError`: If a folder does not exist, or holds no autoencoder.
+        `FileNotFoundError`: If there is no autoencoder.
         `ValueError`: If what is there is a model of another class.
     """
-    check_local(name_or_path, "a saved autoencoder, a run")
-    if Path(name_or_path).is_dir():
-        subfolder = "autoencoder" if (Path(name_or_path) / "autoencoder").is_dir() else None
-        if subfolder is None and not (Path(name_or_path) / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{name_or_path} holds neither config.json nor a folder `autoencoder`; name a saved autoencoder, a "
-                "run of training or a pipeline."
-            )
-        return load_class_safely(BricsAutoencoder, name_or_path, subfolder=subfolder, **changes)
-    try:
-        return load_class_safely(BricsAutoencoder, name_or_path, subfolder="autoencoder", **changes)
-    except OSError as error:
-        if "config.json" not in str(error):
-            raise
+    if not Path(name_or_path).is_dir() or Path(name_or_path, "autoencoder").is_dir():
+        with contextlib.suppress(FileNotFoundError):  # it may lie at the top of a repository
+            return load_class_safely(BricsAutoencoder, name_or_path, subfolder="autoencoder", **changes)
     return load_class_safely(BricsAutoencoder, name_or_path, **changes)

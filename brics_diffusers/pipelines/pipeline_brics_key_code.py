@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from ..models import BricsAutoencoder
-from ..utils.safe_loading import SafePipelineMixin
+from ..utils.safe_loading import SafeLoadingMixin
 from .image_processor import BricsImageProcessor, upright
 from .key_code_editing import KeyCodeEditingMixin
 from .latents import generators_per_image, key_codes_to_latents, latents_to_key_codes
@@ -20,7 +20,7 @@ from .latents import generators_per_image, key_codes_to_latents, latents_to_key_
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class BricsKeyCodePipeline(SafePipelineMixin, KeyCodeEditingMixin, DiffusionPipeline):
+class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipeline):
     r"""
     Pipeline for unconditional image generation: a diffusion model makes key codes, an autoencoder decodes them (Sec.
     4, arXiv 2305.18601). `reconstruct`, `vary`, `interpolate` and `inpaint` begin with images; PIL images are read as

@@ -18,8 +18,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepSchedu
 from tqdm.auto import tqdm
 
 from ..data.collection import IMAGE_EXTENSIONS
-from ..utils.files import weights_digest, write_atomically
-from ..utils.safe_loading import load_pipeline_safely
+from ..utils.files import atomic_write, weights_digest
+from ..utils.safe_loading import load_safely
 
 
 MANIFEST = "samples.json"
@@ -93,15 +93,15 @@ def load_pipeline(
 
     Raises:
         `FileNotFoundError`: If there is no such folder.
-        `ValueError`: If the scheduler is unknown, weights are pickled, or one is missing or shaped otherwise than its
-            config says.
+        `OSError`: If weights are not in safetensors.
+        `ValueError`: If the scheduler is unknown, or a weight is missing or shaped otherwise than its config says.
     """
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path))
     if not (Path(name_or_path) / "model_index.json").is_file() and (Path(name_or_path).exists() or not is_hub_name):
         raise FileNotFoundError(
             f"{name_or_path} holds no model_index.json; name the folder of a pipeline or a pipeline on the Hub."
         )
-    pipe = load_pipeline_safely(DiffusionPipeline.from_pretrained, name_or_path)
+    pipe = load_safely(DiffusionPipeline.from_pretrained, name_or_path)
     if scheduler is not None or scheduler_options:
         scheduler_class = type(pipe.scheduler) if scheduler is None else getattr(diffusers, scheduler, None)
         if not hasattr(scheduler_class, "set_timesteps"):
@@ -204,7 +204,8 @@ def claim_sample_folder(folder: str | os.PathLike, settings: dict) -> None:
         raise ValueError(f"{folder} holds images that are not samples of a known pipeline; name another folder.")
     text = json.dumps(settings, indent=2, allow_nan=False)
     if not has_images:  # nor does a run that ended before its first sample bind the next one
-        write_atomically(folder / MANIFEST, lambda file: file.write((text + "\n").encode()))
+        with atomic_write(folder / MANIFEST) as file:
+            file.write((text + "\n").encode())
         return
     settings = json.loads(text)
     different = ", ".join(name for name in settings if found.get(name) != settings[name])
@@ -261,7 +262,8 @@ def sample_images_to_folder(
             generators = [sample_generator(seed, index) for index in indices]
             options = {"batch_size": len(indices), "num_inference_steps": num_inference_steps}
             for index, image in zip(indices, pipe(generator=generators, **options).images, strict=True):
-                write_atomically(sample_path(folder, index), lambda file, image=image: image.save(file, "PNG"))
+                with atomic_write(sample_path(folder, index)) as file:
+                    image.save(file, "PNG")
             bar.update(len(indices))
 
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import SCALER_NAME, broadcast_object_list, gather_object
 from safetensors import SafetensorError
 
-from ..utils.files import unused
+from ..utils.files import free_path
 
 
 logger = logging.getLogger(__name__)
@@ -327,7 +327,7 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
 
 def _supersede(path: Path) -> None:
     """Sets a checkpoint of a branch that the run leaves aside."""
-    target = unused(path.with_name(f"superseded-{path.name}"))
+    target = free_path(path.with_name(f"superseded-{path.name}"))
     os.replace(path, target)
     logger.info("%s is kept as %s", path, target.name)
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from ..hub.card import CURVES, metric_files, write_card
 from ..hub.published_files import model_folders
 from ..hub.push import first_line, push
-from ..utils.files import unused
+from ..utils.files import free_path
 from ..utils.reports import machine
 from .checkpoints import RunState
 from .curves import read_curves, training_plot
@@ -87,8 +87,8 @@ def finish_run(args: argparse.Namespace, summary: dict) -> None:
         logger.info("Pushed: %s", push(output_dir, args.hub_model_id, args.hub_license))
     except Exception as error:  # whatever it is, the run is complete
         raise OSError(
-            f"the run in {output_dir} is complete, but its push to {args.hub_model_id} failed ({first_line(error)}); "
-            f"repeat it with `brics-diffusers card {output_dir} --push_to_hub --hub_model_id {args.hub_model_id}`."
+            f"the run in {output_dir} is complete, but not pushed: {first_line(error)}; the command is "
+            f"`brics-diffusers card {output_dir} --push_to_hub --hub_model_id {args.hub_model_id}`."
         ) from error
 
 
@@ -107,7 +107,7 @@ def _set_reports_aside(output_dir: Path) -> None:
     reports = metric_files(output_dir)
     if not reports:
         return
-    folder = unused(output_dir / "superseded-reports")
+    folder = free_path(output_dir / "superseded-reports")
     for report in reports:
         for path in sorted(report.parent.glob(f"{report.stem}[.-]*")):
             target = folder / path.relative_to(output_dir)

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..data import ResizedImages, collection_fingerprint, load_collection
 from ..hub.push import open_repository
+from ..utils.files import atomic_write
 from .checkpoints import RunState, check_shared_folder, clean_up, list_checkpoints, resume
 
 
@@ -64,9 +65,8 @@ def start_run(args: argparse.Namespace) -> Accelerator:
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         clean_up(output_dir)
-        partial = output_dir / ".partial-training_config.json"
-        partial.write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
-        partial.replace(output_dir / "training_config.json")
+        with atomic_write(output_dir / "training_config.json") as file:
+            file.write((json.dumps(vars(args), indent=2, default=str) + "\n").encode())
     accelerator.wait_for_everyone()
     check_shared_folder(accelerator, output_dir)
     flags = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}

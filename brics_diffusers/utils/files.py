@@ -1,11 +1,13 @@
-"""What results on disk are recognised by, and how they get there complete or not at all."""
+"""Files on disk: written whole or not at all, names that are still free, the cache folder, checksums of weights."""
 
+import contextlib
 import hashlib
 import itertools
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -26,20 +28,29 @@ def weights_digest(modules: dict[str, torch.nn.Module]) -> str:
     return digest.hexdigest()
 
 
-def unused(path: Path) -> Path:
+def free_path(path: Path) -> Path:
     """The path, or if something is there, the first with a number after its name where nothing is."""
     numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
     return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
 
 
-def write_atomically(path: str | os.PathLike, write: Callable) -> None:
-    """Calls `write` with a binary file that takes the name `path` only when it is complete."""
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    r"""
+    A binary file that takes its name when the context ends, complete, or not at all.
+
+    Args:
+        path (`str`): The file; one that exists is replaced.
+
+    Yields:
+        `BinaryIO`: A file beside it to write into.
+    """
     path = Path(path)
     # Hidden, so that what a killed process leaves behind is not taken for an image.
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".partial-{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            write(file)
+            yield file
         os.chmod(partial, 0o644)
         os.replace(partial, path)
     except BaseException:

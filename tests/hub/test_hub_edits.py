@@ -9,6 +9,8 @@ from hub_server import Problem, Repository
 from PIL import Image
 from small_models import ROOT
 
+from brics_diffusers.hub.published_files import export
+
 
 COMMANDS = """
 import contextlib, io, json, sys
@@ -81,26 +83,24 @@ def text(repository: Repository, branch: str = "main") -> str:
 
 class TestCard:
     def test_which_edits_stay(self, folder, repository, push):
-        here, kept = folder / "README.md", folder / "local-README.md"
-
-        def merge(mine: str, theirs: str) -> str:
-            here.write_text(mine)
-            edit(repository, {"README.md": theirs})
-            assert push() is None and here.read_text() == text(repository)
-            return here.read_text()
-
         assert push() is None
-        fresh = text(repository)
+        fresh, here = text(repository), folder / "README.md"
+        assert not here.exists()
         mine, theirs = fresh + "Mine.\n", fresh + "Theirs.\n"
         here.write_text(mine)
         repository.commit("main", {}, "all deleted")
-        assert push() is None and text(repository) == mine
-        assert merge(fresh, theirs) == theirs
-        assert merge(theirs, theirs) == theirs
-        assert not kept.exists()
-        assert merge(mine, theirs) == theirs
-        assert merge(mine + "More.\n", theirs) == theirs
-        assert kept.read_text() == mine and (folder / "local-README-1.md").read_text() == mine + "More.\n"
+        assert push() is None and text(repository) == mine  # none is there
+        edit(repository, {"README.md": theirs})
+        assert push() is None and text(repository) == theirs and here.read_text() == mine
+
+    def test_edits_that_are_not_pushed_are_told(self, folder, tmp_path, caplog):
+        export(folder, tmp_path / "there")
+        (folder / "README.md").write_text((tmp_path / "there/README.md").read_text())
+        export(folder, tmp_path / "there")
+        assert not caplog.messages
+        (folder / "README.md").write_text((tmp_path / "there/README.md").read_text() + "Mine.\n")
+        export(folder, tmp_path / "there")
+        assert "another text" in caplog.text and "Mine" not in (tmp_path / "there/README.md").read_text()
 
     @pytest.mark.parametrize("cached", [False, True])
     def test_one_that_cannot_be_read_is_not_replaced(self, hub, folder, repository, push, cached):
@@ -115,8 +115,8 @@ class TestCard:
 
         hub.before = fail
         message, commits = push(), len(repository.commits)
-        assert f"what user/{repository.name} holds at {hub.endpoint} can't be read (Server error '500" in message
-        assert message.endswith("and a push could overwrite it; nothing was pushed, try again.")
+        assert f"the push to user/{repository.name} at {hub.endpoint} failed (Server error '500" in message
+        assert message.endswith("; push again.")
         assert text(repository) == "Theirs.\n" and len(repository.commits) == commits
         assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         hub.before = lambda name, found: None
@@ -132,18 +132,11 @@ class TestCard:
                 edit(repository, {"README.md": text(repository) + "Theirs.\n"})
 
         hub.before = edit_once
-        assert push() == (
-            f"brics-diffusers card: user/{repository.name} has changed since this push read it; nothing was pushed, "
-            "push again to keep that change."
-        )
+        message = push()
+        assert "A commit has happened since" in message and message.endswith("; push again.") and "\n" not in message
         assert text(repository).endswith("Theirs.\n") and "training_config.json" not in repository.files()
         assert push() is None
         assert text(repository).endswith("Theirs.\n") and "training_config.json" in repository.files()
-
-    def test_title(self, brics, folder, repository, push):
-        assert brics("card", folder) is None and "\n# pipeline\n" in (folder / "README.md").read_text()
-        assert push() is None
-        assert f"\n# {repository.name}\n" in text(repository) and "# pipeline\n" not in text(repository)
 
     def test_a_byte_order_mark(self, repository, push):
         edit(repository, {"README.md": "\ufeff---\nlicense: mit\n---\n\n# Faces\n"})
@@ -171,7 +164,7 @@ class TestFiles:
         (folder / "reports").mkdir()
         report = {"protocol": "paper", "images": 1, "dataset_name": "a", "split": "b", "metrics": {}}
         (folder / "reports/reconstruct-metrics-paper.json").write_text(json.dumps(report))
-        edit(repository, {"curves.png": "theirs", "reports/reconstruct-metrics-mine.json": "{}"})
+        edit(repository, {"curve.png": "theirs", "reports/mine.json": "{}", "curves.png": "of an earlier run"})
         assert push() is None
         published = {"samples.png", "reports/reconstruct-metrics-paper.json"}
         assert published < set(repository.files()) and "samples.png" in text(repository)
@@ -179,7 +172,7 @@ class TestFiles:
             (folder / name).unlink()
         assert push() is None
         assert not published & set(repository.files()) and "samples.png" not in text(repository)
-        assert {"curves.png", "reports/reconstruct-metrics-mine.json"} < set(repository.files())
+        assert {"curve.png", "reports/mine.json"} < set(repository.files()) and "curves.png" not in repository.files()
 
     def test_of_the_users_in_folders_of_models_stay(self, repository, push):
         theirs = {"unet/NOTES.md", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/shapes.json", "vae/a.json"}
@@ -190,12 +183,8 @@ class TestFiles:
     def test_pictures_of_the_card(self, folder, repository, push):
         for name in ("one.png", "two.png"):
             Image.new("RGB", (8, 8)).save(folder / name)
-        edit(repository, {"README.md": "# Faces\n\n![One](one.png)\n"})
+        shown = {"README.md": "# Faces\n\n![One](one.png) ![Curves](./curves.png)\n", "curves.png": "theirs"}
+        edit(repository, shown)
         assert push() is None
         assert "one.png" in repository.files() and "two.png" not in repository.files()
-        (folder / "one.png").unlink()
-        assert push() is None and "one.png" in repository.files()  # it is still shown
-
-    def test_a_list_that_is_none(self, repository, push):
-        edit(repository, {"published_files.json": "{"})
-        assert "published_files.json of an earlier push or export is not a list in JSON" in push()
+        assert "curves.png" in repository.files()  # it is shown

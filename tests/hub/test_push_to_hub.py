@@ -20,7 +20,6 @@ from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVarian
 
 MODEL_FILES = {
     "README.md",
-    "published_files.json",
     "model_index.json",
     "autoencoder/config.json",
     "autoencoder/diffusion_pytorch_model.safetensors",
@@ -55,7 +54,7 @@ sys.meta_path.insert(0, Hidden())
 """
 PUSH = """
 import json, os, sys
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub import HfApi
 from brics_diffusers.commands import main
 from brics_diffusers.hub.push import open_repository
 
@@ -75,14 +74,6 @@ attempts = [("", "x"), ("hf_wrong", "x"), ("hf_reader", "x"), ("hf_reader", "mod
             ("hf_writer", "a b"), ("hf_writer", "model", True)]
 json.dump([refused(*attempt) for attempt in attempts], open(result, "w"))
 
-text = open(hf_hub_download("user/model", "README.md")).read()
-text = text.replace("license: apache-2.0", "license: mit  # mine").replace("# model\\n", "# My model\\n\\nHello.\\n")
-text = text.replace("## Limits", "## Gone at the next push")
-shards = "unet/diffusion_pytorch_model.safetensors.index.json"
-files = {"README.md": text.encode(), shards: b"{}", "notes.txt": b"mine"}
-edits = [CommitOperationAdd(name, content) for name, content in files.items()]
-HfApi().create_commit("user/model", edits, commit_message="edited on the website")
-main(card)
 HfApi().create_repo("bare")
 HfApi().upload_folder(repo_id="user/bare", folder_path=folder + "/autoencoder")
 main(["remote-code", folder, "--output_dir", code, *card[2:]])
@@ -177,28 +168,27 @@ def online(client, saved, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def commits(hub, online):
-    """What the commits to `main` held: before anything, the first push, the website's edits, the second push."""
-    return list(hub.repositories["user/model"].commits.values())[:4]
+def pushed(hub, online):
+    """The files of the push to `main`, by path."""
+    return hub.repositories["user/model"].files()
 
 
 class TestPush:
-    def test_files(self, hub, commits, online):
+    def test_files(self, hub, pushed, online):
         repository = hub.repositories["user/model"]
-        assert [set(commit) for commit in commits[:2]] == [set(), MODEL_FILES]
-        assert set(repository.files("remote-code")) == MODEL_FILES | CODE_FILES | {"notes.txt"}
-        assert repository.messages[1] == "Push by brics-diffusers"
+        assert set(pushed) == MODEL_FILES and set(repository.files("remote-code")) == MODEL_FILES | CODE_FILES
+        assert repository.messages[1:] == ["Push by brics-diffusers", "Push by brics-diffusers remote-code"]
         assert f"{hub.endpoint}/user/model/commit/{repository.branches['main']}" in online[1]
         assert "HTTP Request" not in online[1]
 
-    def test_nothing_says_where_files_lie(self, hub, commits, saved):
+    def test_nothing_says_where_files_lie(self, hub, pushed, saved):
         folder = str(saved[0]).encode()
         assert any(folder in path.read_bytes() for path in saved[0].rglob("*.json"))  # but here it does
-        contents = [*commits[1].values(), *hub.repositories["user/model"].files("remote-code").values()]
+        contents = [*pushed.values(), *hub.repositories["user/model"].files("remote-code").values()]
         assert not any(folder in content for content in contents)
 
-    def test_card(self, commits):
-        front, text = commits[1]["README.md"].decode().split("---\n")[1:]
+    def test_card(self, pushed):
+        front, text = pushed["README.md"].decode().split("---\n")[1:]
         assert yaml.safe_load(front) == {
             "license": "apache-2.0",
             "library_name": "diffusers",
@@ -206,17 +196,6 @@ class TestPush:
             "tags": ["brics", "arxiv:2305.18601", "diffusers:BricsKeyCodePipeline"],
         }
         assert 'BricsKeyCodePipeline.from_pretrained("user/model")' in text
-
-    def test_edits_survive(self, commits, saved):
-        edited, renewed = (commit["README.md"].decode() for commit in commits[2:])
-        assert "license: mit  # mine" in edited and "# My model\n\nHello." in edited
-        assert renewed == edited.replace("## Gone at the next push", "## Limits")
-        assert (saved[0] / "README.md").read_text() == renewed
-
-    def test_an_earlier_index_of_shards_is_removed(self, commits):
-        # diffusers would read what it names, and not the new weights.
-        assert set(commits[2]) - set(commits[3]) == {"unet/diffusion_pytorch_model.safetensors.index.json"}
-        assert commits[3]["notes.txt"] == b"mine"
 
     def test_refusals(self, hub, online):
         *refusals, public = json.loads((online[0] / "result").read_text())
@@ -251,7 +230,7 @@ class TestLoad:
             assert np.array_equal(np.load(tmp_path / f"{name}.npy"), saved[1])
 
     def test_pickles(self, hub, saved, client, tmp_path):
-        for name in MODEL_FILES - {"README.md", "published_files.json"}:
+        for name in MODEL_FILES - {"README.md"}:
             (tmp_path / "whole" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "whole" / name).write_bytes((saved[0] / name).read_bytes())
         weights = tmp_path / "whole/unet/diffusion_pytorch_model.safetensors"
@@ -260,10 +239,9 @@ class TestLoad:
         (tmp_path / "bare/config.json").write_bytes((saved[0] / "autoencoder/config.json").read_bytes())
         (tmp_path / "bare/model.pt").write_bytes(b"pickle")
         lines = [line for line in client(LOAD_PICKLES, tmp_path).splitlines() if "Error: " in line]
-        unet = "user/whole-pickled/unet has its weights in diffusion_pytorch_model.bin"
-        bare = "user/bare-pickled has its weights in model.pt"
-        starts = [f"ValueError: {fault}, and a pickle can run any code" for fault in (unet, unet, bare)]
-        for line, start in zip(lines, [*starts, *["OSError: "] * 3], strict=True):
-            assert line.startswith(start)
+        refused = ["user/whole-pickled", "user/whole-pickled", "user/bare-pickled"]
+        for line, name in zip(lines[:3], refused, strict=True):
+            assert line.startswith(f"OSError: {name} can't be loaded") and "; only safetensors are read, as a" in line
+        assert len(lines) == 6 and not any("safetensors" in line for line in lines[3:])  # those that don't exist
         resolved = [call for call in hub.calls if "-pickled/resolve/" in call]
         assert resolved and not any(call.endswith((".bin", ".pt")) for call in resolved)  # none was even downloaded

@@ -39,7 +39,7 @@ def test_both_stages(hub, train, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     repository = hub.repositories["user/my-autoencoder"]
     models = ["autoencoder/config.json", "autoencoder/diffusion_pytorch_model.safetensors"]
-    records = ["training_config.json", "training_summary.json", "published_files.json"]
+    records = ["training_config.json", "training_summary.json"]
     assert repository.private
     assert sorted(repository.files()) == sorted(["README.md", *models, *records, "curves.png", "reconstructions.png"])
     card = repository.files()["README.md"].decode()

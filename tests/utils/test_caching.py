@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from brics_diffusers.utils.files import default_cache_dir, weights_digest, write_atomically
+from brics_diffusers.utils.files import atomic_write, default_cache_dir, weights_digest
 
 
 def test_digest_follows_the_weights():
@@ -16,15 +16,12 @@ def test_digest_follows_the_weights():
 
 def test_files_appear_complete_or_not_at_all(tmp_path):
     path = tmp_path / "file.bin"
-
-    def fail(file):
+    with pytest.raises(OSError, match="disk full"), atomic_write(path) as file:
         file.write(b"half")
         raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
     assert list(tmp_path.iterdir()) == []
-    write_atomically(path, lambda file: file.write(b"whole"))
+    with atomic_write(path) as file:
+        file.write(b"whole")
     assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"whole"]
 
 
