@@ -39,8 +39,8 @@ import train_autoencoder  # noqa: E402
 # Flags of training, the same for all variants.
 DEFAULTS = {
     "perceptual_network": "efficientnet-lite0",
-    "perceptual_weight": 1.0,
-    "adversarial_weight": 0.5,
+    "perceptual_weight": 2.0,
+    "adversarial_weight": 0.1,
     "discriminator_learning_rate": 2e-3,
     "discriminator_adam_beta1": 0.9,  # it learned faster so in a single trial
     "gradient_penalty_weight": 0.1,  # StyleGAN2's rule, 0.0002 * size**2 / batch, for 64 pixels and 8 images

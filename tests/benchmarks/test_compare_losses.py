@@ -58,8 +58,8 @@ class TestFlags:
         flags = self.build().flags
         assert (flags.max_train_steps, flags.discriminator_start_step, flags.gan_start_step) == (7000, 1750, 3500)
         assert (flags.gan_warmup_steps, flags.validation_steps, flags.seed) == (350, 875, 3)
-        assert (flags.perceptual_network, flags.perceptual_weight) == ("efficientnet-lite0", 1)  # not the config's 0
-        assert flags.adversarial_weight == 0.5 and flags.save_validation_weights and flags.random_flip
+        assert (flags.perceptual_network, flags.perceptual_weight) == ("efficientnet-lite0", 2)  # not the config's 0
+        assert flags.adversarial_weight == 0.1 and flags.save_validation_weights and flags.random_flip
         assert flags.discriminator_type == "patch" and flags.discriminator == compare_losses.DISCRIMINATOR
 
     def test_a_config_with_a_discriminator_keeps_it(self, flags):
@@ -135,7 +135,7 @@ class TestReport:
 
     def test_text_and_pictures(self, folder):
         text = (folder / "losses.md").read_text()
-        assert "| mse + perceptual + gan | 20 MSE + 0.5 adversarial from step 4 (full weight after 1 more" in text
+        assert "| mse + perceptual + gan | 20 MSE + 0.1 adversarial from step 4 (full weight after 1 more" in text
         assert "12 images of the training split" in text and "training time |" in text
         assert "images, mse, mse + perceptual + gan" in text and "![curves](losses-curves.png)" in text
         picture = Image.open(folder / "losses-reconstructions.png")
@@ -161,7 +161,7 @@ class TestReport:
 
     def test_other_settings_are_refused(self, folder, flags):
         words = [*flags, "--variants", *NAMES, "--output_dir", str(folder)]
-        with pytest.raises(ValueError, match="gan-0 was trained with adversarial_weight 0.5, not 0.2; give the same"):
+        with pytest.raises(ValueError, match="gan-0 was trained with adversarial_weight 0.1, not 0.2; give the same"):
             compare_losses.main([*words, "--adversarial_weight", "0.2"])
 
 
