@@ -21,7 +21,7 @@ def load_model_safely(from_pretrained: Callable, name_or_path: str | os.PathLike
     Args:
         from_pretrained (`Callable`): The class's method.
         name_or_path (`str`): A folder, or a name on the Hub.
-        kwargs: As in diffusers; `low_cpu_mem_usage` has no influence.
+        kwargs: As in diffusers.
 
     Returns:
         What `from_pretrained` returns.
@@ -107,7 +107,7 @@ def load_pipeline_safely(from_pretrained: Callable, name_or_path: str | os.PathL
     Args:
         from_pretrained (`Callable`): The class's method.
         name_or_path (`str`): A folder, or a name on the Hub.
-        kwargs: As in diffusers; `low_cpu_mem_usage` has no influence.
+        kwargs: As in diffusers. With `low_cpu_mem_usage=False` all weights are read twice.
 
     Returns:
         [`DiffusionPipeline`].
@@ -117,6 +117,9 @@ def load_pipeline_safely(from_pretrained: Callable, name_or_path: str | os.PathL
         `OSError`: If there are no weights.
     """
     kwargs = _safe_options(kwargs)
+    if not kwargs["low_cpu_mem_usage"]:
+        # Then weights that are not read have values too, and nothing tells which they are: a first reading does.
+        load_pipeline_safely(from_pretrained, name_or_path, **kwargs | {"low_cpu_mem_usage": True})
     try:
         pipeline = from_pretrained(name_or_path, **kwargs)
     except OSError:
@@ -151,8 +154,7 @@ def _safe_options(kwargs: dict) -> dict:
         raise ValueError(
             "use_safetensors is False, but pickled weights are never read, as a pickle can run any code; leave it out."
         )
-    # With low_cpu_mem_usage, weights that are not read have no values; without it, they have any.
-    return kwargs | {"use_safetensors": True, "low_cpu_mem_usage": True}
+    return {"low_cpu_mem_usage": True} | kwargs | {"use_safetensors": True}
 
 
 def _files(name_or_path: str | os.PathLike, subfolder: str, kwargs: dict) -> list[str]:
