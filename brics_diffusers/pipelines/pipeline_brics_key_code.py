@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
@@ -92,9 +93,9 @@ class BricsKeyCodePipeline(SafePipelineMixin, KeyCodeEditingMixin, DiffusionPipe
         multiple = factor * 2 ** (len(self.unet.config.block_out_channels) - 1)  # the UNet halves between its blocks
         for axis, (name, pixels) in enumerate((("height", height), ("width", width))):
             if pixels is not None:
-                if pixels < 1 or pixels % multiple:
+                if not isinstance(pixels, Integral) or pixels < 1 or pixels % multiple:
                     raise ValueError(
-                        f"{name} is {pixels}; give a multiple of {multiple}, by which the autoencoder and the UNet "
+                        f"{name} is {pixels!r}; give a multiple of {multiple}, by which the autoencoder and the UNet "
                         f"divide images, or leave it out for {sides[axis] * factor}."
                     )
                 sides[axis] = pixels // factor
@@ -114,8 +115,8 @@ class BricsKeyCodePipeline(SafePipelineMixin, KeyCodeEditingMixin, DiffusionPipe
             raise ValueError(
                 f"output_type is {output_type!r}; it must be one of {', '.join(map(repr, OUTPUT_TYPES))}."
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}; it must be at least 1: the number of images.")
         shape = (batch_size, *self.latents_shape(height, width))
         if latents is not None and latents.shape != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; expected {shape}.")

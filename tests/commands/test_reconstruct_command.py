@@ -28,8 +28,8 @@ def test_files_and_picture(flags, model_folder, image_folder, tmp_path, capsys):
     assert (written.permute(2, 0, 1) - expected[0]).abs().max() < 0.51
     picture = Image.open(tmp_path / "out" / "side-by-side.png")
     assert picture.size == (5 * 34 + 2, 2 * 34 + 2)
-    assert np.array_equal(picture.crop((104, 2, 136, 34)), pixels)
-    assert np.array_equal(picture.crop((104, 36, 136, 68)), written)
+    for top, image in ((2, pixels), (36, written)):  # rounded down once more
+        assert np.abs(np.array(picture.crop((104, top, 136, top + 32))).astype(int) - image.numpy()).max() <= 1
 
 
 def test_results_of_two_runs_do_not_mix(flags, tmp_path):

@@ -17,16 +17,14 @@ def test_files_and_grid(flags, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out.startswith("3 images in ") and "Sampling" in printed.err and "Denoising" in printed.err
     folder, grid = tmp_path / "out" / "samples", Image.open(tmp_path / "out" / "grid.png")
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "0000000.png",
-        "0000001.png",
-        "0000002.png",
-        "samples.json",
-    ]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["0000000.png", "0000001.png", "0000002.png", "samples.json"]
     assert grid.size == (3 * 34 + 2, 36)
     for index in range(3):
         x = 2 + 34 * index
-        assert np.array_equal(grid.crop((x, 2, x + 32, 34)), Image.open(sample_path(folder, index)))
+        sample = np.array(Image.open(sample_path(folder, index)))
+        # Rounded down once more.
+        assert np.abs(np.array(grid.crop((x, 2, x + 32, 34))).astype(int) - sample).max() <= 1
     kept = sample_path(folder, 0).stat().st_mtime_ns
     main([*flags, "--num_samples", "4"])  # goes on
     assert sample_path(folder, 3).is_file() and sample_path(folder, 0).stat().st_mtime_ns == kept

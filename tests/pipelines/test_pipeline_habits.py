@@ -56,6 +56,10 @@ class TestNames:
         with pytest.raises(TypeError, match=f"{method} has no argument {name}; {advice}"):
             getattr(pipe, method)(**{name: 1})
 
+    def test_a_prompt_in_the_place_of_the_number_of_images(self, pipe):
+        with pytest.raises(ValueError, match="batch_size is 'a cat'; it must be at least 1: the number of images"):
+            pipe("a cat")
+
     @pytest.mark.parametrize("method", METHODS)
     def test_signatures_stay(self, method):
         assert "output_type" in inspect.signature(getattr(BricsKeyCodePipeline, method)).parameters
@@ -94,7 +98,7 @@ class TestSizes:
         given = pipe(generator=seeded(), height=32, width=32, **options).images
         assert torch.equal(given, pipe(generator=seeded(), **options).images)
 
-    @pytest.mark.parametrize("pixels", [0, -8, 36, 30])
+    @pytest.mark.parametrize("pixels", [0, -8, 36, 30, 64.0])
     def test_wrong_sizes(self, pipe, pixels):
         with pytest.raises(ValueError, match=f"height is {pixels}; give a multiple of 8, .*, or leave it out for 32"):
             pipe(1, 2, height=pixels)
