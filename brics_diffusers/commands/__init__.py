@@ -11,6 +11,8 @@ from ..utils.reports import make_output_folder
 
 # Subcommands are the modules of this folder; the first line of a module's docstring is its help text.
 COMMANDS = (
+    "sample",
+    "reconstruct",
     "reconstruct_metrics",
     "grid_usage",
     "code_statistics",
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         `SystemExit`: With status 2 for a wrong command line, with a sentence for input that a command can't use.
     """
     parser = argparse.ArgumentParser(
-        prog="brics-diffusers", description="Measures, analyses, publishes and tries BRICS models."
+        prog="brics-diffusers", description="Uses, measures, analyses, publishes and tries BRICS models."
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name in COMMANDS:

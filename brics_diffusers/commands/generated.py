@@ -45,6 +45,12 @@ def add_generated_arguments(parser: argparse.ArgumentParser, num_samples: int) -
         "--samples_dir",
         help="Folder for a pipeline's samples, one for all machines; `samples` in --output_dir by default.",
     )
+    add_sampling_arguments(parser)
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how samples are taken."""
+    add = parser.add_argument
     add("--num_inference_steps", type=positive, default=250, help="Denoising steps. Default: %(default)s.")
     add("--scheduler", help="Class of diffusers in place of the pipeline's scheduler.")
     add(
@@ -76,7 +82,28 @@ def make_samples(args: argparse.Namespace, state: PartialState, device: torch.de
         return Path(args.generated).expanduser()
     folder = Path(args.samples_dir or Path(args.output_dir) / "samples")
     make_output_folder(folder, "--samples_dir")
-    pipe = load_pipeline(args.generated, args.scheduler, args.scheduler_options, device)
+    return sample_to_folder(args, args.generated, folder, state, device)
+
+
+def sample_to_folder(
+    args: argparse.Namespace, name_or_path: str, folder: Path, state: PartialState, device: torch.device
+) -> Path:
+    r"""
+    Makes what samples are missing, on all processes, with a bar for the samples and one for the steps of a batch.
+
+    Args:
+        args (`argparse.Namespace`):
+            Flags of [`add_sampling_arguments`], and `num_samples`, `batch_size` and `seed`.
+        name_or_path (`str`): Folder of a pipeline, or its name on the Hub.
+        folder (`Path`): Where the samples go.
+        state (`PartialState`): The processes of `accelerate launch`, or the only one.
+        device (`torch.device`): Where the pipeline works.
+
+    Returns:
+        `Path`: The folder.
+    """
+    pipe = load_pipeline(name_or_path, args.scheduler, args.scheduler_options, device)
+    pipe.set_progress_bar_config(disable=not state.is_main_process, desc="Denoising", leave=False)
     sample_images_to_folder(
         pipe,
         folder,

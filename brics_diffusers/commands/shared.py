@@ -43,12 +43,14 @@ def add_collection_arguments(parser: argparse.ArgumentParser, split: str, requir
     add("--dataloader_num_workers", type=not_negative, default=0, help="Processes that read data.")
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, seed: str | None = None) -> None:
+def add_run_arguments(
+    parser: argparse.ArgumentParser, seed: str | None = None, output_dir: str = "runs/reports"
+) -> None:
     """Adds the flags for where to compute and where to write, and `--seed` if something is drawn."""
     if seed is not None:
         parser.add_argument("--seed", type=not_negative, default=0, help=f"Seed of {seed}, not negative.")
     add_device_argument(parser)
-    parser.add_argument("--output_dir", default="runs/reports", help="Folder for the report. Default: %(default)s.")
+    parser.add_argument("--output_dir", default=output_dir, help="Folder for the results. Default: %(default)s.")
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DiagonalGaussianDistribution, Encoder
+from diffusers.models.autoencoders.vae import Decoder, DiagonalGaussianDistribution, Encoder
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
@@ -13,6 +13,7 @@ from .decoders.style_decoder import StyleDecoder
 from .encoder import ShortcutEncoder
 from .grids.feature_grids import FeatureGrids
 from .outputs import BricsAutoencoderOutput, BricsDecoderOutput, BricsEncoderOutput
+from .tiling import TilingMixin
 
 
 DECODER_TYPES = ("style", "vqgan", "movq")
@@ -23,7 +24,7 @@ REGULARIZATIONS = ("noise", "kl", "none")
 SLICE_BYTES = 2**23
 
 
-class BricsAutoencoder(SafeLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
+class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
     r"""
     Autoencoder with bounded continuous key codes, grouped multi-resolution feature grids and a small style decoder
     (arXiv 2305.18601).
@@ -234,7 +235,8 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMix
         they are regularised: perturbed and clipped (Sec. 3.4), or drawn from the posterior (App. A.4).
 
         Args:
-            sample (`torch.Tensor` of shape (B, in_channels, H, W)): Images in [-1, 1].
+            sample (`torch.Tensor` of shape (B, in_channels, H, W)):
+                Images in [-1, 1]; of float32 a model in half precision makes key codes in float32.
             generator (`torch.Generator`, *optional*): Source of the noise in training mode.
             return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
 
@@ -245,11 +247,12 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMix
             `ValueError`: If the images' shape is wrong or, in eval mode, their values leave [-1, 1].
         """
         self._check_sample(sample)
+        image = sample.to(self.grids.entries.dtype)  # the model's own precision
         if self.use_slicing and sample.shape[0] > 1 and not self.training:
-            logits = torch.cat([self.encoder(part) for part in sample.split(1)])
+            logits = torch.cat([self.encoder(part) for part in image.split(1)])
         else:
-            logits = self.encoder(sample)
-        # Autocast's bfloat16 steps by 1/256 near 1, as far as the training noise reaches: codes keep the input's type.
+            logits = self.encoder(image)
+        # bfloat16 steps by 1/256 near 1, as far as the training noise reaches: codes keep the input's type.
         logits = logits.to(sample.dtype)
         kl_loss = None
         if self.config.regularization == "kl":
@@ -304,21 +307,22 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMix
             return max(len(key_codes), 1)
         height, width = key_codes.shape[2:]
         pixels = height * width * self.encoder_factor**2  # of an image, which the last block has features for
-        image_bytes = pixels * self.config.decoder_block_out_channels[-1] * key_codes.element_size()
+        image_bytes = pixels * self.config.decoder_block_out_channels[-1] * self.grids.entries.element_size()
         return max(SLICE_BYTES // image_bytes, 1)
 
     def _decode(self, key_codes: torch.Tensor) -> torch.Tensor:
         feature_block, style = self.retrieve(key_codes)
         if self.config.decoder_type == "vqgan":
             return self.decoder(feature_block)
-        return self.decoder(feature_block, feature_block if self.config.decoder_type == "movq" else style)
+        decode = self.decode_in_tiles if self.use_tiling and not self.training else self.decoder
+        return decode(feature_block, feature_block if self.config.decoder_type == "movq" else style)
 
     @apply_forward_hook
     def decode(self, key_codes: torch.Tensor, return_dict: bool = True) -> BricsDecoderOutput | tuple:
         r"""
         Decodes key codes to images (Sec. 3.2-3.3). On a CPU without gradients, the style decoder works on large
         images a few at a time, which is faster and takes less memory; elsewhere, and where `torch.compile` is at work,
-        [`~AutoencoderMixin.enable_slicing`] decodes one at a time.
+        [`~AutoencoderMixin.enable_slicing`] decodes one at a time. [`~TilingMixin.enable_tiling`] is for large images.
 
         Args:
             key_codes (`torch.Tensor` of shape (B, C_z, H_z, W_z)): Key codes in [0, 1].

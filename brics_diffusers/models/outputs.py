@@ -20,6 +20,11 @@ class BricsEncoderOutput(BaseOutput):
     key_codes: torch.Tensor
     kl_loss: torch.Tensor | None = None
 
+    @property
+    def latents(self) -> torch.Tensor:
+        """The key codes, by the name that diffusers has for what `decode` takes; a pipeline's are in [-1, 1]."""
+        return self.key_codes
+
 
 @dataclass
 class BricsDecoderOutput(BaseOutput):

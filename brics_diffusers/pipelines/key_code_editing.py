@@ -9,6 +9,7 @@ from diffusers import ImagePipelineOutput, LMSDiscreteScheduler, PNDMScheduler
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .arguments import check_images, named_arguments, set_timesteps
 from .image_processor import BricsImageProcessor
 from .latents import equal_generators, generators_per_image
 
@@ -59,7 +60,7 @@ class KeyCodeEditingMixin:
         Returns:
             `torch.Tensor`: The last of the scheduler's timesteps, on the CPU; empty if no step is to be taken.
         """
-        self.scheduler.set_timesteps(num_inference_steps)
+        set_timesteps(self.scheduler, num_inference_steps)
         timesteps = self.scheduler.timesteps
         order = self.scheduler.order  # calls of the model a step; the last step can have fewer
         num_steps = math.ceil(len(timesteps) / order)
@@ -90,6 +91,7 @@ class KeyCodeEditingMixin:
         """Noises clean latents and denoises them; where `renewed` (B, 1, H_z, W_z) is false they stay as they are."""
         timesteps = self.get_timesteps(num_inference_steps, strength)
         if len(timesteps) == 0:
+            self._num_timesteps = 0
             return clean
         noise = randn_tensor(clean.shape, generator=generator, device=clean.device, dtype=clean.dtype)
 
@@ -110,7 +112,7 @@ class KeyCodeEditingMixin:
 
     def _prepare_masks(self, masks: PipelineImageInput, sample: torch.Tensor) -> torch.Tensor:
         """Masks to the key codes' resolution, (B or 1, 1, H_z, W_z) of `bool`: true if any pixel is to be new."""
-        self.check_images(masks, "masks")
+        check_images(masks, "masks")
         processor = BricsImageProcessor(
             do_resize=False, do_normalize=False, do_binarize=True, do_convert_rgb=False, do_convert_grayscale=True
         )
@@ -123,6 +125,7 @@ class KeyCodeEditingMixin:
             )
         return F.max_pool2d(masks, self.autoencoder.encoder_factor) > 0
 
+    @named_arguments
     @torch.no_grad()
     def vary(
         self,
@@ -191,6 +194,7 @@ class KeyCodeEditingMixin:
         )
         return self._output(latents, output_type, return_dict)
 
+    @named_arguments
     @torch.no_grad()
     def interpolate(
         self,
@@ -273,6 +277,7 @@ class KeyCodeEditingMixin:
         )
         return self._output(latents, output_type, return_dict)
 
+    @named_arguments
     @torch.no_grad()
     def inpaint(
         self,

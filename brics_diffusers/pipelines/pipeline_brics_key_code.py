@@ -2,17 +2,18 @@
 
 import inspect
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.image_processor import PipelineImageInput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 
 from ..models import BricsAutoencoder
 from ..utils.safe_loading import SafeLoadingMixin
-from .image_processor import BricsImageProcessor, upright
+from .arguments import check_images, check_scheduler, named_arguments, set_timesteps
+from .image_processor import BricsImageProcessor
 from .key_code_editing import KeyCodeEditingMixin
 from .latents import generators_per_image, key_codes_to_latents, latents_to_key_codes
 
@@ -36,11 +37,13 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
             [`CosineVariantScheduler`] or any scheduler compatible with it.
 
     Raises:
-        `ValueError`: If the UNet's channels or size are not those of the autoencoder's key codes.
+        `ValueError`: If the UNet's channels or size are not those of the autoencoder's key codes, or the scheduler is
+            of another kind (flow matching, EDM, IPNDM), which also shows at a call after a swap.
     """
 
     model_cpu_offload_seq = "unet->autoencoder"
     _callback_tensor_inputs = ["latents"]
+    _num_timesteps = 0
 
     def __init__(self, autoencoder: BricsAutoencoder, unet: UNet2DModel, scheduler: SchedulerMixin):
         super().__init__()
@@ -57,18 +60,64 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
                 f"unet has sample_size={unet.config.sample_size}, but key codes are {height}x{width}; "
                 f"use a UNet with sample_size={height}."
             )
+        check_scheduler(scheduler)
         self.register_modules(autoencoder=autoencoder, unet=unet, scheduler=scheduler)
         self.image_processor = BricsImageProcessor(do_resize=False, do_convert_rgb=autoencoder.config.in_channels == 3)
 
-    def check_inputs(self, batch_size: int, latents: torch.Tensor | None, output_type: str, tensor_inputs: list[str]):
+    @property
+    def vae(self) -> BricsAutoencoder:
+        """The autoencoder, by the name that it has in other pipelines."""
+        return self.autoencoder
+
+    @property
+    def num_timesteps(self) -> int:
+        """Calls of the diffusion model in the current or the last denoising, 0 before the first."""
+        return self._num_timesteps
+
+    def latents_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        r"""
+        Shape of the latents of an image.
+
+        Args:
+            height (`int`, *optional*): Height of the image in pixels; by default that of the training images.
+            width (`int`, *optional*): Width of the image in pixels; by default that of the training images.
+
+        Returns:
+            `tuple[int, int, int]`: (C_z, H_z, W_z).
+
+        Raises:
+            `ValueError`: If the UNet and the autoencoder can't make images of this size.
+        """
+        channels, *sides = self.autoencoder.key_code_shape
+        factor = self.autoencoder.encoder_factor
+        multiple = factor * 2 ** (len(self.unet.config.block_out_channels) - 1)  # the UNet halves between its blocks
+        for axis, (name, pixels) in enumerate((("height", height), ("width", width))):
+            if pixels is not None:
+                if not isinstance(pixels, Integral) or pixels < 1 or pixels % multiple:
+                    raise ValueError(
+                        f"{name} is {pixels!r}; give a multiple of {multiple}, by which the autoencoder and the UNet "
+                        f"divide images, or leave it out for {sides[axis] * factor}."
+                    )
+                sides[axis] = pixels // factor
+        return channels, *sides
+
+    def check_inputs(
+        self,
+        batch_size: int,
+        latents: torch.Tensor | None,
+        output_type: str,
+        tensor_inputs: list[str],
+        height: int | None = None,
+        width: int | None = None,
+    ):
         """Raises a `ValueError` for arguments of `__call__` that can't be served."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(
                 f"output_type is {output_type!r}; it must be one of {', '.join(map(repr, OUTPUT_TYPES))}."
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-        shape = (batch_size, *self.autoencoder.key_code_shape)
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}; it must be at least 1: the number of images.")
+        shape = (batch_size, *self.latents_shape(height, width))
         if latents is not None and latents.shape != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; expected {shape}.")
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
@@ -77,24 +126,20 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
                 f"callback_on_step_end_tensor_inputs holds {unknown}; it may hold {self._callback_tensor_inputs} only."
             )
 
-    def check_images(self, images: PipelineImageInput, name: str = "images"):
-        """Raises a `ValueError` for images of different sizes, or arrays and tensors that leave [0, 1]."""
-        images = images if isinstance(images, list) else [images]
-        sizes = {upright(image).size if isinstance(image, Image.Image) else tuple(image.shape) for image in images}
-        if len(sizes) != 1:
-            raise ValueError(f"{name} have sizes {sorted(sizes)}; give at least one, all of one size.")
-        for image in images:
-            if not isinstance(image, Image.Image) and not (image.min() >= 0 and image.max() <= 1):
-                raise ValueError(f"{name} span [{image.min()}, {image.max()}]; scale arrays and tensors to [0, 1].")
-
     def prepare_extra_step_kwargs(self, generator, eta: float) -> dict:
         """`generator` and `eta`, as far as the scheduler's `step` takes them."""
         parameters = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in parameters}
 
     def _preprocess(self, images: PipelineImageInput, name: str = "images") -> torch.Tensor:
-        self.check_images(images, name)
-        return self.image_processor.preprocess(images).to(self._execution_device, self.autoencoder.dtype)
+        check_images(images, name)
+        # Key codes get the images' type.
+        return self.image_processor.preprocess(images).to(self._execution_device, self._key_codes_dtype)
+
+    @property
+    def _key_codes_dtype(self) -> torch.dtype:
+        """At least float32: half precision can't tell places within a cell of the grids apart."""
+        return torch.promote_types(self.autoencoder.dtype, torch.float32)
 
     @property
     def _latents_dtype(self) -> torch.dtype:
@@ -120,6 +165,7 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
         The scheduler looks coefficients up with `timesteps`: on the CPU, where they come from, it need not wait for a
         GPU in every step.
         """
+        self._num_timesteps = len(timesteps)
         extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
         unet_timesteps = timesteps.to(latents.device, non_blocking=True)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
@@ -138,11 +184,12 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
     def _output(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         images = latents
         if output_type != "latent":
-            key_codes = latents_to_key_codes(latents).to(self.autoencoder.dtype)
+            key_codes = latents_to_key_codes(latents).to(self._key_codes_dtype)
             images = self.image_processor.postprocess(self.autoencoder.decode(key_codes).sample, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    @named_arguments
     @torch.no_grad()
     def __call__(
         self,
@@ -155,6 +202,10 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
         return_dict: bool = True,
         callback_on_step_end: Callable[["BricsKeyCodePipeline", int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Generates images.
@@ -176,12 +227,22 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
                 Called as `callback(pipeline, step, timestep, tensors)` after every step; may return changed tensors.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 Names of the tensors passed to the callback.
+            height (`int`, *optional*):
+                Height of the images in pixels, a multiple of what autoencoder and UNet divide by; by default that of
+                the training images, which are the only ones that the models know.
+            width (`int`, *optional*): Width of the images in pixels, as `height`.
+            timesteps (`list[int]`, *optional*):
+                Train steps to visit, descending, in place of `num_inference_steps`, where the scheduler takes them.
+            sigmas (`list[float]`, *optional*):
+                Noise levels to visit, descending to 0, in place of `num_inference_steps`, where the scheduler takes
+                them ([`EulerDiscreteScheduler`]).
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: The images.
 
         Raises:
-            `ValueError`: If an argument is out of range or shaped wrongly.
+            `ValueError`: If an argument is out of range or shaped wrongly, or the scheduler can't serve it.
+            `TypeError`: If there is no such argument; the nearest that there is gets named.
 
         Example:
 
@@ -194,17 +255,18 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
         ```
         """
         tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
-        self.check_inputs(batch_size, latents, output_type, tensor_inputs)
+        self.check_inputs(batch_size, latents, output_type, tensor_inputs, height, width)
+        set_timesteps(self.scheduler, num_inference_steps, timesteps, sigmas)
         device = self._execution_device
         generator = generators_per_image(generator, batch_size)
         if latents is None:
-            shape = (batch_size, *self.autoencoder.key_code_shape)
+            shape = (batch_size, *self.latents_shape(height, width))
             latents = randn_tensor(shape, generator=generator, device=device, dtype=self._latents_dtype)
-        self.scheduler.set_timesteps(num_inference_steps)
         latents = latents.to(device, self._latents_dtype) * self.scheduler.init_noise_sigma
         latents = self._denoise(latents, self.scheduler.timesteps, generator, eta, callback_on_step_end, tensor_inputs)
         return self._output(latents, output_type, return_dict)
 
+    @named_arguments
     @torch.no_grad()
     def reconstruct(
         self, images: PipelineImageInput, output_type: str = "pil", return_dict: bool = True
@@ -223,7 +285,7 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
             [`ImagePipelineOutput`] or `tuple`: The reconstructions.
 
         Raises:
-            `ValueError`: If the images' size or range is wrong.
+            `ValueError`: If the images' kind, size or range is wrong.
 
         Example:
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..data.collection import IMAGE_EXTENSIONS
 from ..utils.files import atomic_write, weights_digest
 from ..utils.safe_loading import load_safely
+from .arguments import check_scheduler
 
 
 MANIFEST = "samples.json"
@@ -53,7 +54,7 @@ def with_scheduler(
         [`DiffusionPipeline`]: of the same class.
 
     Raises:
-        `ValueError`: If the scheduler has no such argument, or cannot begin with plain noise.
+        `ValueError`: If the scheduler has no such argument, or is of a kind that [`check_scheduler`] refuses.
     """
     scheduler_class = scheduler_class or type(pipe.scheduler)
     known = set(inspect.signature(scheduler_class.__init__).parameters) - {"self"}
@@ -64,11 +65,7 @@ def with_scheduler(
         )
     result = copy.copy(pipe)
     result.scheduler = scheduler_class.from_config(pipe.scheduler.config, **(options or {}))
-    if not hasattr(result.scheduler, "init_noise_sigma"):
-        raise ValueError(
-            f"{scheduler_class.__name__} does not denoise predictions of noise; give one such as "
-            "DPMSolverMultistepScheduler."
-        )
+    check_scheduler(result.scheduler)
     return result
 
 

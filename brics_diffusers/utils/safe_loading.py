@@ -25,7 +25,7 @@ def load_safely(
     Args:
         from_pretrained (`Callable`): The class's method.
         name_or_path (`str`): A folder, or a name on the Hub.
-        kwargs: As in diffusers; `low_cpu_mem_usage` has no influence.
+        kwargs: As in diffusers. With `low_cpu_mem_usage=False` all weights are read twice.
 
     Returns:
         What `from_pretrained` returns.
@@ -40,6 +40,7 @@ def load_safely(
         )
     place = Path(name_or_path, kwargs.get("subfolder") or "")
     # With low_cpu_mem_usage, weights that are not read stay on the meta device; without it, they have random values.
+    twice = kwargs.get("low_cpu_mem_usage") is False
     kwargs |= {"use_safetensors": True, "low_cpu_mem_usage": True}
     try:
         loaded = from_pretrained(name_or_path, **kwargs)
@@ -59,7 +60,7 @@ def load_safely(
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, component in getattr(model, "components", {"": model}).items():
             _check_complete(place / name, component)
-    return loaded
+    return from_pretrained(name_or_path, **kwargs | {"low_cpu_mem_usage": False}) if twice else loaded
 
 
 def load_class_safely(model_class: type[ModelMixin], name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:

@@ -1,9 +1,10 @@
+import functools
 import json
 import sys
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline
@@ -182,3 +183,31 @@ class TestCodeInAModelFolder:
         BricsKeyCodePipeline.from_pretrained(folder)
         BricsAutoencoder.from_pretrained(folder, subfolder="autoencoder")
         assert not (folder / "executed").exists()
+
+
+class TestLowCpuMemUsage:
+    @pytest.mark.parametrize(("options", "devices"), [({}, {"meta"}), ({"low_cpu_mem_usage": False}, {"cpu"})])
+    def test_models_are_built_where_it_says(self, folder, monkeypatch, options, devices):
+        built = []
+        for model_class in (BricsAutoencoder, UNet2DModel):
+
+            @functools.wraps(model_class.__init__)
+            def build(self, *args, _init=model_class.__init__, **kwargs):
+                _init(self, *args, **kwargs)
+                built.append((type(self), self.device.type))
+
+            monkeypatch.setattr(model_class, "__init__", build)
+        pipeline = BricsKeyCodePipeline.from_pretrained(folder, **options)
+        assert pipeline.device.type == "cpu"
+        # The last of each; before it, all weights were looked for.
+        assert {dict(built)[model_class] for model_class in (BricsAutoencoder, UNet2DModel)} == devices
+        built.clear()
+        BricsAutoencoder.from_pretrained(folder / "autoencoder", **options)
+        assert built[-1][1] in devices
+
+    def test_values_are_the_same(self, pipe, folder):
+        loaded = BricsKeyCodePipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+        for name in ("autoencoder", "unet"):
+            weights = getattr(pipe, name).state_dict()
+            for key, value in getattr(loaded, name).state_dict().items():
+                assert torch.equal(value, weights[key]), key

@@ -1,0 +1,133 @@
+"""What the pipeline's methods are called with: names, images and schedulers, checked before any work."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from PIL import Image
+
+from .image_processor import upright
+
+
+# What other pipelines call an argument, and the candidates for its name here; of these the first that a method has.
+HABITS = {
+    "num_images_per_prompt": ("batch_size", "num_images", "images"),
+    "num_images": ("batch_size", "images"),
+    "num_samples": ("batch_size", "num_images", "images"),
+    "image": ("images", "image_a"),
+    "mask_image": ("masks",),
+    "num_steps": ("num_inference_steps",),
+    "steps": ("num_inference_steps",),
+    "seed": ("generator",),
+    "callback": ("callback_on_step_end",),
+}
+CONDITIONS = ("prompt", "negative_prompt", "guidance_scale", "class_labels", "prompt_embeds")
+
+
+def named_arguments(method: Callable) -> Callable:
+    """Decorates a method so that an argument it does not have is a `TypeError` that names the nearest it has."""
+    parameters = [name for name in inspect.signature(method).parameters if name != "self"]
+
+    @functools.wraps(method)
+    def checked(self, *args, **kwargs):
+        for name in kwargs:
+            if name not in parameters:
+                raise TypeError(f"{method.__name__} has no argument {name}; {_advice(name, parameters)}.")
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
+def _advice(name: str, parameters: list[str]) -> str:
+    if name in CONDITIONS:
+        return "images are generated without conditions, so leave it out"
+    habits = [other for other in HABITS.get(name, ()) if other in parameters]
+    if habits:
+        return f"its place is {habits[0]}"
+    nearest = difflib.get_close_matches(name, parameters, n=1)
+    return f"the nearest it has is {nearest[0]}" if nearest else f"it has {', '.join(parameters)}"
+
+
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    r"""
+    Refuses schedulers that cannot denoise what the diffusion model predicts.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): A scheduler.
+
+    Raises:
+        `ValueError`: If its noise levels are not those of `betas`, which models are trained with and which a config
+            carries: flow matching, EDM, consistency models, IPNDM.
+    """
+    config = scheduler.config
+    flows = getattr(config, "use_flow_sigmas", False) or getattr(config, "prediction_type", "") == "flow_prediction"
+    if flows or not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"{type(scheduler).__name__}{' for flow matching' if flows else ''} does not denoise predictions of noise "
+            "at the noise levels that a model was trained with; give a scheduler such as DPMSolverMultistepScheduler."
+        )
+
+
+def set_timesteps(
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    timesteps: list[int] | None = None,
+    sigmas: list[float] | None = None,
+) -> None:
+    r"""
+    Sets a scheduler's steps: their number, or custom ones where it takes them.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): The scheduler.
+        num_inference_steps (`int`): Denoising steps, spread as the scheduler does; without effect beside custom ones.
+        timesteps (`list[int]`, *optional*): Train steps to visit, descending.
+        sigmas (`list[float]`, *optional*): Noise levels to visit, descending.
+
+    Raises:
+        `ValueError`: If both are given, one is empty, the scheduler does not take it, or as [`check_scheduler`].
+    """
+    check_scheduler(scheduler)
+    custom = {"timesteps": timesteps, "sigmas": sigmas}
+    custom = {name: values for name, values in custom.items() if values is not None}
+    if len(custom) == 2:
+        raise ValueError("timesteps and sigmas are both given; give one of them.")
+    for name, values in custom.items():
+        if name not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(
+                f"{type(scheduler).__name__} takes no custom {name}; leave them out or give another scheduler, such "
+                "as EulerDiscreteScheduler."
+            )
+        if len(values) == 0:
+            raise ValueError(f"{name} is empty; give at least one.")
+    scheduler.set_timesteps(**custom or {"num_inference_steps": num_inference_steps})
+
+
+def check_images(images, name: str = "images") -> None:
+    r"""
+    Refuses what a pipeline can't take for images.
+
+    Args:
+        images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of one of them): What was given.
+        name (`str`, defaults to `"images"`): What errors call it.
+
+    Raises:
+        `ValueError`: For other kinds, such as paths and tuples, for images of different sizes, and for arrays and
+            tensors that leave [0, 1].
+    """
+    images = images if isinstance(images, list) else [images]
+    for image in images:
+        if not isinstance(image, (Image.Image, np.ndarray, torch.Tensor)):
+            raise ValueError(
+                f"{name} holds a {type(image).__name__}; give PIL images (PIL.Image.open reads a file), arrays or "
+                "tensors, several of them as a list."
+            )
+    sizes = {upright(image).size if isinstance(image, Image.Image) else tuple(image.shape) for image in images}
+    if len(sizes) != 1:
+        raise ValueError(f"{name} have sizes {sorted(sizes)}; give at least one, all of one size.")
+    for image in images:
+        if not isinstance(image, Image.Image) and not (image.min() >= 0 and image.max() <= 1):
+            raise ValueError(f"{name} span [{image.min()}, {image.max()}]; scale arrays and tensors to [0, 1].")

@@ -1,0 +1,46 @@
+import pytest
+import torch
+from small_autoencoders import make_model
+
+from brics_diffusers.models import tiling
+
+
+# One to three blocks of the decoder, and key codes whose feature block is 40 x 36.
+DECODERS = [
+    ({"feature_size": 16, "decoder_block_out_channels": (16,)}, (10, 9)),
+    ({}, (20, 18)),
+    ({"feature_size": 4, "decoder_block_out_channels": (16, 8, 8)}, (40, 36)),
+]
+
+
+@pytest.mark.parametrize(("config", "size"), DECODERS)
+def test_tiles_do_not_show(monkeypatch, config, size):
+    monkeypatch.setattr(tiling, "TILE", 9)
+    model, sizes = make_model(**config).eval(), []
+    codes = torch.rand(2, 4, *size, generator=torch.Generator().manual_seed(0))
+    model.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(tuple(inputs[0].shape[2:])))
+    with torch.no_grad():
+        whole = model.decode(codes).sample
+        model.enable_tiling()
+        tiled = model.decode(codes).sample
+        model.disable_tiling()
+        assert torch.equal(model.decode(codes).sample, whole)
+    torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-5)
+    assert sizes[0] == sizes[-1] == (40, 36) and len(sizes) == 2 + 5 * 4
+    assert max(height for height, _ in sizes[1:-1]) == 9 + 2 * tiling.MARGIN
+
+
+def test_training_is_not_tiled(monkeypatch):
+    monkeypatch.setattr(tiling, "TILE", 4)
+    model, sizes = make_model().train(), []
+    model.enable_tiling()
+    model.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(tuple(inputs[0].shape[2:])))
+    model.decode(torch.rand(1, 4, 4, 4))
+    assert sizes == [(8, 8)]
+
+
+@pytest.mark.parametrize("decoder_type", ["vqgan", "movq"])
+def test_decoders_that_see_the_whole_image(decoder_type):
+    model = make_model(decoder_type=decoder_type, decoder_block_out_channels=(32, 32))
+    with pytest.raises(NotImplementedError, match=f"decoder_type is '{decoder_type}', whose .*; use enable_slicing"):
+        model.enable_tiling()
