@@ -301,10 +301,8 @@ def save_autoencoder(autoencoder: BricsAutoencoder, path: Path) -> None:
         autoencoder.save_pretrained(folder)
 
 
-def main(argv=None):
+def train(args, accelerator) -> None:
     """Trains, validates, saves."""
-    args = parse_args(argv)
-    accelerator = start_run(args)
     terminated = TerminationSignal(accelerator)
     output_dir = Path(args.output_dir)
     with accelerator.main_process_first():
@@ -372,7 +370,6 @@ def main(argv=None):
             log.restart_clock()
         if stop and not last:
             logger.info("Stopped by SIGTERM; go on with --resume_from_checkpoint latest.")
-            accelerator.end_training()
             return
 
     for names in gather_object([unreadable.names]):
@@ -384,7 +381,13 @@ def main(argv=None):
             save_autoencoder(bare, output_dir / "autoencoder")
         logger.info("The autoencoder is in %s", output_dir / "autoencoder")
         finish_run(args, summarize_run(args, accelerator, state, len(train_set), bare))
-    accelerator.end_training()
+
+
+def main(argv=None):
+    """A whole run."""
+    args = parse_args(argv)
+    with start_run(args) as accelerator:
+        train(args, accelerator)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torchvision.transforms.functional import to_tensor
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
 from brics_diffusers.data import collection_fingerprint, load_collection, training_loader
 from brics_diffusers.data.key_codes import (
+    MANIFEST,
     KeyCodeDataset,
     count_shards,
     finish_key_codes,
@@ -54,6 +55,7 @@ from brics_diffusers.runs.run import StepLog, resume_run, start_run, tensorboard
 from brics_diffusers.schedulers.min_snr import min_snr_weights
 from brics_diffusers.utils.files import weights_digest
 from brics_diffusers.utils.image_grids import image_grid
+from brics_diffusers.utils.locks import locked_folder
 
 
 logger = logging.getLogger("train_key_codes")
@@ -98,30 +100,40 @@ def encode_collection(args, accelerator, autoencoder, dataset) -> KeyCodeDataset
     # One process reads all images for it.
     mark = broadcast_object_list([fingerprint(autoencoder, dataset, args) if accelerator.is_main_process else None])[0]
     with accelerator.main_process_first():
-        complete = open_key_codes(folder, mark)
-    check_shared_folder(accelerator, folder, "--key_codes_dir")
-    if not broadcast_object_list([complete])[0]:
-        write_key_codes(
-            autoencoder,
-            dataset,
-            folder,
-            batch_size=args.encode_batch_size,
-            shard_size=args.shard_size,
-            random_flip=args.random_flip,
-            num_workers=args.dataloader_num_workers,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            stopped=launcher_is_gone,
-        )
-        if launcher_is_gone():
-            raise SystemExit("Stopped; what is encoded stays, and the same command goes on.")
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            unreadable = finish_key_codes(folder, count_shards(dataset, args.shard_size, args.random_flip))
-            if unreadable.count:
-                logger.warning("%s", unreadable.summary())
-        accelerator.wait_for_everyone()
+        complete = (folder / MANIFEST).is_file() and open_key_codes(folder, mark)
+    if broadcast_object_list([complete])[0]:  # and any number of runs may read them
+        check_shared_folder(accelerator, folder, "--key_codes_dir")
+    else:
+        with locked_folder(folder, "--key_codes_dir", accelerator.is_main_process):
+            write_all_key_codes(args, accelerator, autoencoder, dataset, folder, mark)
     return KeyCodeDataset(folder)
+
+
+def write_all_key_codes(args, accelerator, autoencoder, dataset, folder: Path, mark: str) -> None:
+    """Encodes what is not encoded yet; `mark` is the collection's [`fingerprint`]."""
+    with accelerator.main_process_first():
+        open_key_codes(folder, mark)
+    check_shared_folder(accelerator, folder, "--key_codes_dir")
+    write_key_codes(
+        autoencoder,
+        dataset,
+        folder,
+        batch_size=args.encode_batch_size,
+        shard_size=args.shard_size,
+        random_flip=args.random_flip,
+        num_workers=args.dataloader_num_workers,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        stopped=launcher_is_gone,
+    )
+    if launcher_is_gone():
+        raise SystemExit("Stopped; what is encoded stays, and the same command goes on.")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        unreadable = finish_key_codes(folder, count_shards(dataset, args.shard_size, args.random_flip))
+        if unreadable.count:
+            logger.warning("%s", unreadable.summary())
+    accelerator.wait_for_everyone()
 
 
 def build_unet(args, autoencoder: BricsAutoencoder) -> UNet2DModel:
@@ -194,10 +206,8 @@ def save_pipeline(pipeline: BricsKeyCodePipeline, output_dir: Path) -> None:
         os.replace(Path(folder) / "model_index.json", output_dir / "model_index.json")
 
 
-def main(argv=None):
+def train(args, accelerator) -> None:
     """Encodes the collection, trains, validates, saves."""
-    args = parse_args(argv)
-    accelerator = start_run(args)
     output_dir = Path(args.output_dir)
     autoencoder = load_autoencoder(args.autoencoder_name_or_path).requires_grad_(False).eval().to(accelerator.device)
     with accelerator.main_process_first():
@@ -283,7 +293,6 @@ def main(argv=None):
             log.restart_clock()
         if stop and not last:
             logger.info("Stopped by SIGTERM; go on with --resume_from_checkpoint latest.")
-            accelerator.end_training()
             return
 
     if accelerator.is_main_process:
@@ -293,7 +302,13 @@ def main(argv=None):
             save_pipeline(BricsKeyCodePipeline(autoencoder, bare, scheduler), output_dir)
         logger.info("The pipeline is in %s", output_dir)
         finish_run(args, summarize_run(args, accelerator, state, len(dataset), bare))
-    accelerator.end_training()
+
+
+def main(argv=None):
+    """A whole run."""
+    args = parse_args(argv)
+    with start_run(args) as accelerator:
+        train(args, accelerator)
 
 
 if __name__ == "__main__":

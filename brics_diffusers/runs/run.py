@@ -6,6 +6,7 @@ import json
 import logging
 import resource
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,27 +18,34 @@ from tqdm.auto import tqdm
 
 from ..data import load_collection
 from ..hub.push import open_repository
+from ..utils.locks import locked_folder
 from .checkpoints import RunState, check_shared_folder, clean_up, list_checkpoints, resume
+from .processes import check_world_size, refuse_backends
 
 
 logger = logging.getLogger(__name__)
 
 
-def start_run(args: argparse.Namespace) -> Accelerator:
+@contextlib.contextmanager
+def start_run(args: argparse.Namespace) -> Iterator[Accelerator]:
     r"""
-    Sets up accelerate, TensorBoard, the output folder and the random states.
+    A context with accelerate, TensorBoard, the output folder and the random states set up. The folder is the run's
+    alone until the end.
 
     Args:
         args (`argparse.Namespace`): Result of [`parse_arguments`].
 
-    Returns:
+    Yields:
         `Accelerator`: with its tracker started and all processes seeded alike.
 
     Raises:
+        `BlockingIOError`: If another run is at work in the output folder.
         `FileExistsError`: If a run is to start afresh in a folder that has checkpoints.
         `OSError`: If the processes don't share the output folder, or the result can't be pushed to the Hub.
-        `ValueError`: If it is to be pushed to a private repository, and that is public.
+        `ValueError`: If accelerate is configured for a backend that training does not work with, or the processes
+            don't know of each other; or if it is to be pushed to a private repository, and that is public.
     """
+    refuse_backends()
     # With an epsilon of 1e-15, Adam's second moments become denormal numbers, on which CPUs are slow.
     torch.set_flush_denormal(True)
     output_dir = Path(args.output_dir)
@@ -54,14 +62,22 @@ def start_run(args: argparse.Namespace) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )
+    check_world_size(accelerator.num_processes)
     level = logging.INFO if accelerator.is_main_process else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", force=True)
     quiet_libraries()
+    with locked_folder(output_dir, is_main_process=accelerator.is_main_process):
+        prepare_folder(args, accelerator, output_dir)
+        yield accelerator
+        accelerator.end_training()
+
+
+def prepare_folder(args: argparse.Namespace, accelerator: Accelerator, output_dir: Path) -> None:
+    """The part of [`start_run`] that writes into the output folder."""
     if args.push_to_hub and accelerator.is_main_process:  # days before the push
         args.hub_model_id = open_repository(args.hub_model_id or output_dir.resolve().name, args.hub_private_repo)
     set_seed(args.seed)  # the same weights on every process; the loops reseed for their noise
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
         clean_up(output_dir)
         partial = output_dir / ".partial-training_config.json"
         partial.write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
@@ -70,7 +86,6 @@ def start_run(args: argparse.Namespace) -> Accelerator:
     check_shared_folder(accelerator, output_dir)
     flags = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
     accelerator.init_trackers("tensorboard", config=flags)
-    return accelerator
 
 
 def quiet_libraries() -> None:
