@@ -17,7 +17,6 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
-from torchvision.transforms.functional import to_tensor
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
 from brics_diffusers.data import collection_fingerprint, load_collection, training_loader
@@ -50,8 +49,10 @@ from brics_diffusers.runs.optimization import (
     count_skipped,
     step_if_finite,
 )
+from brics_diffusers.runs.pretrained import check_key_codes, check_resolution, load_key_code_pipeline
 from brics_diffusers.runs.record import finish_run, summarize_run
-from brics_diffusers.runs.run import StepLog, resume_run, start_run, tensorboard
+from brics_diffusers.runs.run import StepLog, count_steps, resume_run, start_run
+from brics_diffusers.runs.tracking import log_image
 from brics_diffusers.schedulers.min_snr import min_snr_weights
 from brics_diffusers.utils.files import weights_digest
 from brics_diffusers.utils.image_grids import image_grid
@@ -69,6 +70,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_common_arguments(parser)
     add = parser.add_argument
     add("--autoencoder_name_or_path", help="Stage one's --output_dir, a saved autoencoder, or its name on the Hub.")
+    add(
+        "--pretrained_model_name_or_path",
+        help="Go on from this pipeline: its UNet and scheduler, and its autoencoder unless another is named.",
+    )
     add("--key_codes_dir", help="Folder for the collection's key codes; default: key_codes in --output_dir.")
     add("--encode_batch_size", type=positive, default=16, help="Images encoded at once.")
     add("--shard_size", type=positive, default=1024, help="Key codes in one file; processes take turns.")
@@ -83,7 +88,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--num_inference_steps", type=positive, default=20, help="DPM-Solver++ steps of these samples.")
     parser.set_defaults(lr_scheduler="cosine", output_dir="runs/pipeline")
     args = parse_arguments(parser, "train_key_codes", ("unet", "scheduler"), argv)
-    if args.autoencoder_name_or_path is None:
+    if args.pretrained_model_name_or_path is not None:
+        if args.changes:
+            parser.error("--set changes new models; a pretrained pipeline keeps its own, so leave it out")
+    elif args.autoencoder_name_or_path is None:
         parser.error("no autoencoder: give --autoencoder_name_or_path, for instance stage one's --output_dir")
     return args
 
@@ -142,6 +150,21 @@ def build_unet(args, autoencoder: BricsAutoencoder) -> UNet2DModel:
     return UNet2DModel(**{"sample_size": height, "in_channels": channels, "out_channels": channels} | args.unet)
 
 
+def build_models(args):
+    """The autoencoder, UNet and scheduler: of the pretrained pipeline, or the latter two new."""
+    named = args.autoencoder_name_or_path and load_autoencoder(args.autoencoder_name_or_path)
+    if args.pretrained_model_name_or_path is None:
+        autoencoder, unet, scheduler = named, build_unet(args, named), CosineVariantScheduler(**args.scheduler)
+    else:
+        pipeline = load_key_code_pipeline(args.pretrained_model_name_or_path)
+        autoencoder, unet, scheduler = named or pipeline.autoencoder, pipeline.unet, pipeline.scheduler
+        check_key_codes(autoencoder, unet)
+    check_resolution(args.resolution, autoencoder)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return autoencoder.requires_grad_(False).eval(), unet, scheduler
+
+
 def draw_noise(shape: torch.Size, seed: int, batch: int, accelerator, num_train_timesteps: int):
     """Noise and timesteps of a process's share of a batch.
 
@@ -193,7 +216,7 @@ def validate(args, accelerator, pipeline, ema, step: int) -> None:
     if accelerator.is_main_process:
         grid = image_grid(images)
         grid.save(Path(args.output_dir) / "samples.png")
-        tensorboard(accelerator).add_image("samples", to_tensor(grid), step)
+        log_image(accelerator, "samples", grid, step)
 
 
 def save_pipeline(pipeline: BricsKeyCodePipeline, output_dir: Path) -> None:
@@ -209,7 +232,8 @@ def save_pipeline(pipeline: BricsKeyCodePipeline, output_dir: Path) -> None:
 def train(args, accelerator) -> None:
     """Encodes the collection, trains, validates, saves."""
     output_dir = Path(args.output_dir)
-    autoencoder = load_autoencoder(args.autoencoder_name_or_path).requires_grad_(False).eval().to(accelerator.device)
+    autoencoder, unet, scheduler = build_models(args)
+    autoencoder.to(accelerator.device)
     with accelerator.main_process_first():
         dataset = load_collection(
             args.dataset_name, args.dataset_split, args.image_column, args.cache_dir, args.max_train_samples
@@ -217,10 +241,7 @@ def train(args, accelerator) -> None:
     key_codes = encode_collection(args, accelerator, autoencoder, dataset)
     terminated = TerminationSignal(accelerator)  # until here, what is encoded stays and needs no saving
 
-    unet = build_unet(args, autoencoder)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    scheduler = CosineVariantScheduler(**args.scheduler)
+    count_steps(args, accelerator, len(key_codes))
     optimizer = build_optimizer(unet, args.learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon)
     lr_scheduler = build_lr_scheduler(args, optimizer)
     ema = EMAModel(unet.parameters(), decay=args.ema_max_decay, foreach=True)
@@ -230,7 +251,7 @@ def train(args, accelerator) -> None:
     set_seed(args.seed, device_specific=True)  # dropout, where the UNet has it, differs between processes
     resume_run(args, accelerator, state, ema, lr_scheduler, [optimizer])
 
-    bare = accelerator.unwrap_model(unet)
+    bare = accelerator.unwrap_model(unet, keep_torch_compile=False)
     solver = DPMSolverMultistepScheduler.from_config(scheduler.config, use_karras_sigmas=True)
     sampler = BricsKeyCodePipeline(autoencoder, bare, solver)
     sampler.set_progress_bar_config(disable=True)
