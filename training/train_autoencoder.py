@@ -11,14 +11,12 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object, set_seed
 from diffusers.training_utils import EMAModel
-from torchvision.transforms.functional import to_tensor
 
 from brics_diffusers import BricsAutoencoder
 from brics_diffusers.analysis.grid_usage import GridUsage
 from brics_diffusers.data import ImageCollection, UnreadableLog, collate_images, evaluation_loader, training_loader
 from brics_diffusers.metrics.perceptual import PERCEPTUAL_NETWORKS, load_perceptual_network, perceptual_is_cached
 from brics_diffusers.metrics.reconstruction import reconstruction_metrics
-from brics_diffusers.models.loading import load_autoencoder
 from brics_diffusers.runs.adversarial import DISCRIMINATOR_TYPES, Adversary
 from brics_diffusers.runs.arguments import add_common_arguments, parse_arguments, positive, run_settings
 from brics_diffusers.runs.augmentation import policy
@@ -41,8 +39,10 @@ from brics_diffusers.runs.optimization import (
     set_adam,
     step_if_finite,
 )
+from brics_diffusers.runs.pretrained import build_autoencoder
 from brics_diffusers.runs.record import finish_run, summarize_run
-from brics_diffusers.runs.run import StepLog, load_splits, resized_images, resume_run, start_run, tensorboard
+from brics_diffusers.runs.run import StepLog, count_steps, load_splits, resized_images, resume_run, start_run
+from brics_diffusers.runs.tracking import log_histogram, log_image
 from brics_diffusers.utils.image_grids import side_by_side
 
 
@@ -135,30 +135,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.adam_beta1_gan is None:
         args.adam_beta1_gan = args.adam_beta1
     return args
-
-
-def build_autoencoder(args) -> BricsAutoencoder:
-    """A new autoencoder, or a pretrained one, with the flags that concern it."""
-    changes = {} if args.key_noise_scale is None else {"key_noise_scale": args.key_noise_scale}
-    if args.pretrained_autoencoder_name_or_path is None:
-        if args.train_decoder_only:
-            raise ValueError("--train_decoder_only keeps an encoder; name its --pretrained_autoencoder_name_or_path.")
-        autoencoder = BricsAutoencoder(**args.autoencoder | changes)
-    else:
-        autoencoder = load_autoencoder(args.pretrained_autoencoder_name_or_path, **changes)
-    if args.train_decoder_only:
-        if args.key_noise_scale is None:
-            raise ValueError(
-                "--train_decoder_only is for noisier key codes than those before; give --key_noise_scale, above "
-                f"{autoencoder.key_noise_scale:.4g}."
-            )
-        if autoencoder.config.regularization == "kl":
-            raise ValueError("--train_decoder_only adds noise to key codes; it can't with regularization 'kl'.")
-        autoencoder.register_to_config(regularization="noise")
-        autoencoder.encoder.requires_grad_(False)
-    if args.gradient_checkpointing:
-        autoencoder.enable_gradient_checkpointing()
-    return autoencoder
 
 
 def build_perceptual_metric(args, channels: int):
@@ -275,8 +251,8 @@ def show(accelerator, autoencoder, dataset, output_dir: Path, step: int, count: 
     output = autoencoder(images)
     grid = side_by_side(images, output.sample)
     grid.save(output_dir / "reconstructions.png")
-    tensorboard(accelerator).add_image("validation", to_tensor(grid), step)
-    tensorboard(accelerator).add_histogram("key_codes", output.key_codes.float(), step)
+    log_image(accelerator, "validation", grid, step)
+    log_histogram(accelerator, "key_codes", output.key_codes.float(), step)
 
 
 def validate_and_keep_best(args, accelerator, trainer: Trainer, ema, dataset, state: RunState) -> None:
@@ -302,14 +278,13 @@ def save_autoencoder(autoencoder: BricsAutoencoder, path: Path) -> None:
         autoencoder.save_pretrained(folder)
 
 
-def main(argv=None):
+def train(args, accelerator) -> None:
     """Trains, validates, saves."""
-    args = parse_args(argv)
-    accelerator = start_run(args)
     terminated = TerminationSignal(accelerator)
     output_dir = Path(args.output_dir)
     with accelerator.main_process_first():
         train_set, validation_set = load_splits(args)
+    count_steps(args, accelerator, len(train_set))
     trainer = Trainer(args, accelerator)
     bare, size = trainer.bare, trainer.bare.config.sample_size
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
@@ -373,7 +348,6 @@ def main(argv=None):
             log.restart_clock()
         if stop and not last:
             logger.info("Stopped by SIGTERM; go on with --resume_from_checkpoint latest.")
-            accelerator.end_training()
             return
 
     for reasons in gather_object([unreadable.reasons]):
@@ -385,7 +359,13 @@ def main(argv=None):
             save_autoencoder(bare, output_dir / "autoencoder")
         logger.info("The autoencoder is in %s", output_dir / "autoencoder")
         finish_run(args, summarize_run(args, accelerator, state, len(train_set), bare))
-    accelerator.end_training()
+
+
+def main(argv=None):
+    """A whole run."""
+    args = parse_args(argv)
+    with start_run(args) as accelerator:
+        train(args, accelerator)
 
 
 if __name__ == "__main__":

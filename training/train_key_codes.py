@@ -17,11 +17,11 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
-from torchvision.transforms.functional import to_tensor
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
 from brics_diffusers.data import collection_fingerprint, load_collection, training_loader
 from brics_diffusers.data.key_codes import (
+    MANIFEST,
     KeyCodeDataset,
     count_shards,
     finish_key_codes,
@@ -49,11 +49,14 @@ from brics_diffusers.runs.optimization import (
     count_skipped,
     step_if_finite,
 )
+from brics_diffusers.runs.pretrained import check_key_codes, check_resolution, load_key_code_pipeline
 from brics_diffusers.runs.record import finish_run, summarize_run
-from brics_diffusers.runs.run import StepLog, resume_run, start_run, tensorboard
+from brics_diffusers.runs.run import StepLog, count_steps, resume_run, start_run
+from brics_diffusers.runs.tracking import log_image
 from brics_diffusers.schedulers.min_snr import min_snr_weights
 from brics_diffusers.utils.files import weights_digest
 from brics_diffusers.utils.image_grids import image_grid
+from brics_diffusers.utils.locks import locked_folder
 
 
 logger = logging.getLogger("train_key_codes")
@@ -67,6 +70,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_common_arguments(parser)
     add = parser.add_argument
     add("--autoencoder_name_or_path", help="Stage one's --output_dir, a saved autoencoder, or its name on the Hub.")
+    add(
+        "--pretrained_model_name_or_path",
+        help="Go on from this pipeline: its UNet and scheduler, and its autoencoder unless another is named.",
+    )
     add("--key_codes_dir", help="Folder for the collection's key codes; default: key_codes in --output_dir.")
     add("--encode_batch_size", type=positive, default=16, help="Images encoded at once.")
     add("--shard_size", type=positive, default=1024, help="Key codes in one file; processes take turns.")
@@ -81,7 +88,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--num_inference_steps", type=positive, default=20, help="DPM-Solver++ steps of these samples.")
     parser.set_defaults(lr_scheduler="cosine", output_dir="runs/pipeline")
     args = parse_arguments(parser, "train_key_codes", ("unet", "scheduler"), argv)
-    if args.autoencoder_name_or_path is None:
+    if args.pretrained_model_name_or_path is not None:
+        if args.changes:
+            parser.error("--set changes new models; a pretrained pipeline keeps its own, so leave it out")
+    elif args.autoencoder_name_or_path is None:
         parser.error("no autoencoder: give --autoencoder_name_or_path, for instance stage one's --output_dir")
     return args
 
@@ -98,36 +108,61 @@ def encode_collection(args, accelerator, autoencoder, dataset) -> KeyCodeDataset
     # One process reads all images for it.
     mark = broadcast_object_list([fingerprint(autoencoder, dataset, args) if accelerator.is_main_process else None])[0]
     with accelerator.main_process_first():
-        complete = open_key_codes(folder, mark)
-    check_shared_folder(accelerator, folder, "--key_codes_dir")
-    if not broadcast_object_list([complete])[0]:
-        write_key_codes(
-            autoencoder,
-            dataset,
-            folder,
-            batch_size=args.encode_batch_size,
-            shard_size=args.shard_size,
-            random_flip=args.random_flip,
-            num_workers=args.dataloader_num_workers,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            stopped=launcher_is_gone,
-        )
-        if launcher_is_gone():
-            raise SystemExit("Stopped; what is encoded stays, and the same command goes on.")
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            unreadable = finish_key_codes(folder, count_shards(dataset, args.shard_size, args.random_flip))
-            if unreadable.count:
-                logger.warning("%s", unreadable.summary())
-        accelerator.wait_for_everyone()
+        complete = (folder / MANIFEST).is_file() and open_key_codes(folder, mark)
+    if broadcast_object_list([complete])[0]:  # and any number of runs may read them
+        check_shared_folder(accelerator, folder, "--key_codes_dir")
+    else:
+        with locked_folder(folder, "--key_codes_dir", accelerator.is_main_process):
+            write_all_key_codes(args, accelerator, autoencoder, dataset, folder, mark)
     return KeyCodeDataset(folder)
+
+
+def write_all_key_codes(args, accelerator, autoencoder, dataset, folder: Path, mark: str) -> None:
+    """Encodes what is not encoded yet; `mark` is the collection's [`fingerprint`]."""
+    with accelerator.main_process_first():
+        open_key_codes(folder, mark)
+    check_shared_folder(accelerator, folder, "--key_codes_dir")
+    write_key_codes(
+        autoencoder,
+        dataset,
+        folder,
+        batch_size=args.encode_batch_size,
+        shard_size=args.shard_size,
+        random_flip=args.random_flip,
+        num_workers=args.dataloader_num_workers,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        stopped=launcher_is_gone,
+    )
+    if launcher_is_gone():
+        raise SystemExit("Stopped; what is encoded stays, and the same command goes on.")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        unreadable = finish_key_codes(folder, count_shards(dataset, args.shard_size, args.random_flip))
+        if unreadable.count:
+            logger.warning("%s", unreadable.summary())
+    accelerator.wait_for_everyone()
 
 
 def build_unet(args, autoencoder: BricsAutoencoder) -> UNet2DModel:
     """A UNet for the autoencoder's key codes; the config's `unet` section has the rest."""
     channels, height, _ = autoencoder.key_code_shape
     return UNet2DModel(**{"sample_size": height, "in_channels": channels, "out_channels": channels} | args.unet)
+
+
+def build_models(args):
+    """The autoencoder, UNet and scheduler: of the pretrained pipeline, or the latter two new."""
+    named = args.autoencoder_name_or_path and load_autoencoder(args.autoencoder_name_or_path)
+    if args.pretrained_model_name_or_path is None:
+        autoencoder, unet, scheduler = named, build_unet(args, named), CosineVariantScheduler(**args.scheduler)
+    else:
+        pipeline = load_key_code_pipeline(args.pretrained_model_name_or_path)
+        autoencoder, unet, scheduler = named or pipeline.autoencoder, pipeline.unet, pipeline.scheduler
+        check_key_codes(autoencoder, unet)
+    check_resolution(args.resolution, autoencoder)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return autoencoder.requires_grad_(False).eval(), unet, scheduler
 
 
 def draw_noise(shape: torch.Size, seed: int, batch: int, accelerator, num_train_timesteps: int):
@@ -181,7 +216,7 @@ def validate(args, accelerator, pipeline, ema, step: int) -> None:
     if accelerator.is_main_process:
         grid = image_grid(images)
         grid.save(Path(args.output_dir) / "samples.png")
-        tensorboard(accelerator).add_image("samples", to_tensor(grid), step)
+        log_image(accelerator, "samples", grid, step)
 
 
 def save_pipeline(pipeline: BricsKeyCodePipeline, output_dir: Path) -> None:
@@ -194,22 +229,18 @@ def save_pipeline(pipeline: BricsKeyCodePipeline, output_dir: Path) -> None:
         os.replace(Path(folder) / "model_index.json", output_dir / "model_index.json")
 
 
-def main(argv=None):
+def train(args, accelerator) -> None:
     """Encodes the collection, trains, validates, saves."""
-    args = parse_args(argv)
-    accelerator = start_run(args)
     output_dir = Path(args.output_dir)
-    autoencoder = load_autoencoder(args.autoencoder_name_or_path).requires_grad_(False).eval().to(accelerator.device)
+    autoencoder, unet, scheduler = build_models(args)
+    autoencoder.to(accelerator.device)
     with accelerator.main_process_first():
         where = args.image_column, args.cache_dir, args.max_train_samples, args.dataset_config_name
         dataset = load_collection(args.dataset_name, args.dataset_split, *where)
     key_codes = encode_collection(args, accelerator, autoencoder, dataset)
     terminated = TerminationSignal(accelerator)  # until here, what is encoded stays and needs no saving
 
-    unet = build_unet(args, autoencoder)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    scheduler = CosineVariantScheduler(**args.scheduler)
+    count_steps(args, accelerator, len(key_codes))
     optimizer = build_optimizer(unet, args.learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon)
     lr_scheduler = build_lr_scheduler(args, optimizer)
     ema = EMAModel(unet.parameters(), decay=args.ema_max_decay, foreach=True)
@@ -219,7 +250,7 @@ def main(argv=None):
     set_seed(args.seed, device_specific=True)  # dropout, where the UNet has it, differs between processes
     resume_run(args, accelerator, state, ema, lr_scheduler, [optimizer])
 
-    bare = accelerator.unwrap_model(unet)
+    bare = accelerator.unwrap_model(unet, keep_torch_compile=False)
     solver = DPMSolverMultistepScheduler.from_config(scheduler.config, use_karras_sigmas=True)
     sampler = BricsKeyCodePipeline(autoencoder, bare, solver)
     sampler.set_progress_bar_config(disable=True)
@@ -282,7 +313,6 @@ def main(argv=None):
             log.restart_clock()
         if stop and not last:
             logger.info("Stopped by SIGTERM; go on with --resume_from_checkpoint latest.")
-            accelerator.end_training()
             return
 
     if accelerator.is_main_process:
@@ -292,7 +322,13 @@ def main(argv=None):
             save_pipeline(BricsKeyCodePipeline(autoencoder, bare, scheduler), output_dir)
         logger.info("The pipeline is in %s", output_dir)
         finish_run(args, summarize_run(args, accelerator, state, len(dataset), bare))
-    accelerator.end_training()
+
+
+def main(argv=None):
+    """A whole run."""
+    args = parse_args(argv)
+    with start_run(args) as accelerator:
+        train(args, accelerator)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from ..data import load_collection
 from ..pipelines.sampling import load_pipeline, load_samples, read_sample_settings, sample_images_to_folder
 from ..runs.arguments import positive
+from ..utils.locks import locked_folder
 from ..utils.reports import make_output_folder
 
 
@@ -77,6 +78,9 @@ def make_samples(args: argparse.Namespace, state: PartialState, device: torch.de
 
     Returns:
         `Path`: The folder of the images.
+
+    Raises:
+        `BlockingIOError`: If another command is making samples in the folder.
     """
     if is_image_folder(args):
         return Path(args.generated).expanduser()
@@ -102,20 +106,21 @@ def sample_to_folder(
     Returns:
         `Path`: The folder.
     """
-    pipe = load_pipeline(name_or_path, args.scheduler, args.scheduler_options, device)
-    pipe.set_progress_bar_config(disable=not state.is_main_process, desc="Denoising", leave=False)
-    sample_images_to_folder(
-        pipe,
-        folder,
-        args.num_samples,
-        args.batch_size,
-        args.num_inference_steps,
-        args.seed,
-        state.process_index,
-        state.num_processes,
-        progress=state.is_main_process,
-    )
-    state.wait_for_everyone()
+    with locked_folder(folder, "--samples_dir", state.is_main_process):
+        pipe = load_pipeline(name_or_path, args.scheduler, args.scheduler_options, device)
+        pipe.set_progress_bar_config(disable=not state.is_main_process, desc="Denoising", leave=False)
+        sample_images_to_folder(
+            pipe,
+            folder,
+            args.num_samples,
+            args.batch_size,
+            args.num_inference_steps,
+            args.seed,
+            state.process_index,
+            state.num_processes,
+            progress=state.is_main_process,
+        )
+        state.wait_for_everyone()
     return folder
 
 

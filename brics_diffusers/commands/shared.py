@@ -14,6 +14,7 @@ from ..data import UnreadableLog, collection_fingerprint, evaluation_loader, loa
 from ..models import BricsAutoencoder
 from ..models.loading import load_autoencoder
 from ..runs.arguments import not_negative, positive
+from ..runs.processes import check_world_size
 from ..utils.reports import machine, write_report
 
 
@@ -63,6 +64,7 @@ def choose_device(name: str | None) -> torch.device:
     # Unlike Accelerator, PartialState does not read this variable, and without it CPU processes don't find each other.
     cpu = name == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu, timeout=timedelta(hours=2))  # the slowest process may be as late as that
+    check_world_size(state.num_processes)
     if name is None:
         return state.device
     try:

@@ -8,8 +8,13 @@ from pathlib import Path
 
 import yaml
 from accelerate import Accelerator
+from diffusers.optimization import SchedulerType
+
+from .pretrained import resized
+from .tracking import tracker_names
 
 
+MAX_TRAIN_STEPS = 100_000
 CONFIG_SECTIONS = ("autoencoder", "discriminator", "train_autoencoder", "unet", "scheduler", "train_key_codes")
 
 
@@ -20,7 +25,9 @@ FREE_FLAGS = {
     *("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps", "max_nonfinite_steps"),
     *("validation_split", "num_validation_images", "num_inference_steps", "pretrained_autoencoder_name_or_path"),
     *("best_metric", "save_validation_weights", "cache_resized"),
-    *("autoencoder_name_or_path", "save_dtype", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_license"),
+    *("resolution", "num_train_epochs", "report_to", "logging_dir", "tracker_project_name"),  # epochs are steps too
+    *("pretrained_model_name_or_path", "autoencoder_name_or_path", "save_dtype"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_license"),
 }
 
 
@@ -36,6 +43,22 @@ def not_negative(text: str) -> int:
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
     return int(text)
+
+
+def step_rules(text: str) -> str:
+    """Type of a flag for diffusers' piecewise constant schedule: `factor:step,...,factor`."""
+    *rules, last = text.split(",")
+    try:
+        steps = [int(step) for _, step in (rule.split(":") for rule in rules)]
+        factors = [float(rule.split(":")[0]) for rule in rules] + [float(last)]
+    except ValueError:
+        steps, factors = [], []
+    if not steps or steps != sorted(set(steps)) or min(steps) < 1 or not all(0 <= x < float("inf") for x in factors):
+        raise argparse.ArgumentTypeError(
+            f"must be factors of the learning rate with the steps at which they end, and a last factor, such as "
+            f"1:1000,0.1:5000,0.01, not {text}"
+        )
+    return text
 
 
 def setting(text: str) -> tuple[str, str, object]:
@@ -78,25 +101,69 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image_column", help="Column that holds the images; default: `image`, or the only one.")
     add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")
     add("--max_train_samples", type=int, help="Use the first images only.")
+    add(
+        "--resolution",
+        type=positive,
+        help="Height and width of the images: sets sample_size of the autoencoder and scales its feature_size; in "
+        "stage two that of the autoencoder.",
+    )
     add("--random_flip", action=argparse.BooleanOptionalAction, default=False, help="Add mirror images.")
     add("--output_dir", help="Folder for checkpoints, logs and the result.")
     add("--seed", type=int, default=0, help="Seed of weights, data order and noise.")
     add("--train_batch_size", type=positive, default=16, help="Images of one process in one step.")
     add("--gradient_accumulation_steps", type=positive, default=1, help="Batches to sum gradients over before a step.")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False, help="Less memory, slower.")
-    add("--max_train_steps", type=positive, default=100_000, help="Optimizer steps.")
+    add("--max_train_steps", type=positive, help=f"Optimizer steps. Default: {MAX_TRAIN_STEPS}.")
+    add("--num_train_epochs", type=positive, help="Train until each image was seen so often, in place of the steps.")
     add(
-        "--lr_scheduler", default="constant", help="Schedule of the learning rate, a name of diffusers' get_scheduler."
+        "--scale_lr",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Multiply learning rates by the images of one step.",
+    )
+    add(
+        "--lr_scheduler",
+        choices=[name.value for name in SchedulerType],
+        default="constant",
+        help="Schedule of the learning rate.",
+    )
+    add(
+        "--lr_step_rules",
+        type=step_rules,
+        metavar="RULES",
+        help="For piecewise_constant: 1:1000,0.1:5000,0.01 is the rate up to step 1000, a tenth up to step 5000, then "
+        "a hundredth.",
     )
     add("--lr_warmup_steps", type=int, default=0, help="Steps in which the learning rate rises from 0.")
     add("--max_grad_norm", type=float, default=None, help="Clip gradients to this norm; not clipped by default.")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Default: what `accelerate config` has chosen.")
-    add("--dataloader_num_workers", type=int, default=0, help="Processes that read data, for each training process.")
+    add(
+        "--allow_tf32",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Multiply matrices in TF32 on GPUs that can: faster, with 10 bits.",
+    )
+    add(
+        "--dataloader_num_workers",
+        type=not_negative,
+        help="Processes that read data, for each training process. Default: some beside a GPU, 0 beside a CPU.",
+    )
     add("--checkpointing_steps", type=positive, default=5000, help="Steps between checkpoints.")
     add("--checkpoints_total_limit", type=positive, help="Checkpoints to keep; all by default.")
-    add("--resume_from_checkpoint", help="Path of a checkpoint, or `latest`, which starts afresh if there is none.")
+    add(
+        "--resume_from_checkpoint",
+        help="A checkpoint's path, its name in --output_dir, or `latest`, which starts afresh if there is none.",
+    )
     add("--validation_steps", type=positive, default=2000, help="Steps between validations.")
     add("--logging_steps", type=positive, default=10, help="Steps between entries in the logs.")
+    add("--logging_dir", default="logs", help="Folder for logs, in --output_dir unless it is absolute.")
+    add(
+        "--report_to",
+        type=tracker_names,
+        default="tensorboard",
+        help="Trackers beside TensorBoard's, such as wandb or wandb,trackio; all for all that are installed.",
+    )
+    add("--tracker_project_name", default="brics-diffusers", help="What these trackers call the project.")
     add("--max_nonfinite_steps", type=positive, default=25, help="Skipped steps in a row after which a run stops.")
     add_hub_arguments(parser)
     add_license_argument(parser)
@@ -119,7 +186,8 @@ def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple
         `SystemExit`: If the file can't be read or names an unknown flag, or `--set` one of another section's models.
     """
     argv = sys.argv[1:] if argv is None else argv
-    path = parser.parse_known_args(argv)[0].config
+    typed = parser.parse_known_args(argv)[0]
+    path = typed.config
     config = {}
     if path is not None:
         try:
@@ -146,6 +214,9 @@ def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple
             parser.error(f"--set {name}.{key} is none of this script's models; expected {' or '.join(models)}")
         getattr(args, name)[key] = value
     check_images(parser, getattr(args, "autoencoder", {}))
+    check_schedule(parser, args, typed)
+    if "autoencoder" in models and args.resolution is not None:
+        resize(parser, args)
     if args.dataset_name is None:
         parser.error("no collection: give --dataset_name (a folder, a zip, or a name on the Hub)")
     return args
@@ -161,6 +232,38 @@ def check_images(parser: argparse.ArgumentParser, autoencoder: dict) -> None:
             parser.error(f"autoencoder.{name} is {autoencoder[name]}; images are cut to squares, so give one number")
 
 
+def check_schedule(parser: argparse.ArgumentParser, args: argparse.Namespace, typed: argparse.Namespace) -> None:
+    """Of steps and epochs, leaves what was typed, or is in the file; refuses both, and rules for no schedule."""
+    lengths = "max_train_steps", "num_train_epochs"
+    for source in (typed, args):
+        given = [name for name in lengths if getattr(source, name) is not None]
+        if len(given) == 2:
+            parser.error("--max_train_steps and --num_train_epochs both say how long to train; give one of them")
+        if given:  # the command line beats the file
+            for name in lengths:
+                setattr(args, name, getattr(source, name))
+            break
+    else:
+        args.max_train_steps = MAX_TRAIN_STEPS
+    if args.lr_scheduler == "piecewise_constant" and args.lr_step_rules is None:
+        parser.error("--lr_scheduler piecewise_constant needs --lr_step_rules, for instance 1:1000,0.1:5000,0.01")
+    if typed.lr_step_rules is not None and args.lr_scheduler != "piecewise_constant":
+        parser.error(f"--lr_step_rules are for --lr_scheduler piecewise_constant, not {args.lr_scheduler}")
+
+
+def resize(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Gives the config of a new autoencoder the size of `--resolution`."""
+    changes = {name: value for section, name, value in args.changes if section == "autoencoder"}
+    if changes.get("sample_size", args.resolution) != args.resolution:
+        size = changes["sample_size"]
+        parser.error(f"--set autoencoder.sample_size={size} is not --resolution {args.resolution}; give one of them")
+    if args.pretrained_autoencoder_name_or_path is None:
+        try:
+            args.autoencoder |= resized(args.autoencoder, args.resolution, changes.get("feature_size"))
+        except ValueError as error:
+            parser.error(str(error))
+
+
 def flag_words(name: str, value) -> list[str]:
     """A flag as words of a command line: `--name`, `--no-name`, `--name=value`, or none for `None`."""
     if isinstance(value, bool):
@@ -171,7 +274,7 @@ def flag_words(name: str, value) -> list[str]:
 def run_settings(args: argparse.Namespace, accelerator: Accelerator, num_images: int) -> dict:
     """What a resumed run must share with the one before to end as an uninterrupted one would."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
-    if args.lr_scheduler == "constant":
+    if args.lr_scheduler in ("constant", "constant_with_warmup", "piecewise_constant"):
         del settings["max_train_steps"]  # no schedule bends to it
     processes = {"number of processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     return settings | processes | {"number of training images": num_images}

@@ -272,8 +272,9 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
         accelerator (`Accelerator`): The run's accelerator.
         output_dir (`str`): Folder of the run, searched for `latest`.
         checkpoint (`str`, *optional*):
-            Path of a checkpoint; `"latest"`, which starts afresh if there is none; or `None`. Later checkpoints in the
-            run's folder are renamed to `superseded-...`, so that `latest` stays on the branch that was chosen.
+            Path of a checkpoint, or its name in the run's folder; `"latest"`, which starts afresh if there is none;
+            or `None`. Later checkpoints in the run's folder are renamed to `superseded-...`, so that `latest` stays on
+            the branch that was chosen.
         state (`RunState`): The run's counters and settings; registered for checkpointing.
 
     Raises:
@@ -288,8 +289,14 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
             logger.info("No checkpoint in %s: starting afresh.", output_dir)
             return
         checkpoint = found[-1]
+    elif any(path.name == checkpoint for path in found):
+        checkpoint = Path(output_dir, checkpoint)
     if not Path(checkpoint).is_dir():
-        raise FileNotFoundError(f"{checkpoint} is not a checkpoint folder; give the path of one, or latest.")
+        names = ", ".join(path.name for path in found) or "none"
+        raise FileNotFoundError(
+            f"{checkpoint} is not a checkpoint folder; give the path of one, latest, or a name in {output_dir}, which "
+            f"has {names}."
+        )
     checkpoint, settings = Path(checkpoint), state.settings
     random_states = checkpoint / f"random_states_{accelerator.process_index}.pkl"
     scaler = accelerator.scaler

@@ -1,12 +1,12 @@
 """Curves of a run, read back from its TensorBoard logs and drawn."""
 
+import json
 import os
 from pathlib import Path
 
 from ..utils.plots import COLORS, new_figure
 
 
-LOGS = "logs/tensorboard"
 # What the training scripts log beside losses.
 BOOKKEEPING = (
     "learning_rate",
@@ -36,7 +36,7 @@ def read_curves(output_dir: str | os.PathLike) -> tuple[dict[str, list[tuple[int
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes a second
 
     curves, seconds = {}, 0.0
-    for path in sorted(Path(output_dir, LOGS).glob("events.out.tfevents.*"), key=_first_time):
+    for path in sorted(log_folder(output_dir).glob("events.out.tfevents.*"), key=_first_time):
         accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 1, "histograms": 1})
         accumulator.Reload()
         pieces = {name: accumulator.Scalars(name) for name in accumulator.Tags()["scalars"]}
@@ -50,6 +50,13 @@ def read_curves(output_dir: str | os.PathLike) -> tuple[dict[str, list[tuple[int
         for name, events in pieces.items():
             curves.setdefault(name, []).extend((event.step, event.value) for event in events)
     return curves, seconds / 3600
+
+
+def log_folder(output_dir: str | os.PathLike) -> Path:
+    """Where a run's TensorBoard logs are, by the `logging_dir` of its flags."""
+    config = Path(output_dir, "training_config.json")
+    flags = json.loads(config.read_text()) if config.is_file() else {}
+    return Path(output_dir, flags.get("logging_dir", "logs"), "tensorboard")
 
 
 def _first_time(path: Path) -> int:

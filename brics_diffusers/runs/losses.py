@@ -118,6 +118,13 @@ class DiscriminatorLoss(nn.Module):
         """Logits (B,), or (B, h, w) of patches, of images (B, 3, H, W), augmented."""
         return self.discriminator(augment(images, self.augmentation))
 
+    @torch.compiler.disable  # its gradient is differentiated again, and compiled code can't be: a step in 16 is eager
+    def penalty(self, real: torch.Tensor) -> torch.Tensor:
+        """R1 at images (B, 3, H, W), in float32."""
+        with torch.autocast(real.device.type, enabled=False):
+            images = real.detach().float().requires_grad_(True)
+            return gradient_penalty(images, self.discriminator(images))
+
     def forward(self, real: torch.Tensor, fake: torch.Tensor, penalize: bool):
         r"""
         Args:
@@ -132,9 +139,7 @@ class DiscriminatorLoss(nn.Module):
         loss = discriminator_loss(real_logits.float(), fake_logits.float())
         parts = {"discriminator": loss.detach()}
         if penalize and self.gradient_penalty_weight > 0:
-            with torch.autocast(real.device.type, enabled=False):
-                images = real.detach().float().requires_grad_(True)
-                penalty = gradient_penalty(images, self.discriminator(images))
+            penalty = self.penalty(real)
             loss = loss + self.gradient_penalty_weight * self.gradient_penalty_interval * penalty
             parts["r1"] = penalty.detach()
         return loss, parts

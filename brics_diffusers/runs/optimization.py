@@ -1,13 +1,18 @@
 """Optimizers of both training scripts: Adam, its schedule, and steps that are only taken where all is finite."""
 
 import argparse
+import logging
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from .checkpoints import RunState, checkpoint_step, list_checkpoints
+
+
+logger = logging.getLogger(__name__)
 
 
 def build_optimizer(
@@ -50,14 +55,28 @@ def build_optimizer(
 
 
 def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer):
-    """The schedule of the flags `lr_scheduler`, `lr_warmup_steps` and `max_train_steps`."""
-    name = args.lr_scheduler
+    """The schedule of the flags `lr_scheduler`, `lr_warmup_steps`, `max_train_steps` and `lr_step_rules`."""
+    name, warmup = args.lr_scheduler, args.lr_warmup_steps
+    if name == "piecewise_constant":
+        rule = get_scheduler(name, optimizer, step_rules=args.lr_step_rules).lr_lambdas[0]
+        return LambdaLR(optimizer, lambda step: rule(step) * (min(step / warmup, 1.0) if warmup > 0 else 1.0))
     return get_scheduler(
-        "constant_with_warmup" if name == "constant" and args.lr_warmup_steps > 0 else name,
+        "constant_with_warmup" if name == "constant" and warmup > 0 else name,
         optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
+        num_warmup_steps=warmup,
         num_training_steps=args.max_train_steps,
     )
+
+
+def scale_learning_rates(args: argparse.Namespace, num_processes: int) -> None:
+    """With `--scale_lr`, multiplies all learning rates by the images of one step, as diffusers' scripts do."""
+    if not args.scale_lr:
+        return
+    factor = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    for name in ("learning_rate", "encoder_learning_rate", "discriminator_learning_rate"):
+        if getattr(args, name, None) is not None:
+            setattr(args, name, getattr(args, name) * factor)
+    logger.info("--scale_lr: learning rates are times %d; --learning_rate is %g now.", factor, args.learning_rate)
 
 
 def schedule_factor(lr_scheduler: torch.optim.lr_scheduler.LambdaLR) -> float:

@@ -53,7 +53,10 @@ def summarize_run(
         "mixed_precision": accelerator.mixed_precision,
         "machine": machine(accelerator.device),
     }
-    stage_one = getattr(args, "autoencoder_name_or_path", None)
+    stage_one, pretrained = map(vars(args).get, ("autoencoder_name_or_path", "pretrained_model_name_or_path"))
+    if stage_one is None and pretrained is not None and Path(pretrained, SUMMARY).is_file():
+        earlier = json.loads(Path(pretrained, SUMMARY).read_text())
+        summary |= {name: earlier[name] for name in ("autoencoder_training",) if name in earlier}
     if stage_one is not None and Path(stage_one, SUMMARY).is_file():
         config = json.loads(Path(stage_one, "training_config.json").read_text())
         summary["autoencoder_training"] = json.loads(Path(stage_one, SUMMARY).read_text()) | {"config": config}
@@ -79,7 +82,8 @@ def finish_run(args: argparse.Namespace, summary: dict) -> None:
     if not path.is_file() or json.loads(path.read_text()).get("weights") != summary["weights"]:
         _set_reports_aside(output_dir)
     path.write_text(json.dumps(summary, indent=2) + "\n")
-    draw_curves(output_dir, getattr(args, "autoencoder_name_or_path", None))
+    stage_two = hasattr(args, "autoencoder_name_or_path")
+    draw_curves(output_dir, args.autoencoder_name_or_path if stage_two else None, stage_two)
     write_card(output_dir, args.hub_license)
     if not args.push_to_hub:
         return
@@ -117,7 +121,9 @@ def _set_reports_aside(output_dir: Path) -> None:
     logger.warning("%s: of earlier weights, kept in %s; measure the new ones.", names, folder)
 
 
-def draw_curves(output_dir: str | os.PathLike, autoencoder_dir: str | os.PathLike | None = None) -> None:
+def draw_curves(
+    output_dir: str | os.PathLike, autoencoder_dir: str | os.PathLike | None = None, stage_two: bool = False
+) -> None:
     r"""
     Writes `curves.png` into a run's folder, from what it and stage one have logged; nothing where no step was logged
     or matplotlib is not installed.
@@ -125,10 +131,10 @@ def draw_curves(output_dir: str | os.PathLike, autoencoder_dir: str | os.PathLik
     Args:
         output_dir (`str`): Folder of the run.
         autoencoder_dir (`str`, *optional*): Output folder of stage one, for a run of stage two.
+        stage_two (`bool`, defaults to `False`): Whether it is a run of stage two though stage one's is not known.
     """
-    folders = {"autoencoder": autoencoder_dir or output_dir}
-    if autoencoder_dir is not None:
-        folders["diffusion model"] = output_dir
+    folders = {} if autoencoder_dir is None else {"autoencoder": autoencoder_dir}
+    folders["diffusion model" if folders or stage_two else "autoencoder"] = output_dir
     runs = {title: read_curves(folder)[0] for title, folder in folders.items()}
     runs = {title: curves for title, curves in runs.items() if "train/learning_rate" in curves}
     try:

@@ -4,8 +4,9 @@ import argparse
 import contextlib
 import json
 import logging
-import resource
+import math
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,27 +20,36 @@ from tqdm.auto import tqdm
 from ..data import ResizedImages, collection_fingerprint, load_collection
 from ..hub.push import open_repository
 from ..utils.files import atomic_write
+from ..utils.locks import locked_folder
 from .checkpoints import RunState, check_shared_folder, clean_up, list_checkpoints, resume
+from .optimization import scale_learning_rates
+from .processes import check_world_size, default_num_workers, peak_memory, refuse_backends
+from .tracking import start_trackers
 
 
 logger = logging.getLogger(__name__)
 
 
-def start_run(args: argparse.Namespace) -> Accelerator:
+@contextlib.contextmanager
+def start_run(args: argparse.Namespace) -> Iterator[Accelerator]:
     r"""
-    Sets up accelerate, TensorBoard, the output folder and the random states.
+    A context with accelerate, its trackers, the output folder and the random states set up. The folder is the run's
+    alone until the end.
 
     Args:
         args (`argparse.Namespace`): Result of [`parse_arguments`].
 
-    Returns:
-        `Accelerator`: with its tracker started and all processes seeded alike.
+    Yields:
+        `Accelerator`: with its trackers started and all processes seeded alike.
 
     Raises:
+        `BlockingIOError`: If another run is at work in the output folder.
         `FileExistsError`: If a run is to start afresh in a folder that has checkpoints.
         `OSError`: If the processes don't share the output folder, or the result can't be pushed to the Hub.
-        `ValueError`: If it is to be pushed to a private repository, and that is public.
+        `ValueError`: If accelerate is configured for a backend that training does not work with, or the processes
+            don't know of each other; or if it is to be pushed to a private repository, and that is public.
     """
+    refuse_backends()
     # With an epsilon of 1e-15, Adam's second moments become denormal numbers, on which CPUs are slow.
     torch.set_flush_denormal(True)
     output_dir = Path(args.output_dir)
@@ -51,38 +61,67 @@ def start_run(args: argparse.Namespace) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with="tensorboard",
+        log_with=args.report_to,
         # One process may have to download or prepare a collection while the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / args.logging_dir)),
     )
+    check_world_size(accelerator.num_processes)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if args.dataloader_num_workers is None:
+        args.dataloader_num_workers = default_num_workers(accelerator.device, accelerator.num_processes)
     level = logging.INFO if accelerator.is_main_process else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", force=True)
     quiet_libraries()
+    scale_learning_rates(args, accelerator.num_processes)
     if args.push_to_hub and accelerator.is_main_process:  # days before the push
         args.hub_model_id = open_repository(args.hub_model_id or output_dir.resolve().name, args.hub_private_repo)
+    with locked_folder(output_dir, is_main_process=accelerator.is_main_process):
+        prepare_folder(args, accelerator, output_dir)
+        yield accelerator
+        accelerator.end_training()
+
+
+def prepare_folder(args: argparse.Namespace, accelerator: Accelerator, output_dir: Path) -> None:
+    """The part of [`start_run`] that writes into the output folder."""
     set_seed(args.seed)  # the same weights on every process; the loops reseed for their noise
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
         clean_up(output_dir)
-        with atomic_write(output_dir / "training_config.json") as file:
-            file.write((json.dumps(vars(args), indent=2, default=str) + "\n").encode())
+        write_config(args)
     accelerator.wait_for_everyone()
     check_shared_folder(accelerator, output_dir)
-    flags = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
-    accelerator.init_trackers("tensorboard", config=flags)
-    return accelerator
+    start_trackers(args, accelerator)
+
+
+def write_config(args: argparse.Namespace) -> None:
+    """Writes `training_config.json`, the flags of the run."""
+    with atomic_write(Path(args.output_dir) / "training_config.json") as file:
+        file.write((json.dumps(vars(args), indent=2, default=str) + "\n").encode())
+
+
+def count_steps(args: argparse.Namespace, accelerator: Accelerator, num_items: int) -> None:
+    r"""
+    Sets `max_train_steps` where the run is to last for `num_train_epochs`: so many that each item is seen as often.
+
+    Args:
+        args (`argparse.Namespace`): Flags of [`add_common_arguments`].
+        accelerator (`Accelerator`): The run's accelerator.
+        num_items (`int`): Images, or key codes, of the collection.
+    """
+    if args.num_train_epochs is None:
+        return
+    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    args.max_train_steps = math.ceil(args.num_train_epochs * num_items / global_batch)
+    if accelerator.is_main_process:
+        write_config(args)
+        logger.info("%d epochs of %d are %d steps.", args.num_train_epochs, num_items, args.max_train_steps)
 
 
 def quiet_libraries() -> None:
     """Leaves the requests of other libraries out of the log."""
     for noisy in ("httpx", "httpx2", "datasets", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-def tensorboard(accelerator: Accelerator):
-    """TensorBoard's `SummaryWriter` of the main process; use it there only."""
-    return accelerator.get_tracker("tensorboard", unwrap=True)
 
 
 def load_splits(args: argparse.Namespace):
@@ -171,13 +210,6 @@ def resume_run(
     lr_scheduler.base_lrs = rates
 
 
-def peak_memory(device: torch.device) -> float:
-    """Largest memory in use so far, in MiB: allocated on a GPU, resident of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
 class StepLog:
     r"""
     Progress bar on the terminal, and curves in TensorBoard: losses averaged over processes and steps, skipped steps,
@@ -232,8 +264,9 @@ class StepLog:
             "skipped_steps": self.state.skipped_steps,
             "images_per_second": self.steps * self.images_per_step / seconds,
             "data_wait_share": self.waited / seconds,
-            "peak_memory_mib": peak_memory(self.accelerator.device),
         }
+        if (memory := peak_memory(self.accelerator.device)) is not None:
+            values["peak_memory_mib"] = memory
         self.accelerator.log({f"train/{k}": v for k, v in values.items()}, step=self.state.global_step)
         self.bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()})
         self.restart_clock()

@@ -15,6 +15,7 @@ from brics_diffusers.commands import main
 from brics_diffusers.metrics import feature_extractors
 from brics_diffusers.metrics.generation import INCEPTION, NEIGHBOURS, SPLITS
 from brics_diffusers.pipelines.sampling import sample_path
+from brics_diffusers.utils.locks import locked_folder
 
 
 @pytest.fixture
@@ -27,6 +28,13 @@ def flags(saved_pipe, image_folder, tmp_path):
 
 def pixels(folder):
     return np.stack([np.array(Image.open(sample_path(folder, index))) for index in range(6)]).astype(int)
+
+
+def test_a_second_command_in_a_folder_of_samples_is_refused(flags, tmp_path):
+    message = "generation-metrics: process .* is at work in .*samples; wait for its end, or name another --samples_dir"
+    with locked_folder(tmp_path / "out/samples"), pytest.raises(SystemExit, match=message):
+        main([*flags, "--output_dir", str(tmp_path / "out")])
+    assert list((tmp_path / "out/samples").iterdir()) == []
 
 
 def test_two_processes_give_the_report_of_one(flags, pipe, image_folder, tmp_path):

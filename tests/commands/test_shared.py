@@ -28,6 +28,13 @@ def test_device():
         choose_device("tpu9")
 
 
+def test_processes_that_do_not_know_of_each_other(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)  # with it, accelerate would wait for the other
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="OMPI_COMM_WORLD_SIZE is 2, but accelerate works with 1 of these processes"):
+        choose_device(None)
+
+
 MEASURE = ["reconstruct-metrics", "model", "--dataset_name", "images"]
 GENERATED = ["nearest-neighbours", "--generated", "model", "--dataset_name", "images"]
 

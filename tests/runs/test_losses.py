@@ -71,6 +71,16 @@ class TestDiscriminatorLoss:
         assert loss.dtype == torch.float32
         torch.testing.assert_close(parts["r1"], exact["r1"], rtol=1e-6, atol=0)
 
+    def test_compiled_with_the_penalty_left_out(self, critic):
+        images, values = (torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8)), []
+        # The part of inductor that can't be differentiated twice, without what makes code.
+        for model in (critic, torch.compile(critic, backend="aot_eager")):
+            critic.zero_grad()
+            loss, parts = model(*images, penalize=True)
+            loss.backward()
+            values.append([loss, parts["r1"], *(parameter.grad.clone() for parameter in critic.parameters())])
+        torch.testing.assert_close(values[1], values[0])
+
 
 def test_denoising_loss():
     prediction, target = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)

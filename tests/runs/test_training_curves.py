@@ -34,6 +34,13 @@ def test_pieces_of_a_run_are_joined(interrupted):
     assert hours == pytest.approx((3 * 600 + 2 * 600) / 3600)
 
 
+def test_logs_in_another_folder(interrupted):
+    (interrupted / "logs").rename(interrupted / "other")
+    assert read_curves(interrupted) == ({}, 0)
+    (interrupted / "training_config.json").write_text('{"logging_dir": "other"}')
+    assert len(read_curves(interrupted)[0]["train/mse"]) == 5
+
+
 def test_an_abandoned_run_does_not_count(tmp_path):
     log(tmp_path, (10, 20, 30), start=100_000, value=1000.0)
     log(tmp_path, (10, 20), start=200_000, value=0.0)
@@ -60,3 +67,5 @@ def test_a_row_for_each_stage(interrupted, tmp_path):
     draw_curves(stage_two, interrupted)
     assert Image.open(interrupted / "curves.png").size == (1000, 360)
     assert Image.open(stage_two / "curves.png").size == (1000, 720)
+    draw_curves(stage_two, None, stage_two=True)  # one that began with a published pipeline
+    assert Image.open(stage_two / "curves.png").size == (1000, 360)

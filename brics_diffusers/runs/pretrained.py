@@ -1,0 +1,121 @@
+"""Models that a run begins with: of the size that `--resolution` asks for, or published."""
+
+import argparse
+import inspect
+import math
+from collections.abc import Mapping
+
+from ..models import BricsAutoencoder
+from ..models.loading import load_autoencoder
+from ..pipelines import BricsKeyCodePipeline
+from ..pipelines.sampling import load_pipeline
+
+
+def resized(config: Mapping, resolution: int, feature_size: int | None = None) -> dict:
+    r"""
+    What makes an autoencoder's config one for images of another size: the feature block grows with them.
+
+    Args:
+        config (`Mapping`): Keyword arguments of [`BricsAutoencoder`]; defaults may be left out.
+        resolution (`int`): Height and width of the images in pixels.
+        feature_size (`int`, *optional*): Height and width of the feature block, if they are not to follow.
+
+    Returns:
+        `dict`: `"sample_size"` and `"feature_size"`.
+
+    Raises:
+        `ValueError`: If the feature block would have no whole size.
+    """
+    defaults = inspect.signature(BricsAutoencoder.__init__).parameters
+    size, feature = (config.get(name, defaults[name].default) for name in ("sample_size", "feature_size"))
+    if feature_size is None:
+        feature_size, rest = divmod(feature * resolution, size)
+        if rest or resolution < 1:
+            unit = size // math.gcd(size, feature)
+            raise ValueError(
+                f"--resolution is {resolution}; an autoencoder with sample_size {size} and feature_size {feature} can "
+                f"be made for multiples of {unit}, so give one."
+            )
+    return {"sample_size": resolution, "feature_size": feature_size}
+
+
+def load_resized_autoencoder(name_or_path: str, resolution: int | None, **changes) -> BricsAutoencoder:
+    """A saved autoencoder as of [`load_autoencoder`], for images of another size if `resolution` gives one."""
+    autoencoder = load_autoencoder(name_or_path, **changes)
+    if resolution is None or resolution == autoencoder.config.sample_size:
+        return autoencoder
+    return load_autoencoder(name_or_path, **changes, **resized(autoencoder.config, resolution))
+
+
+def build_autoencoder(args: argparse.Namespace) -> BricsAutoencoder:
+    """A new autoencoder of stage one, or a pretrained one, with the flags that concern it."""
+    changes = {} if args.key_noise_scale is None else {"key_noise_scale": args.key_noise_scale}
+    if args.pretrained_autoencoder_name_or_path is None:
+        if args.train_decoder_only:
+            raise ValueError("--train_decoder_only keeps an encoder; name its --pretrained_autoencoder_name_or_path.")
+        autoencoder = BricsAutoencoder(**args.autoencoder | changes)
+    else:
+        autoencoder = load_resized_autoencoder(args.pretrained_autoencoder_name_or_path, args.resolution, **changes)
+    if args.train_decoder_only:
+        if args.key_noise_scale is None:
+            raise ValueError(
+                "--train_decoder_only is for noisier key codes than those before; give --key_noise_scale, above "
+                f"{autoencoder.key_noise_scale:.4g}."
+            )
+        if autoencoder.config.regularization == "kl":
+            raise ValueError("--train_decoder_only adds noise to key codes; it can't with regularization 'kl'.")
+        autoencoder.register_to_config(regularization="noise")
+        autoencoder.encoder.requires_grad_(False)
+    if args.gradient_checkpointing:
+        autoencoder.enable_gradient_checkpointing()
+    return autoencoder
+
+
+def load_key_code_pipeline(name_or_path: str) -> BricsKeyCodePipeline:
+    r"""
+    A pipeline whose diffusion model can be trained on.
+
+    Args:
+        name_or_path (`str`): Its folder, or its name on the Hub.
+
+    Returns:
+        [`BricsKeyCodePipeline`]: in float32.
+
+    Raises:
+        `FileNotFoundError`: If there is no pipeline.
+        `ValueError`: If it is of another class, or its scheduler is for sampling only.
+    """
+    pipe = load_pipeline(name_or_path)
+    if not isinstance(pipe, BricsKeyCodePipeline):
+        raise ValueError(
+            f"{name_or_path} is a {type(pipe).__name__}, but a BricsKeyCodePipeline is needed; name the output of "
+            "stage two."
+        )
+    if not hasattr(pipe.scheduler, "get_velocity"):
+        raise ValueError(
+            f"{name_or_path} has a {type(pipe.scheduler).__name__}, which adds no noise in training; save the "
+            "pipeline with a CosineVariantScheduler or another of diffusers' that has get_velocity."
+        )
+    pipe.autoencoder.float()
+    pipe.unet.float()
+    return pipe
+
+
+def check_resolution(resolution: int | None, autoencoder: BricsAutoencoder) -> None:
+    """Refuses a `--resolution` of stage two that is not the autoencoder's, with a `ValueError`."""
+    size = autoencoder.config.sample_size
+    if resolution not in (None, size):
+        raise ValueError(
+            f"--resolution is {resolution}, but the autoencoder's images are of {size} x {size}; give {size}, or name "
+            f"an autoencoder that was trained with --resolution {resolution}."
+        )
+
+
+def check_key_codes(autoencoder: BricsAutoencoder, unet) -> None:
+    """Refuses a UNet for key codes of another number of channels than the autoencoder's, with a `ValueError`."""
+    channels = autoencoder.key_code_shape[0]
+    if unet.config.in_channels != channels:
+        raise ValueError(
+            f"the pipeline's UNet is for key codes of {unet.config.in_channels} channels, the autoencoder's have "
+            f"{channels}; name the autoencoder that the pipeline has, or leave --autoencoder_name_or_path out."
+        )

@@ -1,0 +1,62 @@
+"""Trackers of a run: TensorBoard's, from whose files its curves are read, and others that accelerate knows."""
+
+import argparse
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, TensorBoardTracker, get_available_trackers
+from accelerate.utils import LoggerType
+from torchvision.transforms.functional import to_tensor
+
+
+# Trackers whose `log_images` takes one image under a name, not a list of them.
+ONE_IMAGE = ("aim", "clearml")
+
+
+def tracker_names(text: str) -> list[str]:
+    """Type of `--report_to`: names of accelerate's trackers beside TensorBoard's, which is there in any case."""
+    available = [str(name) for name in get_available_trackers()]
+    own = LOGGER_TYPE_TO_CLASS.keys() - set(LoggerType.list())  # registered with accelerate by who needs them
+    names = available if text == "all" else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in {*LOGGER_TYPE_TO_CLASS, "none"}:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise argparse.ArgumentTypeError(f"{name!r} is no tracker; give all, none, or some of {known}")
+        if name not in {*available, *own, "none"}:
+            raise argparse.ArgumentTypeError(f"{name} needs its package; install it, for instance with pip")
+    return [name for name in dict.fromkeys(names) if name not in ("tensorboard", "none")]
+
+
+def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Starts TensorBoard's tracker and those of `--report_to`, with the run's flags."""
+    folder = Path(args.output_dir, args.logging_dir)
+    # One of its own: its folder is called tensorboard, whatever the others call the project.
+    accelerator.log_with = [TensorBoardTracker("tensorboard", str(folder)), *accelerator.log_with]
+    flags = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
+    accelerator.init_trackers(args.tracker_project_name, config=flags)
+
+
+def log_image(accelerator: Accelerator, name: str, image, step: int) -> None:
+    r"""
+    Hands a picture to all trackers that take pictures. Call on the main process.
+
+    Args:
+        accelerator (`Accelerator`): The run's accelerator.
+        name (`str`): What the trackers call it.
+        image (`PIL.Image.Image`): The picture.
+        step (`int`): Optimizer step.
+    """
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image(name, to_tensor(image), step)
+        elif tracker.name == "trackio":
+            import trackio  # noqa: PLC0415 - of those who track with it
+
+            tracker.log({name: trackio.Image(image)}, step=step)
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({name: image if tracker.name in ONE_IMAGE else [image]}, step=step)
+
+
+def log_histogram(accelerator: Accelerator, name: str, values, step: int) -> None:
+    """Hands TensorBoard numbers for a histogram. Call on the main process."""
+    accelerator.get_tracker("tensorboard", unwrap=True).add_histogram(name, values, step)

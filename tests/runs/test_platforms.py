@@ -1,0 +1,43 @@
+"""What other systems lack, as far as that can be tried on this one."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import torch
+from small_models import ROOT
+
+from brics_diffusers.runs import processes
+
+
+# Modules that are not on Windows, and functions that are on Linux only.
+WITHOUT = """
+import sys
+# What others import is theirs to guard: they see what there is.
+import accelerate, datasets, diffusers, torch, torchvision, torch.utils.tensorboard
+import os, signal
+for name in ("resource", "fcntl", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+for module, name in ((signal, "sigwaitinfo"), (signal, "pthread_sigmask"), (os, "sched_getaffinity"), (os, "fork")):
+    delattr(module, name)
+import train_autoencoder, train_key_codes
+import brics_diffusers.commands, importlib
+for name in brics_diffusers.commands.COMMANDS:
+    importlib.import_module(f"brics_diffusers.commands.{name}")
+from brics_diffusers.runs.processes import default_num_workers, peak_memory
+assert peak_memory(torch.device("cpu")) is None and default_num_workers(torch.device("cpu"), 1) == 0
+"""
+
+
+def test_imports_need_nothing_that_windows_and_macos_lack():
+    words = [sys.executable, "-c", WITHOUT]
+    done = subprocess.run(words, cwd=ROOT / "training", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_peak_memory_is_in_mib_on_linux_and_macos(monkeypatch):
+    memory = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: SimpleNamespace(ru_maxrss=3 * 2**20))
+    monkeypatch.setattr(processes, "resource", memory)
+    for platform, expected in (("linux", 3 * 2**10), ("darwin", 3)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert processes.peak_memory(torch.device("cpu")) == expected
