@@ -61,7 +61,7 @@ def start_run(args: argparse.Namespace) -> Iterator[Accelerator]:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=args.report_to,
+        log_with=args.report_to or None,  # an empty list makes accelerate warn
         # One process may have to download or prepare a collection while the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / args.logging_dir)),

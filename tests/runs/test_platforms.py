@@ -10,15 +10,17 @@ from small_models import ROOT
 from brics_diffusers.runs import processes
 
 
-# Modules that are not on Windows, and functions that are on Linux only.
+# Modules that are not on Windows, for this package's own code alone, and functions that are on Linux only.
 WITHOUT = """
-import sys
-# What others import is theirs to guard: they see what there is.
-import accelerate, datasets, diffusers, torch, torchvision, torch.utils.tensorboard
-import os, signal
-for name in ("resource", "fcntl", "pwd", "grp", "termios"):
-    sys.modules[name] = None
-for module, name in ((signal, "sigwaitinfo"), (signal, "pthread_sigmask"), (os, "sched_getaffinity"), (os, "fork")):
+import builtins, os, signal, torch
+everything = builtins.__import__
+def import_here(name, globals=None, *args, **kwargs):
+    ours = (globals or {}).get("__name__", "").startswith(("brics_diffusers", "train_"))
+    if ours and name in ("resource", "fcntl", "pwd", "grp", "termios"):
+        raise ImportError(name)
+    return everything(name, globals, *args, **kwargs)
+builtins.__import__ = import_here
+for module, name in ((signal, "sigwaitinfo"), (signal, "pthread_sigmask"), (os, "sched_getaffinity")):
     delattr(module, name)
 import train_autoencoder, train_key_codes
 import brics_diffusers.commands, importlib

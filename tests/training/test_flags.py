@@ -179,10 +179,13 @@ class TestTrackers:
         assert "'wanda' is no tracker; give all, none, or some of aim" in refusal("--report_to", "wanda")
 
 
-def test_tf32(flags, run_here, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    run_here(train_autoencoder.main, *flags, "--allow_tf32")
-    assert torch.backends.cuda.matmul.allow_tf32
+def test_tf32(flags, run_here):
+    assert not torch.backends.cuda.matmul.allow_tf32
+    try:
+        run_here(train_autoencoder.main, *flags, "--allow_tf32")
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def test_a_checkpoint_by_its_name(stage_one, flags, tmp_path, run_here, monkeypatch):
@@ -214,7 +217,7 @@ class TestPiecewiseConstant:
             "--lr_step_rules", "1:2,0.5"
         )
         for rules in ("1", "1:2", "1:2,x", "1:4,0.5:2,0.1", "1:0,2", "-1:2,1", "1:2:3,4", "nan:2,1"):
-            assert "must be factors of the learning rate with the" in refusal(*piecewise, "--lr_step_rules", rules)
+            assert "must be factors of the learning rate with the" in refusal(*piecewise, f"--lr_step_rules={rules}")
         assert "invalid choice: 'cosine_restarts'" in refusal("--lr_scheduler", "cosine_restarts")
 
 
