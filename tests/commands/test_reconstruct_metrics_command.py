@@ -100,7 +100,7 @@ class TestErrors:
         assert message.startswith("brics-diffusers reconstruct-metrics: folder") and "is empty" in message
 
     def test_no_such_model(self, image_folder):
-        assert "nowhere does not exist" in self.message("nowhere", "--dataset_name", image_folder)
+        assert "nowhere provides no config.json" in self.message("nowhere", "--dataset_name", image_folder)
 
     def test_no_such_split(self, model_folder, image_folder):
         message = self.message(model_folder, "--dataset_name", image_folder, "--no_lpips")
