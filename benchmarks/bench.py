@@ -32,7 +32,7 @@ PARTS = {
 }
 ROUNDS_ON_CUDA = 20  # where a turn takes milliseconds
 TITLES = {
-    "retrieval": "Retrieval beside a loop",
+    "retrieval": "The lookup beside grid_sample",
     "decoding": "Decoding beside other autoencoders",
     "convolutions": "Ways to compute modulated convolutions",
     "sampling": "Sampling with few steps and with many",

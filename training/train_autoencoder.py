@@ -105,7 +105,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--discriminator_type",
         default="stylegan2",
         choices=DISCRIMINATOR_TYPES,
-        help="StyleGAN2's, the paper's; or one that judges patches, which learns from fewer images.",
+        help="StyleGAN2's, the paper's; or one that judges patches, to try where that stays at chance.",
     )
     add(
         "--discriminator_start_step",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants
 
+from ..utils.errors import first_line
 from .card import CARD
 from .published_files import export, stale_patterns
 
@@ -41,11 +42,6 @@ def open_repository(name: str, private: bool) -> str:
     if private and not is_private:
         raise ValueError(f"{repo_id} is public; make it private on its page, or leave --hub_private_repo out.")
     return repo_id
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, as part of a sentence."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 def push(

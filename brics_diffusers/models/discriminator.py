@@ -129,8 +129,8 @@ class BricsDiscriminator(SafeLoadingMixin, ModelMixin, ConfigMixin):
 class PatchDiscriminator(SafeLoadingMixin, ModelMixin, ConfigMixin):
     r"""
     Discriminator that judges every patch of an image by itself (PatchGAN, Isola et al. 2017, arXiv 1611.07004):
-    strided convolutions and two more at the last resolution, no normalisation. It is for small collections and short
-    runs, in which [`BricsDiscriminator`], the paper's, learns little.
+    strided convolutions and two more at the last resolution, no normalisation. It is ours, not the paper's, which is
+    [`BricsDiscriminator`]: one to try where that stays at chance, as in short runs on small collections.
 
     Args:
         in_channels (`int`, defaults to 3): Channels of the image.

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 
 from ..hub.card import CURVES, metric_files, write_card
 from ..hub.published_files import model_folders
-from ..hub.push import first_line, push
+from ..hub.push import push
+from ..utils.errors import first_line
 from ..utils.files import free_path
 from ..utils.reports import machine
 from .checkpoints import RunState

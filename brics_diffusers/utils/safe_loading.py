@@ -11,6 +11,8 @@ from typing import Self
 
 from diffusers import DiffusionPipeline, ModelMixin
 
+from .errors import first_line
+
 
 _MISFIT = "the weights of {} are not those of its config.json: {}; restore the one or the other."
 
@@ -48,7 +50,7 @@ def load_safely(
         if "safetensors" not in str(error) or "only safetensors are read" in str(error):  # of a component
             raise
         raise OSError(
-            f"{place} can't be loaded ({_reason(error)}); only safetensors are read, as a pickle can run any "
+            f"{place} can't be loaded ({first_line(error)}); only safetensors are read, as a pickle can run any "
             "code: convert pickled weights with torch.load(..., weights_only=True) and safetensors.torch.save_file."
         ) from error
     except ValueError as error:
@@ -86,8 +88,8 @@ def load_class_safely(model_class: type[ModelMixin], name_or_path: str | os.Path
         config = model_class.load_config(name_or_path, subfolder=kwargs.get("subfolder"))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{place} provides no {model_class.config_name} ({_reason(error)}); name the folder of a saved {needed}, "
-            "or one on the Hub."
+            f"{place} provides no {model_class.config_name} ({first_line(error)}); name the folder of a saved "
+            f"{needed}, or one on the Hub."
         ) from error
     found = config.get("_class_name", "model without a name")
     if found != needed:
@@ -104,10 +106,6 @@ class SafeLoadingMixin:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
         """As [`load_safely`]; models are in eval mode."""
         return load_safely(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
 
 
 def _check_complete(place: Path, component) -> None:

@@ -123,7 +123,7 @@ def test_growth(report):
 
 @pytest.mark.slow
 def test_memory_of_the_paper_preset():
-    grids = bench.retrieval.FeatureGrids(4)
+    grids = bench.retrieval.FeatureGrids(4, min_resolution=16)
     one, two = (bench.retrieval.peak_of_step(grids, batch_size) for batch_size in (1, 2))
     assert one < 91e6 and two - one < 35e6
 

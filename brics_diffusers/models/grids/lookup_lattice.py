@@ -3,8 +3,8 @@
 A pixel's x and y are the same in every image. So a level can be resampled in x and y to the pixels once for the batch,
 and what is left for an image is linear interpolation along the key: one read of two neighbours in place of 8 corners.
 It is exact. Resampling costs as much as reading a number of images, which grows with the resolution, so it is faster
-from some batch size on; for one image the corners themselves are read (lookup_torch.py). With the emoji models and
-batches of 8 it halves the lookup's time, a tenth of a decode and of a training step.
+from some batch size on; for one image the corners themselves are read (lookup_torch.py).
+`benchmarks/retrieval.py` times both ways.
 
 Resampled levels are not kept between calls. At inference that would make the lookup 2 to 4 times faster, but it is
 3% of a decode at the paper's 64x64x4 preset, and the levels would take 153 MB for one feature size.
