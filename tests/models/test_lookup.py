@@ -237,11 +237,40 @@ class TestChoice:
         device = torch.device("cuda", 0)
         monkeypatch.setattr(lookup_triton, "supports", lambda keys, entries: True)
         monkeypatch.setattr(torch, "zeros", lambda *size, **options: (_ for _ in ()).throw(RuntimeError("no kernel")))
-        lookup_triton.runs_on.cache_clear()
-        assert not lookup_triton.runs_on(device)
-        lookup_triton.runs_on.cache_clear()
-        assert "Triton does not work on cuda:0, so grids are read by torch: no kernel" in caplog.text
+        monkeypatch.setattr(lookup_triton, "_failed", set())
+        for _ in range(2):
+            assert not lookup_triton.runs_on(device, 2, torch.float16)
+        text = "Triton does not work on cuda:0 with keys of length 2 and torch.float16, so grids are read by torch: no"
+        assert caplog.text.count(text) == 1
+        assert lookup_triton._failed == {(device, 2, torch.float16)}  # and other kinds of lookups are tried
         assert retrieval_implementation(keys, grids.entries) == "torch"
+
+    @pytest.mark.parametrize("error", [RuntimeError("out of resource: shared memory"), torch.OutOfMemoryError()])
+    @pytest.mark.parametrize("function", ["lookup", "scatter"])
+    def test_kernels_that_fail_at_real_shapes(self, function, error, monkeypatch, caplog):
+        """Those that the device can't run are left to torch with one warning; full memory is no reason for that."""
+        grids, keys = make_case(0)
+        upstream = torch.randn(grids.num_groups, grids.num_features, len(keys), keys.shape[2] * keys.shape[3])
+        expected = run("torch", grids, keys, upstream)
+
+        def fail(*args):
+            raise error
+
+        monkeypatch.setattr(lookup_triton, "_failed", set())
+        monkeypatch.setattr(lookup_triton, "supports", lambda keys, entries: True)
+        monkeypatch.setattr(lookup_triton, "runs_on", lambda *kind: kind not in lookup_triton._failed)
+        for name in ("lookup", "scatter"):
+            replaced = fail if name == function else getattr(lookup_torch, name)
+            monkeypatch.setattr(lookup_triton, name, replaced)
+        for _ in range(2):
+            if isinstance(error, torch.OutOfMemoryError):
+                with pytest.raises(torch.OutOfMemoryError):
+                    run(None, grids, keys, upstream)
+                continue
+            for found, wanted in zip(run(None, grids, keys, upstream), expected, strict=True):
+                torch.testing.assert_close(found, wanted)
+        warnings = 0 if isinstance(error, torch.OutOfMemoryError) else 1
+        assert caplog.text.count("Triton does not work on cpu") == warnings
 
     def test_without_triton(self, monkeypatch):
         grids, keys = make_case(0)

@@ -31,7 +31,24 @@ def retrieval_implementation(keys: torch.Tensor, entries: torch.Tensor) -> str:
     Returns:
         `str`: `"torch"` or `"triton"`.
     """
-    return "triton" if lookup_triton.supports(keys, entries) and lookup_triton.runs_on(keys.device) else "torch"
+    runs = lookup_triton.supports(keys, entries) and lookup_triton.runs_on(*_kind(keys, entries))
+    return "triton" if runs else "torch"
+
+
+def _kind(keys: torch.Tensor, entries: torch.Tensor) -> tuple[torch.device, int, torch.dtype]:
+    """Device, key length and type of the entries: what decides whether kernels run."""
+    return keys.device, keys.shape[1] // entries.shape[0], entries.dtype
+
+
+def _by_triton(function: str, keys: torch.Tensor, entries: torch.Tensor, implementation: str | None, arguments: tuple):
+    """A function of lookup_triton.py; by torch, with a warning, if it fails and nobody has asked for Triton."""
+    try:
+        return getattr(lookup_triton, function)(*arguments)
+    except Exception as error:  # more registers or shared memory than the device has, for instance
+        if implementation == "triton" or lookup_triton.is_out_of_memory(error):
+            raise
+        lookup_triton.give_up(*_kind(keys, entries), error)
+        return getattr(lookup_torch, function)(*arguments)
 
 
 def retrieve(
@@ -91,8 +108,10 @@ def lookup(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (g, N_r * C_r, B, P), and their slopes along the keys (C_key, *features) or nothing (0, *features)."""
     chosen = implementation or retrieval_implementation(keys, entries)
-    module = lookup_triton if chosen == "triton" else lookup_torch
-    return module.lookup(keys.contiguous(), entries.contiguous(), resolutions, level_entries, grid_type, with_slopes)
+    arguments = keys.contiguous(), entries.contiguous(), resolutions, level_entries, grid_type, with_slopes
+    if chosen == "triton":
+        return _by_triton("lookup", keys, entries, implementation, arguments)
+    return lookup_torch.lookup(*arguments)
 
 
 @torch.library.custom_op("brics_diffusers::scatter", mutates_args=(), tags=OPERATOR_TAGS)
@@ -109,9 +128,10 @@ def scatter(
     chosen = implementation or retrieval_implementation(keys, entries)
     # Atomic additions come in any order. What torch does instead is sorted, or serial on the CPU.
     deterministic = torch.are_deterministic_algorithms_enabled()
-    module = lookup_triton if chosen == "triton" and not deterministic else lookup_torch
-    grad_features, keys = grad_features.contiguous(), keys.contiguous()
-    return module.scatter(grad_features, keys, resolutions, level_entries, grid_type).to(entries.dtype)
+    arguments = grad_features.contiguous(), keys.contiguous(), resolutions, level_entries, grid_type
+    if chosen == "triton" and not deterministic:
+        return _by_triton("scatter", keys, entries, implementation, arguments).to(entries.dtype)
+    return lookup_torch.scatter(*arguments).to(entries.dtype)
 
 
 @lookup.register_fake

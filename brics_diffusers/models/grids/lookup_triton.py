@@ -46,21 +46,57 @@ def supports(keys: torch.Tensor, entries: torch.Tensor) -> bool:
     return on_device and keys.dtype == torch.float32 and entries.dtype in ENTRY_DTYPES
 
 
-@functools.cache
-def runs_on(device: torch.device) -> bool:
-    """Whether kernels compile and run on a CUDA device: found out once, by a lookup of one point each way."""
-    if device.type != "cuda":
+# Kinds of lookups that have failed in this process: device, key length, type of the entries.
+_failed: set[tuple[torch.device, int, torch.dtype]] = set()
+
+
+def runs_on(device: torch.device, key_length: int = 1, dtype: torch.dtype = torch.float32) -> bool:
+    r"""
+    Whether kernels compile and run on a CUDA device: found out once, by a lookup of one point each way.
+
+    Args:
+        device (`torch.device`): The device.
+        key_length (`int`, defaults to 1): C_key.
+        dtype (`torch.dtype`, defaults to `torch.float32`): That of the entries.
+
+    Returns:
+        `bool`: Also `False` once [`give_up`] was called for this kind of lookup.
+
+    Raises:
+        `torch.OutOfMemoryError`: If there is no memory for a few numbers, which says nothing about the kernels.
+    """
+    if device.type != "cuda" or (device, key_length, dtype) in _failed:
         return False
-    grids = ([1], [8], "tiled")
     try:
-        keys = torch.zeros(1, 1, 1, 1, device=device)
-        lookup(keys, torch.zeros(1, 8, 4, device=device), *grids, with_slopes=True)
-        scatter(torch.zeros(1, 4, 1, 1, device=device), keys, *grids)
-        torch.cuda.synchronize(device)
+        _probe(device, key_length, dtype)
     except Exception as error:  # an old device, no C compiler for the launcher: torch reads the grids as well
-        logger.warning("Triton does not work on %s, so grids are read by torch: %s", device, error)
+        if is_out_of_memory(error):
+            raise
+        give_up(device, key_length, dtype, error)
         return False
     return True
+
+
+@functools.cache
+def _probe(device: torch.device, key_length: int, dtype: torch.dtype) -> None:
+    num_entries = 2 ** (2 + key_length)
+    grids = ([1], [num_entries], "tiled")
+    keys = torch.zeros(1, key_length, 1, 1, device=device)
+    lookup(keys, torch.zeros(1, num_entries, 4, device=device, dtype=dtype), *grids, with_slopes=True)
+    scatter(torch.zeros(1, 4, 1, 1, device=device, dtype=dtype), keys, *grids)
+    torch.cuda.synchronize(device)
+
+
+def give_up(device: torch.device, key_length: int, dtype: torch.dtype, error: Exception) -> None:
+    """Leaves a kind of lookup to torch from now on, with a warning."""
+    _failed.add((device, key_length, dtype))
+    text = "Triton does not work on %s with keys of length %d and %s, so grids are read by torch: %s"
+    logger.warning(text, device, key_length, dtype, error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device had no memory left, by torch's allocator or by the driver under a kernel."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 @functools.cache
