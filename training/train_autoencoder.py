@@ -14,7 +14,8 @@ from diffusers.training_utils import EMAModel
 
 from brics_diffusers import BricsAutoencoder
 from brics_diffusers.analysis.grid_usage import GridUsage
-from brics_diffusers.data import ImageCollection, UnreadableLog, collate_images, evaluation_loader, training_loader
+from brics_diffusers.data import UnreadableLog, evaluation_loader
+from brics_diffusers.data.streaming import StreamPosition
 from brics_diffusers.metrics.perceptual import PERCEPTUAL_NETWORKS, load_perceptual_network, perceptual_is_cached
 from brics_diffusers.metrics.reconstruction import reconstruction_metrics
 from brics_diffusers.runs.adversarial import DISCRIMINATOR_TYPES, Adversary
@@ -41,7 +42,8 @@ from brics_diffusers.runs.optimization import (
 )
 from brics_diffusers.runs.pretrained import build_autoencoder
 from brics_diffusers.runs.record import finish_run, summarize_run
-from brics_diffusers.runs.run import StepLog, count_steps, load_splits, resized_images, resume_run, start_run
+from brics_diffusers.runs.run import StepLog, count_steps, resume_run, start_run
+from brics_diffusers.runs.streams import image_loader, load_training_images
 from brics_diffusers.runs.tracking import log_histogram, log_image
 from brics_diffusers.utils.image_grids import side_by_side
 
@@ -137,18 +139,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def build_perceptual_metric(args, channels: int):
+def build_perceptual_metric(args):
     """The network of the perceptual loss, or for validation alone where its weights are at hand, or none."""
     name = args.perceptual_network
     if args.perceptual_weight > 0 or args.best_metric == "perceptual":
-        if channels != 3:
-            raise ValueError(
-                f"images have {channels} channels, but perceptual networks take 3; give --perceptual_weight 0 and "
-                "--best_metric psnr."
-            )
         return load_perceptual_network(name)
     try:
-        return load_perceptual_network(name) if channels == 3 and perceptual_is_cached(name) else None
+        return load_perceptual_network(name) if perceptual_is_cached(name) else None
     except FileNotFoundError as error:
         logger.warning("No perceptual distance in validation: %s", error)
         return None
@@ -160,7 +157,7 @@ class Trainer:
     def __init__(self, args, accelerator):
         self.args, self.accelerator = args, accelerator
         self.bare = build_autoencoder(args)
-        self.perceptual_metric = build_perceptual_metric(args, self.bare.config.out_channels)
+        self.perceptual_metric = build_perceptual_metric(args)
         if self.perceptual_metric is not None:
             self.perceptual_metric.to(accelerator.device)
         rates = {} if args.encoder_learning_rate is None else {"encoder": args.encoder_learning_rate}
@@ -228,8 +225,9 @@ def validate(args, accelerator, autoencoder, dataset, perceptual_metric) -> dict
     """Mean metrics over the held-out images, shared among the processes."""
     unreadable = UnreadableLog()
     rows = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    size = autoencoder.config.sample_size
-    loader = evaluation_loader(dataset, size, args.train_batch_size, args.dataloader_num_workers, rows=rows)
+    channels, *size = autoencoder.sample_shape
+    options = {"rows": rows, "channels": channels}
+    loader = evaluation_loader(dataset, size, args.train_batch_size, args.dataloader_num_workers, **options)
     metrics = reconstruction_metrics(autoencoder, loader, perceptual_metric, unreadable, accelerator.is_main_process)
     shares = gather_object([{name: value.tolist() for name, value in metrics.items()}])
     names = {name for share in shares for name in share if name != "index"}
@@ -240,8 +238,8 @@ def validate(args, accelerator, autoencoder, dataset, perceptual_metric) -> dict
 @torch.no_grad()
 def show(accelerator, autoencoder, dataset, output_dir: Path, step: int, count: int = 16) -> None:
     """Writes held-out images above their reconstructions, and a histogram of their key codes."""
-    images = []
-    for batch in evaluation_loader(dataset, autoencoder.config.sample_size, count):
+    images, (channels, *size) = [], autoencoder.sample_shape
+    for batch in evaluation_loader(dataset, size, count, channels=channels):
         images.extend(batch["pixel_values"])
         if len(images) >= count:
             break
@@ -283,30 +281,24 @@ def train(args, accelerator) -> None:
     terminated = TerminationSignal(accelerator)
     output_dir = Path(args.output_dir)
     with accelerator.main_process_first():
-        train_set, validation_set = load_splits(args)
-    count_steps(args, accelerator, len(train_set))
+        train_set, validation_set = load_training_images(args)
+    num_images = None if args.streaming else len(train_set)
+    count_steps(args, accelerator, num_images)
     trainer = Trainer(args, accelerator)
-    bare, size = trainer.bare, trainer.bare.config.sample_size
+    bare = trainer.bare
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     ema = EMAModel(bare.parameters(), decay=ema_half_life_decay(global_batch, args.ema_half_life_images), foreach=True)
     usage = GridUsage(bare.grids)
-    state = RunState(run_settings(args, accelerator, len(train_set)), **NO_BEST, validation=None)
-    accelerator.register_for_checkpointing(ema, trainer.lr_scheduler, usage, state)
+    state = RunState(run_settings(args, accelerator, num_images), **NO_BEST, validation=None)
+    position = StreamPosition(accelerator.process_index, accelerator.num_processes, args.dataloader_num_workers)
+    streamed = [position] if args.streaming else []
+    accelerator.register_for_checkpointing(ema, trainer.lr_scheduler, usage, state, *streamed)
     set_seed(args.seed, device_specific=True)  # noise differs between processes
     resume_run(args, accelerator, state, ema, trainer.lr_scheduler, trainer.optimizers)
 
-    loader = training_loader(
-        ImageCollection(train_set, size, args.random_flip, True, resized_images(args, train_set, size)),
-        args.train_batch_size,
-        args.seed,
-        start=state.images_seen // (args.train_batch_size * accelerator.num_processes),
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        num_workers=args.dataloader_num_workers,
-        collate_fn=collate_images,
-    )
-    counts = len(train_set), len(validation_set or ()), global_batch, bare.num_parameters() / 1e6
-    logger.info("%d training images, %d held out; %d images a step; %.1f M parameters", *counts)
+    loader = image_loader(args, accelerator, train_set, bare, state, position)
+    counts = num_images or "streamed", len(validation_set or ()), global_batch, bare.num_parameters() / 1e6
+    logger.info("%s training images, %d held out; %d images a step; %.1f M parameters", *counts)
 
     unreadable = UnreadableLog()
     log = StepLog(accelerator, state, args.max_train_steps, global_batch, args.logging_steps)
@@ -315,6 +307,8 @@ def train(args, accelerator) -> None:
     while state.global_step < args.max_train_steps:
         with log.waiting():
             batch = next(batches)
+        if args.streaming:
+            position.add(batch)
         unreadable.add(batch["unreadable"], batch["reasons"])
         images = batch["pixel_values"].to(accelerator.device, non_blocking=True)
         parts, finite = trainer.step(images, state.global_step)
@@ -358,7 +352,7 @@ def train(args, accelerator) -> None:
         with averaged_weights(bare, ema), naming_the_last_checkpoint(output_dir, "the autoencoder"):
             save_autoencoder(bare, output_dir / "autoencoder")
         logger.info("The autoencoder is in %s", output_dir / "autoencoder")
-        finish_run(args, summarize_run(args, accelerator, state, len(train_set), bare))
+        finish_run(args, summarize_run(args, accelerator, state, num_images, bare))
 
 
 def main(argv=None):

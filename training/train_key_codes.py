@@ -19,7 +19,7 @@ from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
-from brics_diffusers.data import collection_fingerprint, load_collection, training_loader
+from brics_diffusers.data import collection_fingerprint, training_loader
 from brics_diffusers.data.key_codes import (
     MANIFEST,
     KeyCodeDataset,
@@ -52,6 +52,7 @@ from brics_diffusers.runs.optimization import (
 from brics_diffusers.runs.pretrained import check_key_codes, check_resolution, load_key_code_pipeline
 from brics_diffusers.runs.record import finish_run, summarize_run
 from brics_diffusers.runs.run import StepLog, count_steps, resume_run, start_run
+from brics_diffusers.runs.streams import load_images_to_encode, stream_fingerprint
 from brics_diffusers.runs.tracking import log_image
 from brics_diffusers.schedulers.min_snr import min_snr_weights
 from brics_diffusers.utils.files import weights_digest
@@ -98,7 +99,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def fingerprint(autoencoder: BricsAutoencoder, dataset, args) -> str:
     """Changes with the autoencoder's weights, the collection and how images are read."""
-    parts = weights_digest({"autoencoder": autoencoder}), collection_fingerprint(dataset)
+    images = stream_fingerprint(args, dataset) if args.streaming else collection_fingerprint(dataset)
+    parts = weights_digest({"autoencoder": autoencoder}), images
     return hashlib.sha256(repr((*parts, args.random_flip, args.shard_size)).encode()).hexdigest()
 
 
@@ -146,8 +148,9 @@ def write_all_key_codes(args, accelerator, autoencoder, dataset, folder: Path, m
 
 def build_unet(args, autoencoder: BricsAutoencoder) -> UNet2DModel:
     """A UNet for the autoencoder's key codes; the config's `unet` section has the rest."""
-    channels, height, _ = autoencoder.key_code_shape
-    return UNet2DModel(**{"sample_size": height, "in_channels": channels, "out_channels": channels} | args.unet)
+    channels, *size = autoencoder.key_code_shape
+    size = size[0] if size[0] == size[1] else size
+    return UNet2DModel(**{"sample_size": size, "in_channels": channels, "out_channels": channels} | args.unet)
 
 
 def build_models(args):
@@ -235,8 +238,7 @@ def train(args, accelerator) -> None:
     autoencoder, unet, scheduler = build_models(args)
     autoencoder.to(accelerator.device)
     with accelerator.main_process_first():
-        where = args.image_column, args.cache_dir, args.max_train_samples, args.dataset_config_name
-        dataset = load_collection(args.dataset_name, args.dataset_split, *where)
+        dataset = load_images_to_encode(args)
     key_codes = encode_collection(args, accelerator, autoencoder, dataset)
     terminated = TerminationSignal(accelerator)  # until here, what is encoded stays and needs no saving
 
@@ -321,7 +323,7 @@ def train(args, accelerator) -> None:
                 torch.nn.Module.to(model, DTYPES[args.save_dtype])
             save_pipeline(BricsKeyCodePipeline(autoencoder, bare, scheduler), output_dir)
         logger.info("The pipeline is in %s", output_dir)
-        finish_run(args, summarize_run(args, accelerator, state, len(dataset), bare))
+        finish_run(args, summarize_run(args, accelerator, state, None if args.streaming else len(dataset), bare))
 
 
 def main(argv=None):

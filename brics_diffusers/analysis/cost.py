@@ -64,8 +64,7 @@ def autoencoder_cost(config: dict) -> dict[str, dict[str, float]]:
     """
     with torch.device("meta"):
         autoencoder = BricsAutoencoder(**config).eval()
-        size = autoencoder.config.sample_size
-        sample = torch.empty(1, autoencoder.config.in_channels, size, size)
+        sample = torch.empty(1, *autoencoder.sample_shape)
     # Without coordinates the lookup is a loop over torch's operators, which the counter does not see.
     uncounted = {"BricsAutoencoder.grids": retrieval_formula(config)["lookup"]}
     counts = uncounted | count_multiply_adds(lambda: autoencoder(sample))
@@ -218,10 +217,10 @@ def peer_autoencoder(model_class: type, latent_shape: tuple, widths: tuple, lowe
     ).eval()
 
 
-def sample_size(config: dict) -> int:
-    """Side in pixels of the images of a [`BricsAutoencoder`] with these keyword arguments."""
+def sample_size(config: dict) -> tuple[int, int]:
+    """Height and width in pixels of the images of a [`BricsAutoencoder`] with these keyword arguments."""
     with torch.device("meta"):
-        return BricsAutoencoder(**config).config.sample_size
+        return BricsAutoencoder(**config).sample_shape[1:]
 
 
 def peers_of_size(size: int) -> list[str]:

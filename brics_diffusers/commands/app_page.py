@@ -11,6 +11,7 @@ from PIL import Image
 from ..data import center_crop_resize, read_image
 from ..pipelines import BricsKeyCodePipeline
 from ..pipelines.sampling import SAMPLERS, with_scheduler
+from ..utils.sizes import size_text
 
 
 MAX_SEED = 2**53 - 1  # a browser rounds larger whole numbers
@@ -173,7 +174,8 @@ def _whole_number(value, name: str, low: int, high: int) -> int:
 def _open_square(pipe: BricsKeyCodePipeline, path: str | None, name: str) -> Image.Image:
     if path is None:
         raise ValueError(f"the {name} is missing; choose a file for it.")
-    return center_crop_resize(read_image(path), pipe.autoencoder.config.sample_size)
+    channels, *size = pipe.autoencoder.sample_shape
+    return center_crop_resize(read_image(path, channels), size)
 
 
 def _handler(pipe: BricsKeyCodePipeline, function: Callable) -> Callable:
@@ -215,11 +217,11 @@ def build_app(pipe: BricsKeyCodePipeline):
     gr = import_gradio()
     if not isinstance(pipe, BricsKeyCodePipeline):
         raise ValueError(f"the model is a {type(pipe).__name__}; the page needs a BricsKeyCodePipeline.")
-    size, (channels, height, width) = pipe.autoencoder.config.sample_size, pipe.autoencoder.key_code_shape
+    size, (channels, height, width) = size_text(pipe.autoencoder.config.sample_size), pipe.autoencoder.key_code_shape
     one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "pipeline"}  # one queue for all three buttons
     # Telemetry is off. Files that come and go with requests are deleted after a day, and when the page is closed.
     with gr.Blocks(title="BRICS", analytics_enabled=False, delete_cache=(3600, 86400)) as app:
-        gr.Markdown(f"# BRICS\nImages of {size} x {size} pixels, from key codes of {channels} x {height} x {width}.")
+        gr.Markdown(f"# BRICS\nImages of {size} pixels, from key codes of {channels} x {height} x {width}.")
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
                 settings = _settings(gr, pipe)

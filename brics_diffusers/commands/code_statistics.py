@@ -35,12 +35,12 @@ def run(args: argparse.Namespace) -> None:
     """Encodes the collection, and writes `code-statistics`."""
     device = choose_device(args.device)
     autoencoder = open_model(args.model, device)
-    resolution, unreadable = autoencoder.config.sample_size, UnreadableLog()
-    dataset, loader = open_collection(args, resolution)
+    unreadable = UnreadableLog()
+    dataset, loader = open_collection(args, autoencoder)
     statistics = key_code_statistics(autoencoder, image_batches(loader, device, unreadable, "Encoding"))
     result = {"model": args.model, "regularization": autoencoder.config.regularization}
     result |= {"key_noise_scale": autoencoder.key_noise_scale, "max_resolution": autoencoder.config.max_resolution}
-    result |= collection_facts(args, dataset, resolution, unreadable) | statistics
+    result |= collection_facts(args, dataset, autoencoder, unreadable) | statistics
     publish(args, "code-statistics", result, as_text(result), lambda: {"plot": code_plot(statistics)}, device)
 
 

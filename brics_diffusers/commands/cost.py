@@ -22,9 +22,10 @@ from ..analysis.cost import (
     variations,
 )
 from ..analysis.plots import cost_plot
-from ..models.autoencoder_brics import DECODER_TYPES
+from ..models.configuration import DECODER_TYPES
 from ..models.presets import PRESETS
 from ..utils.reports import markdown_table
+from ..utils.sizes import size_text
 from .shared import publish
 
 
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         for name, decoder in tqdm(pairs, desc="Counting parts", leave=False)
     ]
     memory = [
-        {"config": name, "image": image_text(sizes[name]), "batch": size} | retrieval_memory(config, size)
+        {"config": name, "image": size_text(sizes[name]), "batch": size} | retrieval_memory(config, size)
         for name, config in tqdm(configs.items(), desc="Counting memory", leave=False)
         for size in (1, 2)
     ]
@@ -91,27 +92,23 @@ def run(args: argparse.Namespace) -> None:
         {"changed": name, "value": value} | retrieval_row(config)
         for name, value, config in tqdm(variations(configs[varied]), desc="Varying", leave=False)
     ]
-    pairs = [(name, size) for size in dict.fromkeys(sizes.values()) for name in peers_of_size(size)]
+    squares = [height for height, width in dict.fromkeys(sizes.values()) if height == width]
+    pairs = [(name, size) for size in squares for name in peers_of_size(size)]
     peers = [
-        {"decoder": name, "image": image_text(size)} | peer_row(peer_decoder_cost(name, size))
+        {"decoder": name, "image": size_text(size)} | peer_row(peer_decoder_cost(name, size))
         for name, size in tqdm(pairs, desc="Counting others", leave=False)
     ]
-    result = {"parts": parts, "memory": memory, "varied": varied, "image": image_text(sizes[varied])}
+    result = {"parts": parts, "memory": memory, "varied": varied, "image": size_text(sizes[varied])}
     result |= {"retrieval": retrieval, "peers": peers}
     publish(args, "cost", result, as_text(result), lambda: {"decoders": plot(result)})
 
 
-def image_text(size: int) -> str:
-    """Size of an image as tables and titles have it."""
-    return f"{size} x {size}"
-
-
-def part_row(name: str, decoder: str, size: int, cost: dict) -> dict:
+def part_row(name: str, decoder: str, size: tuple[int, int], cost: dict) -> dict:
     """One row of the first table."""
     sizes = {TITLES[part][0]: values["parameters"] for part, values in cost.items()}
     work = {TITLES[part][1]: values["multiply_adds"] for part, values in cost.items()}
     decode = sum(value for part, value in work.items() if part != "encoder G")
-    return {"config": name, "image": image_text(size), "decoder type": decoder} | sizes | work | {"decode G": decode}
+    return {"config": name, "image": size_text(size), "decoder type": decoder} | sizes | work | {"decode G": decode}
 
 
 def retrieval_row(config: dict) -> dict:

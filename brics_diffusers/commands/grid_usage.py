@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> None:
     """Counts, and writes `grid-usage`."""
     device = choose_device(args.device)
     autoencoder = open_model(args.model, device)
-    vq_model = None if args.vq_model is None else open_vq_model(args.vq_model, device)
-    resolution, unreadable = autoencoder.config.sample_size, UnreadableLog()
-    dataset, loader = open_collection(args, resolution)
+    vq_model = None if args.vq_model is None else open_vq_model(args.vq_model, autoencoder.config.in_channels, device)
+    unreadable = UnreadableLog()
+    dataset, loader = open_collection(args, autoencoder)
 
     hits = collection_entry_hits(autoencoder, image_batches(loader, device, unreadable, "Counting entries"))
     usage = usage_by_group_and_level(autoencoder.grids, hits)
@@ -57,19 +57,20 @@ def run(args: argparse.Namespace) -> None:
         batches = image_batches(loader, device, unreadable, "Counting codes")
         codebook = hit_statistics(collection_codebook_hits(vq_model, batches))
 
-    facts = collection_facts(args, dataset, resolution, unreadable)
+    facts = collection_facts(args, dataset, autoencoder, unreadable)
     result = {"model": args.model, "vq_model": args.vq_model, "counted": "entries"} | facts
     result |= {"grid_type": autoencoder.config.grid_type, "grids": usage, "codebook": codebook}
     publish(args, "grid-usage", result, as_text(result), lambda: {"plot": usage_plot(usage, codebook)}, device)
 
 
-def open_vq_model(name_or_path: str, device) -> VQModel:
-    """The model of `--vq_model`; a `ValueError` for one that does not encode RGB images."""
+def open_vq_model(name_or_path: str, expected: int, device) -> VQModel:
+    """The model of `--vq_model`; a `ValueError` for one that does not encode images of so many channels."""
     vq_model = load_class_safely(VQModel, name_or_path)
     channels = vq_model.config.in_channels
-    if channels != 3:
+    if channels != expected:
         raise ValueError(
-            f"--vq_model {name_or_path} takes images of {channels} channels, not 3; name one for RGB images."
+            f"--vq_model {name_or_path} takes images of {channels} channels, the autoencoder of {expected}; name one "
+            "for the same images."
         )
     return vq_model.to(device)
 

@@ -1,6 +1,6 @@
 """Encodes and decodes a collection of images: PNG files, and the first beside their reconstructions in one picture.
 
-Images are cut to their central square and resized to the size that the model was trained with. The files are
+Images are cut to their centre and resized to the size that the model was trained with. The files are
 `reconstructions/0000000-name.png`, ... in --output_dir, with an image's number in the collection and its file's name.
 """
 
@@ -39,13 +39,13 @@ def run(args: argparse.Namespace) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files, and results of two runs would mix; delete it or name another folder.")
     autoencoder = open_model(args.model, device)
-    dataset, loader = open_collection(args, autoencoder.config.sample_size)
+    dataset, loader = open_collection(args, autoencoder)
     folder.mkdir(exist_ok=True)
     unreadable, count, shown = UnreadableLog(), 0, []
     for images, rows in image_batches(loader, device, unreadable, "Reconstructing"):
         samples = reconstruct(autoencoder, images, rows)
         for row, pixels in zip(rows.tolist(), to_uint8(samples).cpu(), strict=True):
-            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())  # (R, R, 3)
+            image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())  # (H, W, C), or (H, W) if gray
             path = folder / f"{row:07d}{file_stem(dataset[row]['image'])}.png"
             with atomic_write(path) as file:
                 image.save(file, "PNG")

@@ -112,9 +112,9 @@ def run(args: argparse.Namespace) -> None:
     if not args.no_perceptual:
         metric = load_perceptual_network(args.perceptual_network, remedy="leave it out: --no_perceptual").to(device)
     extractor = None if args.feature_extractor is None else load_feature_extractor(args.feature_extractor, device)
-    resolution, unreadable = autoencoder.config.sample_size, UnreadableLog()
+    unreadable = UnreadableLog()
     with state.main_process_first():
-        dataset, loader = open_collection(args, resolution, slice(state.process_index, None, state.num_processes))
+        dataset, loader = open_collection(args, autoencoder, slice(state.process_index, None, state.num_processes))
         references = None if extractor is None else open_references(args)
     metrics = reconstruction_metrics(
         autoencoder, loader, metric, unreadable, state.is_main_process, args.protocol, args.seed
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
     if state.is_main_process:
         unreadable.add(reasons, reasons)
         result = describe(args, autoencoder, state.num_processes)
-        result |= collection_facts(args, dataset, resolution, unreadable)
+        result |= collection_facts(args, dataset, autoencoder, unreadable)
         result["metrics"] = summarize_metrics(metrics, unreadable)
         result["feature_distances"] = None
         if extractor is not None:
@@ -157,9 +157,10 @@ def open_references(args: argparse.Namespace) -> tuple:
 def gather_all_features(args: argparse.Namespace, autoencoder, loader, extractor, dataset, rows: list[int]) -> tuple:
     """Features of originals, reconstructions and references on all processes, and the unreadable references."""
     state, unreadable = PartialState(), UnreadableLog()
-    progress, resolution = state.is_main_process, autoencoder.config.sample_size
+    progress, (channels, *size) = state.is_main_process, autoencoder.sample_shape
     rows = rows[state.process_index :: state.num_processes]
-    reference_loader = evaluation_loader(dataset, resolution, args.batch_size, args.dataloader_num_workers, rows=rows)
+    options = {"rows": rows, "channels": channels}
+    reference_loader = evaluation_loader(dataset, size, args.batch_size, args.dataloader_num_workers, **options)
     features = gather_features(
         *reconstruction_features(autoencoder, loader, extractor, None, progress, args.protocol, args.seed),
         collection_features(reference_loader, extractor, autoencoder.device, unreadable, progress),
@@ -239,6 +240,7 @@ def _feature_notes(result: dict) -> list[str]:
 @torch.no_grad()
 def picture(args: argparse.Namespace, autoencoder, dataset):
     """Some of the first images above their reconstructions."""
-    loader = evaluation_loader(dataset, autoencoder.config.sample_size, NUM_PICTURES)
+    channels, *size = autoencoder.sample_shape
+    loader = evaluation_loader(dataset, size, NUM_PICTURES, channels=channels)
     images, rows = next(image_batches(loader, autoencoder.device, progress=False))
     return side_by_side(images, reconstruct(autoencoder, images, rows, args.protocol == "paper", args.seed))

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
 def noised(args: argparse.Namespace, device) -> tuple[dict, dict]:
     """Decoded noised codes by schedule, and what images they come from."""
     autoencoder, unreadable = open_model(args.model, device), UnreadableLog()
-    dataset, loader = open_collection(args, autoencoder.config.sample_size)
+    dataset, loader = open_collection(args, autoencoder)
     batches = image_batches(loader, device, unreadable, progress=False)
     singles = itertools.chain.from_iterable(images.split(1) for images, _ in batches)
     images = torch.cat(list(itertools.islice(singles, args.num_images)))
@@ -75,7 +75,7 @@ def noised(args: argparse.Namespace, device) -> tuple[dict, dict]:
     for name in tqdm(GAMMA_SCHEDULES, desc="Decoding", leave=False):
         scheduler = CosineVariantScheduler(args.num_train_timesteps, name)
         decoded[name] = decode_noised(autoencoder, images, scheduler, PICTURE_TIMES, args.seed).cpu()
-    facts = collection_facts(args, dataset, autoencoder.config.sample_size, unreadable)
+    facts = collection_facts(args, dataset, autoencoder, unreadable)
     return decoded, facts | {"num_images": args.num_images, "images": len(images)}
 
 

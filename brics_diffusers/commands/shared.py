@@ -11,11 +11,13 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from ..data import UnreadableLog, collection_fingerprint, evaluation_loader, load_collection
+from ..data.image_modes import MODES
 from ..models import BricsAutoencoder
 from ..models.loading import load_autoencoder
 from ..runs.arguments import not_negative, positive
 from ..runs.processes import check_world_size
 from ..utils.reports import machine, write_report
+from ..utils.sizes import size_text
 
 
 logger = logging.getLogger(__name__)
@@ -90,13 +92,13 @@ def load_split(args: argparse.Namespace, split: str, max_images: int | None = No
     return load_collection(args.dataset_name, split, args.image_column, args.cache_dir, **options)
 
 
-def open_collection(args: argparse.Namespace, resolution: int, rows: slice = slice(None)):
+def open_collection(args: argparse.Namespace, autoencoder: BricsAutoencoder, rows: slice = slice(None)):
     r"""
     The collection of a command line and its loader.
 
     Args:
         args (`argparse.Namespace`): Flags of [`add_collection_arguments`].
-        resolution (`int`): Side of the images in pixels.
+        autoencoder ([`BricsAutoencoder`]): The model, which says how large its images are and of what channels.
         rows (`slice`, defaults to all): The rows to read.
 
     Returns:
@@ -104,18 +106,25 @@ def open_collection(args: argparse.Namespace, resolution: int, rows: slice = sli
     """
     dataset = read_collection(args)
     rows = range(len(dataset))[rows]
-    return dataset, evaluation_loader(dataset, resolution, args.batch_size, args.dataloader_num_workers, rows=rows)
+    channels, *size = autoencoder.sample_shape
+    options = {"rows": rows, "channels": channels}
+    return dataset, evaluation_loader(dataset, size, args.batch_size, args.dataloader_num_workers, **options)
 
 
-def collection_facts(args: argparse.Namespace, dataset, resolution: int, unreadable: UnreadableLog) -> dict:
+def collection_facts(
+    args: argparse.Namespace, dataset, autoencoder: BricsAutoencoder, unreadable: UnreadableLog
+) -> dict:
     """What a result says of the images that it was computed from."""
+    channels, *size = autoencoder.sample_shape
+    shape = "square" if size[0] == size[1] else "rectangle"
+    kind = "" if channels == 3 else f"{MODES[channels]}, "
     return {
         "dataset_name": args.dataset_name,
         "split": args.dataset_split,
         "fingerprint": collection_fingerprint(dataset),
         "images": len(dataset) - unreadable.count,
         "unreadable": unreadable.names,
-        "preprocessing": f"central square, Lanczos to {resolution} x {resolution}, [-1, 1]",
+        "preprocessing": f"central {shape}, Lanczos to {size_text(size)}, {kind}[-1, 1]",
     }
 
 

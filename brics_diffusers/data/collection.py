@@ -82,12 +82,12 @@ def load_collection(
         dataset = _load_parquet(path.parent, [path.name], split, cache_dir)
     elif path.is_file():
         raise ValueError(f"'{source}' is a single '{path.suffix}' file; give {EXPECTED}.")
-    elif _looks_like_path(str(source)):
+    elif looks_like_path(str(source)):
         raise FileNotFoundError(f"'{source}' does not exist; give {EXPECTED}.")
     else:
         dataset = load_hub(str(source), split, config_name, cache_dir)
 
-    column = _find_image_column(dataset.features, image_column, source)
+    column = find_image_column(dataset.features, image_column, source)
     dataset = dataset.select_columns(column)
     if column != "image":
         dataset = dataset.rename_column(column, "image")
@@ -128,7 +128,7 @@ def _digest_of_image(image: dict) -> bytes:
         return hashlib.sha256(repr(error.errno).encode()).digest()
 
 
-def _looks_like_path(source: str) -> bool:
+def looks_like_path(source: str) -> bool:
     # A Hub name is "name" or "user/name"; anything of another form can only be a path.
     is_hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source)
     return not is_hub_name or source.lower().endswith((".zip", ".parquet"))
@@ -208,7 +208,8 @@ def _load_parquet(folder: Path, names: list[str], split: str, cache_dir) -> data
         raise ValueError(f"parquet files in '{folder}' cannot be read ({reason}); repair them.") from error
 
 
-def _find_image_column(features: datasets.Features, wanted: str | None, source) -> str:
+def find_image_column(features: datasets.Features, wanted: str | None, source) -> str:
+    """The column that holds the images: see [`load_collection`]."""
     listing = ", ".join(features) or "none"
     if wanted is not None:
         if wanted not in features:

@@ -4,6 +4,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of images, by their channels
 ORIENTATION = ExifTags.Base.Orientation
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -53,12 +54,64 @@ def to_rgb(image: Image.Image) -> Image.Image:
         `ValueError`: For values out of range.
     """
     image = to_eight_bits(upright(image))
-    if image.mode == "La":
-        image = image.convert("LA")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
+    if image.has_transparency_data or image.mode == "La":
+        image = to_rgba(image)
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def to_rgba(image: Image.Image) -> Image.Image:
+    r"""
+    An image as 8-bit RGBA, [`upright`], with its transparency, or none. What is wholly transparent becomes white: its
+    colours are what a program happened to leave there.
+
+    Args:
+        image (`PIL.Image.Image`): An image of any mode.
+
+    Returns:
+        `PIL.Image.Image`: mode "RGBA".
+
+    Raises:
+        `ValueError`: For values out of range.
+    """
+    image = to_eight_bits(upright(image))
+    if image.mode == "La":
+        image = image.convert("LA")
+    image = image.convert("RGBA") if image.has_transparency_data else image.convert("RGB").convert("RGBA")
+    return white_where_transparent(image)
+
+
+def white_where_transparent(image: Image.Image) -> Image.Image:
+    """An RGBA image with white in place of the colours of wholly transparent pixels."""
+    hidden = image.getchannel("A").point([255] + [0] * 255)
+    return Image.composite(Image.new("RGBA", image.size, (255, 255, 255, 0)), image, hidden)
+
+
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    r"""
+    An image of so many channels of 8 bits, [`upright`]: 1 for gray, 3 for RGB, both with transparency composited on
+    white, and 4 for RGBA as in [`to_rgba`].
+
+    Args:
+        image (`PIL.Image.Image`): An image of any mode.
+        channels (`int`): 1, 3 or 4.
+
+    Returns:
+        `PIL.Image.Image`: mode "L", "RGB" or "RGBA".
+
+    Raises:
+        `ValueError`: For values out of range, or another number of channels.
+    """
+    check_channels(channels)
+    return to_rgba(image) if channels == 4 else to_rgb(image).convert(MODES[channels])
+
+
+def check_channels(channels: int) -> None:
+    """Refuses numbers of channels that no images are read with, with a `ValueError`."""
+    if channels not in MODES:
+        raise ValueError(
+            f"images have {channels} channels; they are read with 1 (gray), 3 (RGB) or 4 (RGB and transparency)."
+        )
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:

@@ -1,10 +1,10 @@
-"""Images of a collection as square tensors in [-1, 1], and the loaders that serve training and evaluation."""
+"""Images of a collection as tensors of one size in [-1, 1], and the loaders that serve training and evaluation."""
 
 import logging
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import datasets
 import numpy as np
@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ..utils.sizes import height_and_width
+from .image_modes import check_channels, white_where_transparent
 from .reading import UnreadableImageError, image_name, read_image
 from .resized import ResizedImages
 
@@ -19,36 +21,44 @@ from .resized import ResizedImages
 logger = logging.getLogger(__name__)
 
 
-def center_crop_resize(image: Image.Image, resolution: int) -> Image.Image:
+def center_crop_resize(image: Image.Image, resolution: int | Sequence[int]) -> Image.Image:
     r"""
-    Cut the largest centered square and resize it with Pillow's Lanczos filter, antialiased when it shrinks.
+    Cut the largest centered square, or rectangle of the result's proportions, and resize it with Pillow's Lanczos
+    filter, antialiased when it shrinks. Colours of an RGBA image weigh as much as they are opaque.
 
     Args:
         image (`PIL.Image.Image`): the image, of any size.
-        resolution (`int`): the side R of the result in pixels.
+        resolution (`int` or a pair): the side of the result, or its height and width, in pixels.
 
     Returns:
-        `PIL.Image.Image`: R x R pixels; the very pixels of `image` where it already has this size.
+        `PIL.Image.Image`: the very pixels of `image` where it already has this size.
     """
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    return image if side == resolution else image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    height, width = height_and_width(resolution)
+    if image.width * height >= image.height * width:
+        size = max(round(image.height * width / height), 1), image.height
+    else:
+        size = image.width, max(round(image.width * height / width), 1)
+    left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
+    image = image.crop((left, top, left + size[0], top + size[1]))
+    if size == (width, height):
+        return image
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return white_where_transparent(image) if image.mode == "RGBA" else image
 
 
 class ImageCollection(torch.utils.data.Dataset):
     r"""
-    The rows of [`load_collection`] as square tensors.
+    The rows of [`load_collection`] as tensors of one size.
 
-    An item is a dictionary of `pixel_values`, float32 `(3, R, R)` in [-1, 1], or `None` for an unreadable image;
+    An item is a dictionary of `pixel_values`, float32 `(C, H, W)` in [-1, 1], or `None` for an unreadable image;
     `index` (`int`), the row that was read; `unreadable` (`list[str]`), the unreadable images met on the way, each
-    by its path or as "row 17"; `reasons` (`dict[str, str]`), why, by these names; and `resolution` (`int`), R.
+    by its path or as "row 17"; `reasons` (`dict[str, str]`), why, by these names; and `shape`, (C, H, W).
 
     Args:
         dataset (`datasets.Dataset`):
             The result of [`load_collection`].
-        resolution (`int`):
-            The side R in pixels.
+        resolution (`int` or a pair):
+            The side of squares, or height and width, in pixels.
         random_flip (`bool`, *optional*, defaults to `False`):
             Append the mirror image of every row: items `n` to `2n - 1`. Which images are mirrored then depends on the
             order of the items alone, whatever the workers' random states.
@@ -56,23 +66,26 @@ class ImageCollection(torch.utils.data.Dataset):
             Let the next readable row take the place of an unreadable one, so that batches keep their size.
         resized ([`ResizedImages`], *optional*):
             Where images are kept once they are cut and resized, and looked for before they are read.
+        channels (`int`, *optional*, defaults to 3):
+            1 for gray, 3 for RGB, 4 for RGB and transparency, as in [`read_image`].
 
     Raises:
-        ValueError: on reading, if images are to be replaced and none of the collection is readable.
+        ValueError: for sizes and channels that no image has; on reading, if images are to be replaced and none of the
+            collection is readable.
     """
 
     def __init__(
         self,
         dataset: datasets.Dataset,
-        resolution: int,
+        resolution: int | Sequence[int],
         random_flip: bool = False,
         replace_unreadable: bool = False,
         resized: ResizedImages | None = None,
+        channels: int = 3,
     ):
-        if resolution < 1:
-            raise ValueError(f"resolution is {resolution}; give a positive number of pixels.")
+        check_channels(channels)
         self.dataset = dataset
-        self.resolution = resolution
+        self.shape = channels, *height_and_width(resolution, "resolution")
         self.random_flip = random_flip
         self.replace_unreadable = replace_unreadable
         self.resized = resized
@@ -89,35 +102,41 @@ class ImageCollection(torch.utils.data.Dataset):
         for row in range(index, index + (num_rows if self.replace_unreadable else 1)):
             row %= num_rows
             try:
-                pixel_values = self._to_tensor(self._pixels(row), bool(mirror))
+                pixel_values = to_tensor(self._pixels(row), bool(mirror))
                 break
             except UnreadableImageError as error:
                 unreadable.append(image_name(self.dataset[row]["image"], row))
                 reasons[unreadable[-1]] = error.reason
         else:
             if self.replace_unreadable:
-                raise _none_readable(reasons)
+                raise none_readable(reasons)
             pixel_values, row = None, index
         item = {"pixel_values": pixel_values, "index": row, "unreadable": unreadable, "reasons": reasons}
-        return item | {"resolution": self.resolution}  # lets `collate_images` shape a batch without images
+        return item | {"shape": self.shape}  # lets `collate_images` shape a batch without images
 
     def _pixels(self, row: int) -> np.ndarray:
         pixels = None if self.resized is None else self.resized.get(row)
         if pixels is None:
-            image = read_image(self.dataset[row]["image"])
-            pixels = np.array(center_crop_resize(image, self.resolution))
+            pixels = to_pixels(self.dataset[row]["image"], self.shape)
             if self.resized is not None:
                 self.resized.put(row, pixels)
         return pixels
 
-    @staticmethod
-    def _to_tensor(pixels: np.ndarray, mirror: bool) -> torch.Tensor:
-        pixels = torch.from_numpy(pixels).permute(2, 0, 1)  # (R, R, 3) -> (3, R, R)
-        pixels = pixels.flip(-1) if mirror else pixels
-        return pixels.contiguous().float() / 127.5 - 1.0
+
+def to_pixels(data: dict, shape: tuple[int, int, int]) -> np.ndarray:
+    """An image as of [`read_image`], cut and resized to a shape (C, H, W): uint8 (H, W, C)."""
+    channels, *size = shape
+    return np.array(center_crop_resize(read_image(data, channels), size)).reshape(*size, channels)
 
 
-def _none_readable(reasons: dict[str, str]) -> ValueError:
+def to_tensor(pixels: np.ndarray, mirror: bool) -> torch.Tensor:
+    """Pixels (H, W, C), uint8, to float32 (C, H, W) in [-1, 1], mirrored or not."""
+    pixels = torch.from_numpy(pixels).permute(2, 0, 1)
+    pixels = pixels.flip(-1) if mirror else pixels
+    return pixels.contiguous().float() / 127.5 - 1.0
+
+
+def none_readable(reasons: dict[str, str]) -> ValueError:
     name, reason = next(iter(reasons.items()))
     return ValueError(
         f"none of the {len(reasons)} images is readable ({_shorten(reasons)}; {name}: {reason}); give a collection of "
@@ -139,14 +158,13 @@ def collate_images(items: list[dict]) -> dict:
         items (`list[dict]`): at least one item; those whose `pixel_values` are `None` are dropped.
 
     Returns:
-        `dict`: `pixel_values` `(B, 3, R, R)`, `index` int64 `(B,)`, `unreadable` (`list[str]`) and `reasons`
+        `dict`: `pixel_values` `(B, C, H, W)`, `index` int64 `(B,)`, `unreadable` (`list[str]`) and `reasons`
         (`dict[str, str]`). B is the number of readable items and may be 0.
     """
     readable = [item for item in items if item["pixel_values"] is not None]
-    size = items[0]["resolution"]
     images = [item["pixel_values"] for item in readable]
     return {
-        "pixel_values": torch.stack(images) if images else torch.empty(0, 3, size, size),
+        "pixel_values": torch.stack(images) if images else torch.empty(0, *items[0]["shape"]),
         "index": torch.tensor([item["index"] for item in readable], dtype=torch.int64),
         "unreadable": [name for item in items for name in item["unreadable"]],
         "reasons": {name: reason for item in items for name, reason in item["reasons"].items()},
@@ -230,7 +248,10 @@ class InfiniteBatchSampler(torch.utils.data.Sampler):
             position += self.num_processes * self.batch_size
 
 
-def _only_the_parent_terminates(_):
+def only_the_parent_terminates(_):
+    """For a worker: of SIGTERM, only that of the process that it works for ends it."""
+    if not hasattr(signal, "sigwaitinfo"):  # on Windows and macOS
+        return
     # Clusters send SIGTERM to every process of a job, and workers have to live until the loop has saved.
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -270,7 +291,7 @@ def training_loader(
         num_workers=num_workers,
         collate_fn=collate_fn,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_only_the_parent_terminates,
+        worker_init_fn=only_the_parent_terminates,
         # A generator of its own: starting the loader must not draw from the one that training noise comes from.
         generator=torch.Generator().manual_seed(seed),
     )
@@ -278,27 +299,29 @@ def training_loader(
 
 def evaluation_loader(
     dataset: datasets.Dataset,
-    resolution: int,
+    resolution: int | Sequence[int],
     batch_size: int,
     num_workers: int = 0,
     random_flip: bool = False,
     rows: range | None = None,
+    channels: int = 3,
 ) -> DataLoader:
     r"""
     Every readable image once, in order, for evaluation and encoding.
 
     Args:
         dataset (`datasets.Dataset`): The result of [`load_collection`].
-        resolution (`int`): The side R of the images in pixels.
+        resolution (`int` or a pair): The side of the images, or height and width, in pixels.
         batch_size (`int`): Images in a batch; smaller by the unreadable ones, which are dropped.
         num_workers (`int`, *optional*, defaults to 0): As in [`torch.utils.data.DataLoader`].
         random_flip (`bool`, *optional*, defaults to `False`): Append the mirror images, as in [`ImageCollection`].
         rows (`range`, *optional*): The items to read; all by default.
+        channels (`int`, *optional*, defaults to 3): As in [`ImageCollection`].
 
     Returns:
         `torch.utils.data.DataLoader`: batches of [`collate_images`].
     """
-    collection = ImageCollection(dataset, resolution, random_flip)
+    collection = ImageCollection(dataset, resolution, random_flip, channels=channels)
     if rows is not None:
         collection = torch.utils.data.Subset(collection, rows)
     return DataLoader(
@@ -307,6 +330,6 @@ def evaluation_loader(
         num_workers=num_workers,
         collate_fn=collate_images,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_only_the_parent_terminates,
+        worker_init_fn=only_the_parent_terminates,
         generator=torch.Generator().manual_seed(0),
     )

@@ -2,15 +2,17 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from ..utils.files import atomic_write
 from . import UnreadableLog, evaluation_loader
+from .streaming import shard_batches
 
 
 MANIFEST = "manifest.json"
@@ -21,7 +23,9 @@ def _shard_path(folder: Path, shard: int) -> Path:
 
 
 def count_shards(dataset, shard_size: int = 1024, random_flip: bool = False) -> int:
-    """Shards that [`write_key_codes`] makes of a collection."""
+    """Shards that [`write_key_codes`] makes of a collection; of a stream, one for each of its own."""
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.num_shards
     return -(-len(dataset) * (2 if random_flip else 1) // shard_size)
 
 
@@ -41,18 +45,19 @@ def write_key_codes(
     r"""
     Encodes a process's share of a collection and writes the clean key codes as float16 shards.
 
-    Shard `i` holds the codes of rows `i * shard_size` and following, less the unreadable ones. Shards appear by a
+    Shard `i` holds the codes of rows `i * shard_size` and following, or of shard `i` of a stream, less the unreadable
+    ones. Shards appear by a
     rename when they are complete and those that exist are kept, so that an interrupted encoding goes on where it
     stopped. Call [`open_key_codes`] before, and [`finish_key_codes`] when every process is done.
 
     Args:
         autoencoder ([`BricsAutoencoder`]): The model; used in eval mode, so that codes are exact.
-        dataset (`datasets.Dataset`): Result of `load_collection`.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): Result of `load_collection` or `load_stream`.
         folder (`str`): Folder for the shards.
         batch_size (`int`, defaults to 16): Images encoded at once.
-        shard_size (`int`, defaults to 1024): Images of one shard.
+        shard_size (`int`, defaults to 1024): Images of one shard; without influence on a stream.
         random_flip (`bool`, defaults to `False`): Encode the mirror images too.
-        num_workers (`int`, defaults to 0): Processes that read images.
+        num_workers (`int`, defaults to 0): Processes that read images; a stream is read without any.
         process_index (`int`, defaults to 0): Rank of this process; ranks take shards in turn.
         num_processes (`int`, defaults to 1): Number of processes.
         stopped (`Callable`, *optional*): Asked before each shard; what is left is not made once it returns `True`.
@@ -60,22 +65,33 @@ def write_key_codes(
     folder = Path(folder)
     autoencoder.eval()
     device, dtype = next(autoencoder.parameters()).device, next(autoencoder.parameters()).dtype
-    num_items = len(dataset) * (2 if random_flip else 1)
+    channels, *size = autoencoder.sample_shape
+
+    def batches(shard: int, unreadable: UnreadableLog) -> Iterator[torch.Tensor]:
+        if isinstance(dataset, datasets.IterableDataset):
+            for images in shard_batches(dataset, shard, size, batch_size, channels, unreadable):
+                yield from (images, images.flip(-1)) if random_flip else (images,)
+            return
+        num_items = len(dataset) * (2 if random_flip else 1)
+        rows = range(shard * shard_size, min((shard + 1) * shard_size, num_items))
+        options = {"random_flip": random_flip, "rows": rows, "channels": channels}
+        for batch in evaluation_loader(dataset, size, batch_size, num_workers, **options):
+            unreadable.add(batch["unreadable"], batch["reasons"])
+            if batch["index"].numel():
+                yield batch["pixel_values"]
+
     for shard in range(process_index, count_shards(dataset, shard_size, random_flip), num_processes):
         path = _shard_path(folder, shard)
         if stopped():
             return
         if path.exists():
             continue
-        rows = range(shard * shard_size, min((shard + 1) * shard_size, num_items))
-        loader = evaluation_loader(dataset, autoencoder.config.sample_size, batch_size, num_workers, random_flip, rows)
         unreadable = UnreadableLog()
         codes = [np.empty((0, *autoencoder.key_code_shape), np.float16)]
-        for batch in tqdm(loader, desc=f"Encoding shard {shard}", disable=process_index > 0, leave=False):
-            unreadable.add(batch["unreadable"], batch["reasons"])
-            if batch["index"].numel():
-                key_codes = autoencoder.encode(batch["pixel_values"].to(device, dtype)).key_codes
-                codes.append(key_codes.to("cpu", torch.float16).numpy())
+        progress = {"desc": f"Encoding shard {shard}", "disable": process_index > 0, "leave": False}
+        for images in tqdm(batches(shard, unreadable), **progress):
+            key_codes = autoencoder.encode(images.to(device, dtype)).key_codes
+            codes.append(key_codes.to("cpu", torch.float16).numpy())
         _write_json(path.with_suffix(".unreadable.json"), unreadable.reasons)
         with atomic_write(path) as file:
             np.save(file, np.concatenate(codes))

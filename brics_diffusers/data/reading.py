@@ -1,4 +1,4 @@
-"""Single image files as 8-bit RGB images; what a file says beside its pixels never costs them."""
+"""Single image files as 8-bit images; what a file says beside its pixels never costs them."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import fsspec
 from PIL import Image, UnidentifiedImageError
 
-from .image_modes import ORIENTATION, to_rgb
+from .image_modes import ORIENTATION, to_channels
 
 
 try:
@@ -30,7 +30,7 @@ HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 
 class UnreadableImageError(ValueError):
     r"""
-    An image that cannot be turned into 8-bit RGB: truncated, not an image, too large or of no known range.
+    An image that cannot be turned into one of 8 bits: truncated, not an image, too large or of no known range.
 
     Args:
         reason (`str`): Why; kept as an attribute.
@@ -44,20 +44,21 @@ class UnreadableImageError(ValueError):
         return type(self), (self.reason,)
 
 
-def read_image(data: dict | str | os.PathLike) -> Image.Image:
+def read_image(data: dict | str | os.PathLike, channels: int = 3) -> Image.Image:
     r"""
-    Read an image as 8-bit RGB, upright by its EXIF orientation.
+    Read an image with 8 bits a channel, upright by its EXIF orientation.
 
-    Transparency is composited on white, 16-bit values are divided by 257, floats in [0, 1] are multiplied by 255, of
-    an animation the first frame is taken. Colour profiles are not applied, and faults in them, in EXIF data or in
-    texts are passed over.
+    Transparency is composited on white unless it is one of the channels, 16-bit values are divided by 257, floats in
+    [0, 1] are multiplied by 255, of an animation the first frame is taken. Colour profiles are not applied, and faults
+    in them, in EXIF data or in texts are passed over.
 
     Args:
         data (`dict`, `str` or `os.PathLike`):
             A `{"bytes", "path"}` dictionary, where `bytes` comes first if present, or a path.
+        channels (`int`, *optional*, defaults to 3): 1 for gray, 3 for RGB, 4 for RGB and transparency.
 
     Returns:
-        `PIL.Image.Image`: mode "RGB".
+        `PIL.Image.Image`: mode "L", "RGB" or "RGBA".
 
     Raises:
         UnreadableImageError: missing, truncated, not an image, a decompression bomb or of no known range.
@@ -65,7 +66,7 @@ def read_image(data: dict | str | os.PathLike) -> Image.Image:
 
     def read(image: Image.Image) -> Image.Image:
         image.load()
-        return to_rgb(image)
+        return to_channels(image, channels)
 
     return _with_image(data, read)
 

@@ -28,7 +28,7 @@ def load_saved(folder: Path, split: str) -> datasets.Dataset:
 
 def _of_split(source: Path, splits: dict, split: str):
     if split not in splits:
-        raise ValueError(f"'{source}' has no split '{split}'; available splits: {', '.join(sorted(splits))}.")
+        raise ValueError(f"'{source}' has no split '{split}'; available splits: {', '.join(sorted(map(str, splits)))}.")
     return splits[split]
 
 
@@ -57,16 +57,37 @@ def load_repository(folder: Path, split: str, config_name: str | None, cache_dir
     return _of_split(folder, splits, split)
 
 
+def stream_repository(folder: Path, split: str, config_name: str | None, cache_dir) -> datasets.IterableDataset:
+    """As [`load_repository`], read as a stream."""
+    try:
+        builder = datasets.load_dataset_builder(str(folder.absolute()), config_name, cache_dir=cache_dir)
+        splits = builder.config.data_files
+        if split in splits:
+            return _with_features(builder.as_streaming_dataset(split=split))
+    except Exception as error:
+        reason = _line(error.__cause__ or error)
+        raise ValueError(f"'{folder}' cannot be streamed with config_name {config_name!r}: {reason}") from error
+    return _of_split(folder, splits, split)
+
+
+def _with_features(stream: datasets.IterableDataset) -> datasets.IterableDataset:
+    """A stream that knows its columns, if need be from its first rows."""
+    return stream if stream.features is not None else stream._resolve_features()
+
+
 def _line(error: Exception) -> str:
     # What `datasets` says of a missing configuration ends with an example in code.
     line = " ".join(str(error).partition("Example of usage")[0].split())
     return line.replace("Please pick one among", "Choose by config_name (--dataset_config_name) one of")
 
 
-def load_hub(name: str, split: str, config_name: str | None, cache_dir) -> datasets.Dataset:
+def load_hub(
+    name: str, split: str, config_name: str | None, cache_dir, streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
     """One split of a dataset on the Hub; a `FileNotFoundError` if that provides none, else a `ValueError`."""
     try:
-        return datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir)
+        dataset = datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir, streaming=streaming)
+        return _with_features(dataset) if streaming else dataset
     except ValueError as error:  # an unknown split, a missing or unknown configuration: the message lists the choices
         what = f"dataset '{name}' with split '{split}' and config_name {config_name!r}"
         raise ValueError(f"{what} cannot be loaded: {_line(error)}") from error

@@ -3,9 +3,13 @@
 import logging
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from ..utils.sizes import height_and_width
+from .image_modes import MODES
 
 
 logger = logging.getLogger(__name__)
@@ -15,26 +19,30 @@ CHECKSUM = np.dtype("<u8")
 
 class ResizedImages:
     r"""
-    A file of R x R images, filled as they are first read, by any number of processes.
+    A file of images of one size, filled as they are first read, by any number of processes.
 
-    It takes 3 * R * R + 8 bytes of the disk for every image that was read. What a killed process or a failing disk
-    left incomplete has not its checksum and counts as missing; once the disk is full, nothing more is kept.
+    It takes a byte for every channel of every pixel and 8 more of the disk for every image that was read. What a
+    killed process or a failing disk left incomplete has not its checksum and counts as missing; once the disk is full,
+    nothing more is kept.
 
     Args:
         folder (`str`): Folder of the file; made if it does not exist.
         key (`str`): What the images are of; a digest of the collection.
-        resolution (`int`): The side R in pixels.
+        resolution (`int` or a pair): The side of squares, or height and width, in pixels.
+        channels (`int`, defaults to 3): Channels of the images, as in [`ImageCollection`].
     """
 
-    def __init__(self, folder: str | os.PathLike, key: str, resolution: int):
-        self.path = Path(folder) / f"{key[:32]}-{resolution}.rgb"
-        self.shape = resolution, resolution, 3
+    def __init__(self, folder: str | os.PathLike, key: str, resolution: int | Sequence[int], channels: int = 3):
+        height, width = height_and_width(resolution)
+        size = height if height == width else f"{height}x{width}"
+        self.path = Path(folder) / f"{key[:32]}-{size}.{MODES[channels].lower()}"
+        self.shape = height, width, channels
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
         self._file, self._process, self._full = None, None, False
 
     def get(self, row: int) -> np.ndarray | None:
-        """The pixels (R, R, 3) of a row, uint8, or `None` if they are missing."""
+        """The pixels (H, W, C) of a row, uint8, or `None` if they are missing."""
         data = self._at(row).read(self._record)
         if len(data) < self._record:  # beyond the end so far
             return None
@@ -42,7 +50,7 @@ class ResizedImages:
         return np.frombuffer(pixels, np.uint8).reshape(self.shape) if checksum == _checksum(pixels) else None
 
     def put(self, row: int, pixels: np.ndarray) -> None:
-        """Keeps the pixels (R, R, 3) of a row."""
+        """Keeps the pixels (H, W, C) of a row."""
         if self._full:
             return
         pixels = pixels.tobytes()

@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from ..data import UnreadableLog
+from ..utils.compositing import as_rgb
 from .feature_extractors import apply_extractor, extractor_description
 from .image_features import to_uint8
 from .reconstruction import image_batches, reconstruct
@@ -150,7 +151,7 @@ def reconstruction_features(
 
 
 def _features(extractor: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    return apply_extractor(extractor, to_uint8(images))[0].cpu()
+    return apply_extractor(extractor, to_uint8(as_rgb(images)))[0].cpu()
 
 
 def _concatenate(parts: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from ..data import UnreadableLog
 from ..models import BricsAutoencoder
+from ..utils.compositing import as_rgb
 
 
 # What a figure means depends on these sentences, so they are printed by --help and written into every result.
@@ -36,8 +37,8 @@ def image_metrics(sample: torch.Tensor, target: torch.Tensor, protocol: str = "s
     those at the border over reflected windows.
 
     Args:
-        sample (`torch.Tensor` of shape (B, 3, H, W)): Reconstructions, not clipped.
-        target (`torch.Tensor` of shape (B, 3, H, W)): Images in [-1, 1].
+        sample (`torch.Tensor` of shape (B, C, H, W)): Reconstructions, not clipped.
+        target (`torch.Tensor` of shape (B, C, H, W)): Images in [-1, 1].
         protocol (`str`, defaults to `"standard"`):
             `"standard"`: both are clipped to [-1, 1] and mapped to [0, 1], data range 1. `"paper"`: both as they are,
             with torchmetrics' data range of the single image.
@@ -110,7 +111,7 @@ def image_batches(
         least (`int`, defaults to 1): Fewest images.
 
     Yields:
-        `tuple`: images (B, 3, R, R) in [-1, 1] with B > 0, and their rows (B,), int64 on the CPU.
+        `tuple`: images (B, C, H, W) in [-1, 1] with B > 0, and their rows (B,), int64 on the CPU.
 
     Raises:
         `ValueError`: At the end, if there were fewer images than `least`.
@@ -138,7 +139,7 @@ def reconstruct(
 
     Args:
         autoencoder ([`BricsAutoencoder`] or any module whose `forward(x).sample` is an image): The model.
-        images (`torch.Tensor` of shape (B, 3, H, W)): Images in [-1, 1].
+        images (`torch.Tensor` of shape (B, C, H, W)): Images in [-1, 1].
         rows (`torch.Tensor` of shape (B,)): Rows of the images in their collection, which seed the noise.
         perturb (`bool`, defaults to `False`):
             Whether to draw noise as in training (Sec. 3.4, App. A.4). Only a [`BricsAutoencoder`] has any; other
@@ -146,7 +147,7 @@ def reconstruct(
         seed (`int`, defaults to 0): Seed of the noise, not negative.
 
     Returns:
-        `torch.Tensor` of shape (B, 3, H, W): Reconstructions, not clipped.
+        `torch.Tensor` of shape (B, C, H, W): Reconstructions, not clipped.
     """
     if not (perturb and isinstance(autoencoder, BricsAutoencoder)):
         return autoencoder(images).sample
@@ -175,7 +176,8 @@ def reconstruction_metrics(
         autoencoder ([`BricsAutoencoder`] or any module whose `forward(x).sample` is an image): The model.
         loader (`Iterable[dict]`): Batches with `pixel_values` in [-1, 1] and `index`.
         perceptual_metric (`nn.Module`, *optional*):
-            Result of `load_perceptual_network`; adds its distance as its network calls it, `"lpips"` for LPIPS.
+            Result of `load_perceptual_network`, which sees RGBA on white; adds its distance as its network calls it,
+            `"lpips"` for LPIPS.
         unreadable (`UnreadableLog`, *optional*): Notes the files that the loader could not read.
         progress (`bool`, defaults to `True`): Whether to show a progress bar.
         protocol (`str`, defaults to `"standard"`): `"standard"` or `"paper"`, as [`PROTOCOLS`] describes them.
@@ -196,7 +198,7 @@ def reconstruction_metrics(
         if perceptual_metric is not None:
             compared = sample.float() if protocol == "paper" else sample.float().clamp(-1, 1)
             name = getattr(perceptual_metric, "metric_name", "lpips")
-            metrics[name] = perceptual_metric(compared, target).flatten()
+            metrics[name] = perceptual_metric(as_rgb(compared), as_rgb(target)).flatten()
         batches.append({"index": index} | {name: value.cpu() for name, value in metrics.items()})
     if not batches:
         return {"index": torch.empty(0, dtype=torch.int64)}

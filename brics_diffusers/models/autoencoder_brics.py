@@ -8,6 +8,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..utils.safe_loading import SafeLoadingMixin
+from ..utils.sizes import height_and_width
+from .configuration import check_config, decoder_factor, encoder_factor
 from .decoders.group_mlp import GroupMLP
 from .decoders.style_decoder import StyleDecoder
 from .encoder import ShortcutEncoder
@@ -16,8 +18,6 @@ from .outputs import BricsAutoencoderOutput, BricsDecoderOutput, BricsEncoderOut
 from .tiling import TilingMixin
 
 
-DECODER_TYPES = ("style", "vqgan", "movq")
-REGULARIZATIONS = ("noise", "kl", "none")
 # Inference on a CPU decodes as many images at once as have activations of this size after the style decoder's last
 # block, at least one. Measured with 64 x 64 to 256 x 256 images: above, one image at a time is faster (modulation
 # scales its weights instead of activations), below a whole batch is.
@@ -33,9 +33,9 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
     divide by the encoder's factor; the feature block scales with them.
 
     Args:
-        in_channels (`int`, defaults to 3): Channels of the input image.
+        in_channels (`int`, defaults to 3): Channels of the input image; training knows 1, 3 and 4 (RGBA).
         out_channels (`int`, defaults to 3): Channels of the output image.
-        sample_size (`int`, defaults to 256): Height and width of the training images in pixels.
+        sample_size (`int` or a pair, defaults to 256): Side of the training images, or height and width, in pixels.
         down_block_types (`tuple[str]`): Encoder blocks, one a resolution; attention at the lowest only (Sec. 3.1).
         encoder_block_out_channels (`tuple[int]`, defaults to `(64, 128, 256)`): Width of each encoder block.
         encoder_layers_per_block (`int`, defaults to 4): Residual blocks in each encoder block.
@@ -43,7 +43,8 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
             and `"movq"` decoders.
         key_channels (`int`, defaults to 4): Channels of the key code C_z.
         key_length (`int`, defaults to 1): Channels of one group's key C_key (1: 3-D grids, 2: 4-D grids).
-        feature_size (`int`, defaults to 64): Height and width of the feature block at `sample_size`, H_d.
+        feature_size (`int` or a pair, defaults to 64):
+            Side H_d of the feature block at `sample_size`, or height and width: as many numbers as of that.
         feature_channels (`int`, defaults to 512): Channels of the feature block C_d.
         num_levels (`int`, defaults to 16): Levels of each group's grids N_r.
         min_resolution (`int`, defaults to 1):
@@ -98,14 +99,14 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
         self,
         in_channels: int = 3,
         out_channels: int = 3,
-        sample_size: int = 256,
+        sample_size: int | tuple[int, int] = 256,
         down_block_types: tuple[str, ...] = ("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
         encoder_block_out_channels: tuple[int, ...] = (64, 128, 256),
         encoder_layers_per_block: int = 4,
         norm_num_groups: int = 32,
         key_channels: int = 4,
         key_length: int = 1,
-        feature_size: int = 64,
+        feature_size: int | tuple[int, int] = 64,
         feature_channels: int = 512,
         num_levels: int = 16,
         min_resolution: int = 1,
@@ -123,7 +124,7 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
         encoder_shortcut: bool = True,
     ):
         super().__init__()
-        self._check_config()
+        check_config(self.config)
         self.use_slicing = False
         self.encoder = (ShortcutEncoder if encoder_shortcut else Encoder)(
             in_channels=in_channels,
@@ -172,53 +173,25 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
             config_dict = {**config_dict, "encoder_shortcut": False}
         return super().extract_init_dict(config_dict, **kwargs)
 
-    def _check_config(self):
-        config = self.config
-        for name, allowed in (("decoder_type", DECODER_TYPES), ("regularization", REGULARIZATIONS)):
-            if config[name] not in allowed:
-                raise ValueError(f"{name} is {config[name]!r}; it must be one of {', '.join(map(repr, allowed))}.")
-        if config.key_length < 1 or config.key_channels < 1 or config.key_channels % config.key_length:
-            raise ValueError(
-                f"key_channels is {config.key_channels} and key_length {config.key_length}; "
-                "key_channels must be a positive multiple of key_length."
-            )
-        if config.decoder_type == "movq" and any(width % 32 for width in config.decoder_block_out_channels):
-            raise ValueError(
-                f"decoder_block_out_channels is {tuple(config.decoder_block_out_channels)}; the spatial norms of the "
-                "'movq' decoder have 32 groups, so use widths that divide by 32."
-            )
-        if len(config.down_block_types) != len(config.encoder_block_out_channels):
-            raise ValueError(
-                f"down_block_types names {len(config.down_block_types)} blocks and encoder_block_out_channels "
-                f"{len(config.encoder_block_out_channels)}; give one width a block."
-            )
-        if config.sample_size != config.feature_size * self.decoder_factor:
-            raise ValueError(
-                f"sample_size is {config.sample_size}; feature_size={config.feature_size} and "
-                f"{len(config.decoder_block_out_channels)} decoder blocks make images of "
-                f"{config.feature_size * self.decoder_factor}, so change one of the three."
-            )
-        if config.sample_size % self.encoder_factor or self.encoder_factor % self.decoder_factor:
-            raise ValueError(
-                f"the encoder divides by {self.encoder_factor} and the decoder multiplies by {self.decoder_factor}; "
-                f"the first must be a multiple of the second and divide sample_size={config.sample_size}."
-            )
-
     @property
     def encoder_factor(self) -> int:
         """Pixels of the image per element of the key code, along one axis."""
-        return 2 ** (len(self.config.encoder_block_out_channels) - 1)
+        return encoder_factor(self.config)
 
     @property
     def decoder_factor(self) -> int:
         """Pixels of the image per element of the feature block, along one axis."""
-        return 2 ** (len(self.config.decoder_block_out_channels) - 1)
+        return decoder_factor(self.config)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of a training image."""
+        return self.config.in_channels, *height_and_width(self.config.sample_size)
 
     @property
     def key_code_shape(self) -> tuple[int, int, int]:
         """Shape (C_z, H_z, W_z) of the key code of an image of `sample_size`."""
-        side = self.config.sample_size // self.encoder_factor
-        return self.config.key_channels, side, side
+        return self.config.key_channels, *(side // self.encoder_factor for side in self.sample_shape[1:])
 
     @property
     def key_noise_scale(self) -> float:

@@ -9,6 +9,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from ..utils.safe_loading import SafeLoadingMixin
+from ..utils.sizes import height_and_width
 from .decoders.group_mlp import LEAKY_SLOPE, scaled_leaky_relu
 from .decoders.style_decoder import EqualizedLinear, filter_2d
 
@@ -74,50 +75,60 @@ class BricsDiscriminator(SafeLoadingMixin, ModelMixin, ConfigMixin):
 
     Args:
         in_channels (`int`, defaults to 3): Channels of the image.
-        sample_size (`int`, defaults to 256): Height and width of the image, a power of two of at least 8.
+        sample_size (`int` or a pair, defaults to 256):
+            Side of the image, or height and width: the shorter a power of two of at least 8, the longer a multiple of
+            a quarter of it, so that images that are no squares end at 4 by more.
         base_channels (`int`, defaults to 16384): Width at a resolution is `base_channels / resolution`, limited by
             `max_channels`.
         max_channels (`int`, defaults to 512): Largest width.
         stddev_group_size (`int`, defaults to 4): Images a group of `minibatch_stddev`.
 
     Raises:
-        `ValueError`: If `sample_size` is not a power of two of at least 8.
+        `ValueError`: If `sample_size` is another.
     """
 
     @register_to_config
     def __init__(
         self,
         in_channels: int = 3,
-        sample_size: int = 256,
+        sample_size: int | tuple[int, int] = 256,
         base_channels: int = 16384,
         max_channels: int = 512,
         stddev_group_size: int = 4,
     ):
         super().__init__()
-        if sample_size < 8 or sample_size & (sample_size - 1):
+        sides = height_and_width(sample_size, "sample_size")
+        shorter = min(sides)
+        if shorter < 8 or shorter & (shorter - 1):
             raise ValueError(f"sample_size is {sample_size}; the discriminator needs a power of two of at least 8.")
-        resolutions = [2**power for power in range(int(math.log2(sample_size)), 1, -1)]
+        if max(sides) % (shorter // 4):
+            raise ValueError(
+                f"sample_size is {sample_size}; the discriminator needs a longer side that is a multiple of "
+                f"{shorter // 4}, a quarter of the shorter one."
+            )
+        resolutions = [2**power for power in range(int(math.log2(shorter)), 1, -1)]
+        last = 4 * (4 * max(sides) // shorter)  # places at the last resolution, 16 for squares
         widths = [min(max(base_channels // resolution, 1), max_channels) for resolution in resolutions]
         self.conv_in = EqualizedConv2d(in_channels, widths[0], 1)
         self.blocks = nn.ModuleList(
             DiscriminatorBlock(fan_in, fan_out) for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True)
         )
         self.conv_out = EqualizedConv2d(widths[-1] + 1, widths[-1], 3)
-        self.linear = EqualizedLinear(widths[-1] * 16, widths[-1])
+        self.linear = EqualizedLinear(widths[-1] * last, widths[-1])
         self.linear_out = EqualizedLinear(widths[-1], 1)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         r"""
         Args:
-            sample (`torch.Tensor` of shape (B, in_channels, sample_size, sample_size)): Images in [-1, 1].
+            sample (`torch.Tensor` of shape (B, in_channels, H, W)): Images of `sample_size` in [-1, 1].
 
         Returns:
             `torch.Tensor` of shape (B,): Logits, higher for images taken to be real.
         """
-        size = self.config.sample_size
-        if sample.ndim != 4 or sample.shape[1:] != (self.config.in_channels, size, size):
+        expected = self.config.in_channels, *height_and_width(self.config.sample_size)
+        if sample.ndim != 4 or sample.shape[1:] != expected:
             raise ValueError(
-                f"sample has shape {tuple(sample.shape)}; expected (batch, {self.config.in_channels}, {size}, {size})."
+                f"sample has shape {tuple(sample.shape)}; expected (batch, {', '.join(map(str, expected))})."
             )
         x = scaled_leaky_relu(self.conv_in(sample))
         for block in self.blocks:

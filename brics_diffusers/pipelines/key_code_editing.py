@@ -42,12 +42,9 @@ class KeyCodeEditingMixin:
 
     def check_sample_size(self, sample: torch.Tensor, name: str):
         """Raises a `ValueError` for images of another size than the diffusion model makes."""
-        height, width = sample.shape[2:]
-        size = self.autoencoder.config.sample_size
-        if (height, width) != (size, size):
-            raise ValueError(
-                f"{name}: {height}x{width} pixels, but the diffusion model makes {size}x{size}; crop or resize it."
-            )
+        size, made = ("{}x{}".format(*shape[-2:]) for shape in (sample.shape, self.autoencoder.sample_shape))
+        if size != made:
+            raise ValueError(f"{name}: {size} pixels, but the diffusion model makes {made}; crop or resize it.")
 
     def get_timesteps(self, num_inference_steps: int, strength: float) -> torch.Tensor:
         r"""
@@ -144,7 +141,7 @@ class KeyCodeEditingMixin:
 
         Args:
             images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of one of them):
-                Images of the size that the pipeline makes: PIL, arrays (B, H, W, 3) in [0, 1] or tensors (B, 3, H, W)
+                Images of the size that the pipeline makes: PIL, arrays (B, H, W, C) in [0, 1] or tensors (B, C, H, W)
                 in [0, 1]. For several variations of one image, repeat it.
             strength (`float`, defaults to 0.5):
                 Share of the denoising steps that are taken, in [0, 1]. 0 gives the reconstruction and 1 a new image
@@ -219,8 +216,8 @@ class KeyCodeEditingMixin:
 
         Args:
             image_a (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-                Where to begin: one image of the size that the pipeline makes; PIL, an array (H, W, 3) in [0, 1] or a
-                tensor (3, H, W) in [0, 1].
+                Where to begin: one image of the size that the pipeline makes; PIL, an array (H, W, C) in [0, 1] or a
+                tensor (C, H, W) in [0, 1].
             image_b (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): Where to end, as `image_a`.
             num_images (`int`, defaults to 5): Number of images, both ends included; at least 2.
             strength (`float`, defaults to 0.3):
@@ -303,7 +300,7 @@ class KeyCodeEditingMixin:
 
         Args:
             images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of one of them):
-                Images of the size that the pipeline makes: PIL, arrays (B, H, W, 3) in [0, 1] or tensors (B, 3, H, W)
+                Images of the size that the pipeline makes: PIL, arrays (B, H, W, C) in [0, 1] or tensors (B, C, H, W)
                 in [0, 1].
             masks (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of one of them):
                 One mask for all images or one an image, of the images' size: PIL, arrays (B, H, W) or tensors (B, 1,

@@ -10,6 +10,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..data.image_modes import MODES
 from ..models import BricsAutoencoder
 from ..utils.safe_loading import SafeLoadingMixin
 from .arguments import check_images, check_scheduler, named_arguments, set_timesteps
@@ -58,11 +59,12 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
         if unet_size is None or tuple(unet_size) != (height, width):
             raise ValueError(
                 f"unet has sample_size={unet.config.sample_size}, but key codes are {height}x{width}; "
-                f"use a UNet with sample_size={height}."
+                f"use a UNet with sample_size={height if height == width else (height, width)}."
             )
         check_scheduler(scheduler)
         self.register_modules(autoencoder=autoencoder, unet=unet, scheduler=scheduler)
-        self.image_processor = BricsImageProcessor(do_resize=False, do_convert_rgb=autoencoder.config.in_channels == 3)
+        channels = autoencoder.config.in_channels
+        self.image_processor = BricsImageProcessor(channels, do_resize=False, do_convert_rgb=channels in MODES)
 
     @property
     def vae(self) -> BricsAutoencoder:
@@ -220,8 +222,9 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
                 however they are split into batches; a list holds one an image.
             latents (`torch.Tensor` of shape (B, C_z, H_z, W_z), *optional*): Gaussian noise to start from.
             output_type (`str`, defaults to `"pil"`):
-                `"pil"`; `"np"` (B, H, W, 3) in [0, 1]; `"pt"` (B, 3, H, W) in [0, 1]; or `"latent"`: denoised latents
-                in float32, nominally in [-1, 1], whose key codes are `latents / 2 + 0.5`, clipped.
+                `"pil"`, of mode L, RGB or RGBA as the autoencoder's channels are; `"np"` (B, H, W, C) in [0, 1];
+                `"pt"` (B, C, H, W) in [0, 1]; or `"latent"`: denoised latents in float32, nominally in [-1, 1], whose
+                key codes are `latents / 2 + 0.5`, clipped.
             return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipeline, step, timestep, tensors)` after every step; may return changed tensors.
@@ -276,8 +279,8 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
 
         Args:
             images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of one of them):
-                Images whose height and width divide by the encoder's factor: PIL, arrays (B, H, W, 3) in [0, 1] or
-                tensors (B, 3, H, W) in [0, 1].
+                Images whose height and width divide by the encoder's factor: PIL, arrays (B, H, W, C) in [0, 1] or
+                tensors (B, C, H, W) in [0, 1].
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` or `"pt"`, as in `__call__`.
             return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
 

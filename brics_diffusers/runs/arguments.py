@@ -10,7 +10,8 @@ import yaml
 from accelerate import Accelerator
 from diffusers.optimization import SchedulerType
 
-from .pretrained import resized
+from ..utils.sizes import height_and_width
+from .pretrained import check_image_channels, resized
 from .tracking import tracker_names
 
 
@@ -100,6 +101,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset_split", default="train", help="Split to train on.")
     add("--image_column", help="Column that holds the images; default: `image`, or the only one.")
     add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")
+    add(
+        "--streaming",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Read the collection as a stream of shards, so that it need not fit on disk.",
+    )
     add("--max_train_samples", type=int, help="Use the first images only.")
     add(
         "--resolution",
@@ -215,6 +222,8 @@ def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple
         getattr(args, name)[key] = value
     check_images(parser, getattr(args, "autoencoder", {}))
     check_schedule(parser, args, typed)
+    if args.streaming:
+        check_streaming(parser, args, models)
     if "autoencoder" in models and args.resolution is not None:
         resize(parser, args)
     if args.dataset_name is None:
@@ -223,13 +232,22 @@ def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple
 
 
 def check_images(parser: argparse.ArgumentParser, autoencoder: dict) -> None:
-    """Refuses an autoencoder of other images than are read: RGB and square."""
-    for name in ("in_channels", "out_channels"):
-        if autoencoder.get(name, 3) != 3:
-            parser.error(f"autoencoder.{name} is {autoencoder[name]}; images are read as RGB, so leave it at 3")
-    for name in ("sample_size", "feature_size"):
-        if not isinstance(autoencoder.get(name, 1), int):
-            parser.error(f"autoencoder.{name} is {autoencoder[name]}; images are cut to squares, so give one number")
+    """Refuses an autoencoder of other images than are read, or that gives back others than it takes."""
+    try:
+        check_image_channels(autoencoder.get("in_channels", 3), autoencoder.get("out_channels", 3))
+        for name in ("sample_size", "feature_size"):
+            height_and_width(autoencoder.get(name, 1), f"autoencoder.{name}")
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def check_streaming(parser: argparse.ArgumentParser, args: argparse.Namespace, models: tuple[str, ...]) -> None:
+    """Refuses what a collection that is read as a stream can't have."""
+    names = ["max_train_samples", "cache_resized"] + ["num_train_epochs"] * ("autoencoder" in models)
+    given = [name for name in names if getattr(args, name, None)]
+    if given:
+        remedy = "give --max_train_steps" if given[0] == "num_train_epochs" else "leave it out"
+        parser.error(f"--{given[0]} is not for --streaming, of whose images the number is not known; {remedy}")
 
 
 def check_schedule(parser: argparse.ArgumentParser, args: argparse.Namespace, typed: argparse.Namespace) -> None:

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 
 
 def color(images: torch.Tensor) -> torch.Tensor:
-    """Brightness (+- 0.5), saturation (times 0 to 2) and contrast (times 0.5 to 1.5)."""
+    """Brightness (+- 0.5), saturation (times 0 to 2) and contrast (times 0.5 to 1.5); transparency stays."""
+    if images.shape[1] == 4:
+        return torch.cat([color(images[:, :3]), images[:, 3:]], dim=1)
     random = torch.rand(3, len(images), 1, 1, 1, device=images.device, dtype=images.dtype)
     images = images + (random[0] - 0.5)
     grey = images.mean(dim=1, keepdim=True)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..utils.compositing import as_rgb
 from .augmentation import augment
 
 
@@ -18,12 +19,12 @@ def reconstruction_loss(
     Weighted sum of squared error and a perceptual distance, LPIPS in the paper (App. A.3).
 
     Args:
-        sample (`torch.Tensor` of shape (B, 3, H, W)): Reconstructions.
-        target (`torch.Tensor` of shape (B, 3, H, W)): Images in [-1, 1].
+        sample (`torch.Tensor` of shape (B, C, H, W)): Reconstructions.
+        target (`torch.Tensor` of shape (B, C, H, W)): Images in [-1, 1].
         mse_weight (`float`, defaults to 20.0): Weight of the mean squared error.
         perceptual_weight (`float`, defaults to 5.0): Weight of the perceptual distance.
         perceptual_metric (`nn.Module`, *optional*):
-            Result of [`load_perceptual_network`]; needed unless `perceptual_weight` is 0.
+            Result of [`load_perceptual_network`], which sees RGBA on white; needed unless `perceptual_weight` is 0.
 
     Returns:
         `tuple`: the loss, and its unweighted parts by name, detached: `"mse"`, and the distance as its network calls
@@ -32,7 +33,7 @@ def reconstruction_loss(
     mse = F.mse_loss(sample, target)
     loss, parts = mse_weight * mse, {"mse": mse.detach()}
     if perceptual_weight > 0:
-        distance = perceptual_metric(sample, target).mean()
+        distance = perceptual_metric(as_rgb(sample), as_rgb(target)).mean()
         loss = loss + perceptual_weight * distance
         parts[getattr(perceptual_metric, "metric_name", "lpips")] = distance.detach()
     return loss, parts
@@ -53,7 +54,7 @@ def gradient_penalty(images: torch.Tensor, logits: torch.Tensor) -> torch.Tensor
     R1 of Mescheder et al. 2018: half the squared norm of the discriminator's gradient at real images, batch mean.
 
     Args:
-        images (`torch.Tensor` of shape (B, 3, H, W)): Real images that require a gradient.
+        images (`torch.Tensor` of shape (B, C, H, W)): Real images that require a gradient.
         logits (`torch.Tensor` of shape (B, ...)): The discriminator's logits for them; those of patches are averaged.
 
     Returns:
@@ -115,12 +116,12 @@ class DiscriminatorLoss(nn.Module):
         self.augmentation = augmentation
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (B,), or (B, h, w) of patches, of images (B, 3, H, W), augmented."""
+        """Logits (B,), or (B, h, w) of patches, of images (B, C, H, W), augmented."""
         return self.discriminator(augment(images, self.augmentation))
 
     @torch.compiler.disable  # its gradient is differentiated again, and compiled code can't be: a step in 16 is eager
     def penalty(self, real: torch.Tensor) -> torch.Tensor:
-        """R1 at images (B, 3, H, W), in float32."""
+        """R1 at images (B, C, H, W), in float32."""
         with torch.autocast(real.device.type, enabled=False):
             images = real.detach().float().requires_grad_(True)
             return gradient_penalty(images, self.discriminator(images))
@@ -128,8 +129,8 @@ class DiscriminatorLoss(nn.Module):
     def forward(self, real: torch.Tensor, fake: torch.Tensor, penalize: bool):
         r"""
         Args:
-            real (`torch.Tensor` of shape (B, 3, H, W)): Images of the collection.
-            fake (`torch.Tensor` of shape (B, 3, H, W)): Reconstructions, detached.
+            real (`torch.Tensor` of shape (B, C, H, W)): Images of the collection.
+            fake (`torch.Tensor` of shape (B, C, H, W)): Reconstructions, detached.
             penalize (`bool`): Whether this is a step with R1, which is computed in float32.
 
         Returns:

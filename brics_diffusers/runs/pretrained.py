@@ -5,6 +5,7 @@ import inspect
 import math
 from collections.abc import Mapping
 
+from ..data.image_modes import check_channels
 from ..models import BricsAutoencoder
 from ..models.loading import load_autoencoder
 from ..pipelines import BricsKeyCodePipeline
@@ -28,6 +29,11 @@ def resized(config: Mapping, resolution: int, feature_size: int | None = None) -
     """
     defaults = inspect.signature(BricsAutoencoder.__init__).parameters
     size, feature = (config.get(name, defaults[name].default) for name in ("sample_size", "feature_size"))
+    if not isinstance(size, int) or not isinstance(feature, int):
+        raise ValueError(
+            f"--resolution is for squares, but the autoencoder's sample_size is {size} and feature_size {feature}; "
+            "change these with --set."
+        )
     if feature_size is None:
         feature_size, rest = divmod(feature * resolution, size)
         if rest or resolution < 1:
@@ -37,6 +43,16 @@ def resized(config: Mapping, resolution: int, feature_size: int | None = None) -
                 f"be made for multiples of {unit}, so give one."
             )
     return {"sample_size": resolution, "feature_size": feature_size}
+
+
+def check_image_channels(in_channels: int, out_channels: int) -> None:
+    """Refuses, with a `ValueError`, images that are not read, and an autoencoder of other images than its own."""
+    check_channels(in_channels)
+    if out_channels != in_channels:
+        raise ValueError(
+            f"in_channels is {in_channels} and out_channels {out_channels}; an autoencoder is trained to give back "
+            "what it takes, so set both alike: --set autoencoder.in_channels=1 autoencoder.out_channels=1."
+        )
 
 
 def load_resized_autoencoder(name_or_path: str, resolution: int | None, **changes) -> BricsAutoencoder:
@@ -56,6 +72,7 @@ def build_autoencoder(args: argparse.Namespace) -> BricsAutoencoder:
         autoencoder = BricsAutoencoder(**args.autoencoder | changes)
     else:
         autoencoder = load_resized_autoencoder(args.pretrained_autoencoder_name_or_path, args.resolution, **changes)
+    check_image_channels(autoencoder.config.in_channels, autoencoder.config.out_channels)
     if args.train_decoder_only:
         if args.key_noise_scale is None:
             raise ValueError(
@@ -103,10 +120,11 @@ def load_key_code_pipeline(name_or_path: str) -> BricsKeyCodePipeline:
 
 def check_resolution(resolution: int | None, autoencoder: BricsAutoencoder) -> None:
     """Refuses a `--resolution` of stage two that is not the autoencoder's, with a `ValueError`."""
-    size = autoencoder.config.sample_size
-    if resolution not in (None, size):
+    height, width = autoencoder.sample_shape[1:]
+    if resolution is not None and not resolution == height == width:
+        remedy = f"give {height}" if height == width else "leave it out"
         raise ValueError(
-            f"--resolution is {resolution}, but the autoencoder's images are of {size} x {size}; give {size}, or name "
+            f"--resolution is {resolution}, but the autoencoder's images are of {height} x {width}; {remedy}, or name "
             f"an autoencoder that was trained with --resolution {resolution}."
         )
 

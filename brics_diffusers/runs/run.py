@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..data import ResizedImages, collection_fingerprint, load_collection
 from ..hub.push import open_repository
+from ..models import BricsAutoencoder
 from ..utils.files import atomic_write
 from ..utils.locks import locked_folder
 from .checkpoints import RunState, check_shared_folder, clean_up, list_checkpoints, resume
@@ -156,14 +157,14 @@ def load_splits(args: argparse.Namespace):
     return train, validation.select(range(min(args.num_validation_images, len(validation))))
 
 
-def resized_images(args: argparse.Namespace, dataset, resolution: int) -> ResizedImages | None:
+def resized_images(args: argparse.Namespace, dataset, autoencoder: BricsAutoencoder) -> ResizedImages | None:
     r"""
     The file of `--cache_resized` for one collection and size. Call on every process.
 
     Args:
         args (`argparse.Namespace`): Flags `cache_resized` and `cache_dir`.
         dataset (`datasets.Dataset`): Result of `load_collection`.
-        resolution (`int`): Side of the images in pixels.
+        autoencoder ([`BricsAutoencoder`]): Says how large its images are and of what channels.
 
     Returns:
         [`ResizedImages`]: or `None` without the flag.
@@ -172,7 +173,8 @@ def resized_images(args: argparse.Namespace, dataset, resolution: int) -> Resize
         return None
     # One process reads all images for it.
     key = broadcast_object_list([collection_fingerprint(dataset) if PartialState().is_main_process else None])[0]
-    resized = ResizedImages(Path(args.cache_dir or HF_DATASETS_CACHE) / "brics-resized", key, resolution)
+    channels, *size = autoencoder.sample_shape
+    resized = ResizedImages(Path(args.cache_dir or HF_DATASETS_CACHE) / "brics-resized", key, size, channels)
     logger.info("Resized images are kept in %s.", resized.path)
     return resized
 

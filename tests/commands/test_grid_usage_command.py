@@ -37,7 +37,7 @@ def test_a_pickled_vq_model_is_not_read(model_folder, image_folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("grey", "--vq_model .*grey takes images of 1 channels, not 3; name one for RGB images"),
+        ("grey", "--vq_model .*grey takes images of 1 channels, the autoencoder of 3; name one"),
         ("model", "model/config.json is that of a BricsAutoencoder, but a VQModel is needed"),
         ("empty", "empty provides no config.json .*; name the folder of a saved VQModel"),
         ("nosuch", "nosuch provides no config.json .*; name the folder of a saved VQModel, or one on"),

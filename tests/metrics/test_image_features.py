@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from brics_diffusers.data import ImageCollection, load_collection
+from brics_diffusers.data import load_collection
+from brics_diffusers.data.images import to_tensor
 from brics_diffusers.metrics.feature_extractors import RandomConvFeatures, load_feature_extractor
 from brics_diffusers.metrics.image_features import cached_features, common_image_size, extract_features, to_uint8
 
@@ -42,7 +43,7 @@ def test_features_are_those_of_the_files(tmp_path):
 def test_pixels_survive_the_way_through_floats():
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).repeat(1, 3, 1, 1)
     pixels = levels[0].permute(1, 2, 0).numpy()
-    assert (to_uint8(ImageCollection(None, 16)._to_tensor(pixels, False)) == levels[0]).all()
+    assert (to_uint8(to_tensor(pixels, False)) == levels[0]).all()
 
 
 def test_batch_size_does_not_matter(image_folder):

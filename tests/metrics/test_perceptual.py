@@ -63,10 +63,10 @@ def test_damaged_lpips_weights(tmp_path, monkeypatch):
     flags = ["--dataset_name", "x", "--perceptual_weight", "0", "--perceptual_network", "squeeze"]
     args = train_autoencoder.parse_args(flags)
     # In validation alone it is no reason to stop; where it decides what is best, it is.
-    assert train_autoencoder.build_perceptual_metric(args, channels=3) is None
+    assert train_autoencoder.build_perceptual_metric(args) is None
     args = train_autoencoder.parse_args([*flags, "--best_metric", "perceptual"])
     with pytest.raises(FileNotFoundError, match="which is damaged"):
-        train_autoencoder.build_perceptual_metric(args, channels=3)
+        train_autoencoder.build_perceptual_metric(args)
 
 
 needs_weights = pytest.mark.skipif(

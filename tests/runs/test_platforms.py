@@ -1,12 +1,15 @@
 """What other systems lack, as far as that can be tried on this one."""
 
+import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import torch
 from small_models import ROOT
 
+from brics_diffusers.data.images import only_the_parent_terminates
 from brics_diffusers.runs import processes
 
 
@@ -35,6 +38,13 @@ def test_imports_need_nothing_that_windows_and_macos_lack():
     words = [sys.executable, "-c", WITHOUT]
     done = subprocess.run(words, cwd=ROOT / "training", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_workers_on_systems_without_sigwaitinfo(monkeypatch):
+    monkeypatch.delattr(signal, "sigwaitinfo")
+    before = threading.active_count(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    only_the_parent_terminates(0)
+    assert (threading.active_count(), signal.pthread_sigmask(signal.SIG_BLOCK, ())) == before
 
 
 def test_peak_memory_is_in_mib_on_linux_and_macos(monkeypatch):

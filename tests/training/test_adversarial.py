@@ -200,11 +200,6 @@ class TestBest:
         trainer = build_trainer("--gan_start_step", 2, *flags)
         assert [trainer.best_metric(step) for step in (1, 2, 3)] == names
 
-    def test_images_without_three_channels(self):
-        with pytest.raises(ValueError, match="images have 4 channels, but perceptual .* --perceptual_weight 0 and"):
-            build_trainer("--perceptual_weight", 1, in_channels=4, out_channels=4)
-        assert build_trainer(in_channels=4, out_channels=4).perceptual_metric is None
-
 
 @pytest.mark.parametrize("starts", [(1, 2), (2, 3), (3, 3)], ids=["before", "with", "after"])
 def test_a_run_with_everything_resumes_alike(starts, tmp_path, image_folder, write_config, run_here):

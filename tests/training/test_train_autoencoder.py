@@ -91,15 +91,16 @@ class TestFlags:
             ({}, ["--set", "autoencoder.x=["], "must have a value that YAML can read, not autoencoder.x=["),
             (
                 {},
-                ["--set", "autoencoder.in_channels=1", "autoencoder.out_channels=1"],
-                "autoencoder.in_channels is 1; images are read as RGB, so leave it at 3",
+                ["--set", "autoencoder.in_channels=2", "autoencoder.out_channels=2"],
+                "images have 2 channels; they are read with 1 (gray), 3 (RGB) or 4",
             ),
-            ({"autoencoder": {"out_channels": 4}}, [], "autoencoder.out_channels is 4; images are read as RGB"),
+            ({"autoencoder": {"out_channels": 4}}, [], "in_channels is 3 and out_channels 4; an autoencoder is"),
             (
                 {},
-                ["--set", "autoencoder.sample_size=[64, 96]"],
-                "autoencoder.sample_size is [64, 96]; images are cut to squares, so give one number",
+                ["--set", "autoencoder.sample_size=[64, 96, 3]"],
+                "autoencoder.sample_size is [64, 96, 3]; give a positive number of pixels, or height and width",
             ),
+            ({"autoencoder": {"sample_size": [32, 48]}}, ["--resolution", "64"], "--resolution is for squares, but"),
             ({}, ["--set", "unet.x=1"], "--set unet.x is none of this script's models; expected autoencoder or disc"),
         ],
     )

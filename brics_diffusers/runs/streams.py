@@ -1,0 +1,109 @@
+"""The training images of stage one and what brings them: a collection on this machine, or a stream of shards."""
+
+import argparse
+import hashlib
+import logging
+
+import datasets
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from ..data import ImageCollection, collate_images, load_collection, training_loader
+from ..data.streaming import StreamedImages, StreamPosition, first_images, load_stream, read_shard, stream_loader
+from ..models import BricsAutoencoder
+from .checkpoints import RunState
+from .run import load_splits, resized_images
+
+
+logger = logging.getLogger(__name__)
+
+SHARDS_TO_TELL = 8  # of a stream, by whose first images it is told from others
+
+
+def open_stream(args: argparse.Namespace, split: str) -> datasets.IterableDataset:
+    """A split of the run's collection as [`load_stream`] gives it."""
+    return load_stream(args.dataset_name, split, args.image_column, args.cache_dir, args.dataset_config_name)
+
+
+def load_training_images(args: argparse.Namespace):
+    r"""
+    What a run of stage one trains on and validates with.
+
+    Args:
+        args (`argparse.Namespace`):
+            Flags of `training/train_autoencoder.py`. With `streaming`, the first `num_validation_images` of the
+            validation split are kept in memory; without such a split nothing is held out.
+
+    Returns:
+        `tuple`: training and validation images; a `datasets.IterableDataset` or `datasets.Dataset`, and a
+        `datasets.Dataset` or `None`.
+    """
+    if not args.streaming:
+        return load_splits(args)
+    train = open_stream(args, args.dataset_split)
+    if args.num_validation_images == 0:
+        return train, None
+    try:
+        held_out = open_stream(args, args.validation_split or "validation")
+    except (ValueError, FileNotFoundError):
+        if args.validation_split is not None:
+            raise
+        logger.warning("No validation split: of a stream no images are held out; --validation_split names some.")
+        return train, None
+    return train, first_images(held_out, args.num_validation_images)
+
+
+def image_loader(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    images: datasets.Dataset | datasets.IterableDataset,
+    autoencoder: BricsAutoencoder,
+    state: RunState,
+    position: StreamPosition,
+) -> DataLoader:
+    r"""
+    The endless loader of this process's training batches, from where the run stands. Call on every process.
+
+    Args:
+        args (`argparse.Namespace`): Flags of `training/train_autoencoder.py`.
+        accelerator (`Accelerator`): The run's accelerator.
+        images: First result of [`load_training_images`].
+        autoencoder ([`BricsAutoencoder`]): Says how large its images are and of what channels.
+        state (`RunState`): Knows how many images were seen.
+        position ([`StreamPosition`]): Where a stream is read on; without influence on a collection.
+
+    Returns:
+        `DataLoader`: batches of `collate_images`.
+    """
+    channels, *size = autoencoder.sample_shape
+    if args.streaming:
+        options = {"seed": args.seed, "random_flip": args.random_flip, "channels": channels}
+        stream = StreamedImages(images, size, args.train_batch_size, position, **options)
+        return stream_loader(stream, args.dataloader_num_workers)
+    return training_loader(
+        ImageCollection(images, size, args.random_flip, True, resized_images(args, images, autoencoder), channels),
+        args.train_batch_size,
+        args.seed,
+        start=state.images_seen // (args.train_batch_size * accelerator.num_processes),
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        num_workers=args.dataloader_num_workers,
+        collate_fn=collate_images,
+    )
+
+
+def load_images_to_encode(args: argparse.Namespace) -> datasets.Dataset | datasets.IterableDataset:
+    """The collection of stage two, or the stream of it."""
+    if args.streaming:
+        return open_stream(args, args.dataset_split)
+    where = args.image_column, args.cache_dir, args.max_train_samples, args.dataset_config_name
+    return load_collection(args.dataset_name, args.dataset_split, *where)
+
+
+def stream_fingerprint(args: argparse.Namespace, stream: datasets.IterableDataset) -> str:
+    """A digest of a stream's name, its shards, and the first images of some of them: reading all would take days."""
+    digest = hashlib.sha256(repr((args.dataset_config_name, args.dataset_split, stream.num_shards)).encode())
+    for shard in torch.linspace(0, stream.num_shards - 1, min(SHARDS_TO_TELL, stream.num_shards)).tolist():
+        digest.update(repr(next(read_shard(stream, round(shard)), None)).encode())
+    return digest.hexdigest()

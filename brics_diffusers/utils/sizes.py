@@ -1,0 +1,28 @@
+"""Sizes of images: one number for squares, or a pair."""
+
+from collections.abc import Sequence
+
+
+def height_and_width(size: int | Sequence[int], name: str = "size") -> tuple[int, int]:
+    r"""
+    Both sides of an image.
+
+    Args:
+        size (`int` or `Sequence[int]`): The side of a square, or height and width, in pixels.
+        name (`str`, defaults to `"size"`): What errors call it.
+
+    Returns:
+        `tuple[int, int]`: height and width.
+
+    Raises:
+        `ValueError`: If it is neither a positive whole number nor two of them.
+    """
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"{name} is {size}; give a positive number of pixels, or height and width as a pair.")
+    return sides
+
+
+def size_text(size: int | Sequence[int]) -> str:
+    """Such as `64 x 48`, height first."""
+    return "{} x {}".format(*height_and_width(size))
