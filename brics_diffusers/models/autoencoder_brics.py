@@ -271,13 +271,13 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
         feature_block, style = self.mlp(self.grids(tiled))
         return feature_block.unflatten(2, tiled.shape[2:]), style
 
-    def _slice_size(self, key_codes: torch.Tensor) -> int:
-        """How many images to decode at once."""
+    def _slice_size(self, key_codes: torch.Tensor) -> int | None:
+        """How many images to decode at once; `None` for all, without asking how many there are."""
         if self.use_slicing and not self.training:
             return 1
         whole = self.config.decoder_type != "style" or torch.is_grad_enabled() or torch.compiler.is_compiling()
         if whole or key_codes.device.type != "cpu":
-            return max(len(key_codes), 1)
+            return None
         height, width = key_codes.shape[2:]
         pixels = height * width * self.encoder_factor**2  # of an image, which the last block has features for
         image_bytes = pixels * self.config.decoder_block_out_channels[-1] * self.grids.entries.element_size()
@@ -310,7 +310,7 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
         """
         self._check_key_codes(key_codes)
         size = self._slice_size(key_codes)
-        if size < len(key_codes):
+        if size is not None and size < key_codes.shape[0]:
             sample = torch.cat([self._decode(part) for part in key_codes.split(size)])
         else:
             sample = self._decode(key_codes)

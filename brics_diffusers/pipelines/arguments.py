@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from diffusers import ModelMixin, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 
@@ -50,6 +51,16 @@ def _advice(name: str, parameters: list[str]) -> str:
         return f"its place is {habits[0]}"
     nearest = difflib.get_close_matches(name, parameters, n=1)
     return f"the nearest it has is {nearest[0]}" if nearest else f"it has {', '.join(parameters)}"
+
+
+def check_denoiser(unet: torch.nn.Module) -> None:
+    """Refuses models of diffusers that are called otherwise than a [`UNet2DModel`], with a `ValueError`."""
+    model = getattr(unet, "_orig_mod", unet)  # of a compiled one
+    if isinstance(model, ModelMixin) and not isinstance(model, UNet2DModel):
+        raise ValueError(
+            f"unet is a {type(model).__name__}, which takes other arguments than key codes and a timestep; give a "
+            "UNet2DModel."
+        )
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:

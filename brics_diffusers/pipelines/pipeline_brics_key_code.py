@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..data.image_modes import MODES
 from ..models import BricsAutoencoder
 from ..utils.safe_loading import SafeLoadingMixin
-from .arguments import check_images, check_scheduler, named_arguments, set_timesteps
+from .arguments import check_denoiser, check_images, check_scheduler, named_arguments, set_timesteps
 from .image_processor import BricsImageProcessor
 from .key_code_editing import KeyCodeEditingMixin
 from .latents import generators_per_image, key_codes_to_latents, latents_to_key_codes
@@ -38,8 +38,9 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
             [`CosineVariantScheduler`] or any scheduler compatible with it.
 
     Raises:
-        `ValueError`: If the UNet's channels or size are not those of the autoencoder's key codes, or the scheduler is
-            of another kind (flow matching, EDM, IPNDM), which also shows at a call after a swap.
+        `ValueError`: If the denoiser is another model of diffusers than a [`UNet2DModel`], its channels or size are
+            not those of the autoencoder's key codes, or the scheduler is of another kind (flow matching, EDM, IPNDM),
+            which also shows at a call after a swap.
     """
 
     model_cpu_offload_seq = "unet->autoencoder"
@@ -48,6 +49,7 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
 
     def __init__(self, autoencoder: BricsAutoencoder, unet: UNet2DModel, scheduler: SchedulerMixin):
         super().__init__()
+        check_denoiser(unet)
         channels, height, width = autoencoder.key_code_shape
         if not unet.config.in_channels == unet.config.out_channels == channels:
             raise ValueError(

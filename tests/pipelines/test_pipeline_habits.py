@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -208,3 +209,10 @@ def test_bfloat16_keeps_key_codes_in_float32(pipe, monkeypatch):
     assert len(given) == 3 and images.isfinite().all()
     for codes in given:
         assert codes.dtype == torch.float32 and not torch.equal(codes, codes.bfloat16().float())
+
+
+def test_other_denoisers_are_refused_by_name(pipe):
+    sizes = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "patch_size": 2}
+    denoiser = DiTTransformer2DModel(num_layers=1, num_attention_heads=1, attention_head_dim=8, **sizes)
+    with pytest.raises(ValueError, match="unet is a DiTTransformer2DModel, which takes .*; give a UNet2DModel"):
+        BricsKeyCodePipeline(pipe.autoencoder, denoiser, pipe.scheduler)

@@ -98,8 +98,8 @@ class ModulatedConv2d(nn.Module):
             power = F.linear(scale.square(), self.weight.square().sum(dim=(2, 3)))  # (B, out)
             norm = torch.rsqrt(power + 1e-8) * gain
         else:
-            norm = scale.new_full((len(scale), len(self.weight)), gain)
-        x = (self.scale_weights if len(x) == 1 else self.scale_activations)(x, scale, norm, self.bias * gain)
+            norm = scale.new_full((scale.shape[0], self.weight.shape[0]), gain)
+        x = (self.scale_weights if x.shape[0] == 1 else self.scale_activations)(x, scale, norm, self.bias * gain)
         # In place: nothing before it needs its input for a gradient.
         return F.leaky_relu_(x, LEAKY_SLOPE) if self.activate else x
 
