@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from huggingface_hub import ModelCard
@@ -68,6 +69,21 @@ def test_card():
     for name in pictures:
         width, height = Image.open(MODEL / name).size
         assert width > 200 and height > 100
+
+
+@pytest.mark.parametrize(("name", "size"), [("astronaut", (256, 256)), ("coffee", (320, 192))])
+def test_tiled_encoding_loses_less_than_two_decibels(trained, name, size):
+    image = Image.fromarray(getattr(skimage.data, name)()).resize(size)
+
+    def psnr():
+        found = np.asarray(trained.reconstruct(image).images[0], np.float64)
+        return -10 * np.log10(((found - np.asarray(image)) ** 2).mean() / 255**2)
+
+    whole = psnr()
+    trained.vae.enable_tiling()
+    tiled = psnr()
+    trained.vae.disable_tiling()
+    assert whole > 18 and tiled > whole - 2
 
 
 @pytest.mark.skipif(not IMAGES.is_dir(), reason=f"{IMAGES.name} is not beside the repository")

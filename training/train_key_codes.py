@@ -243,7 +243,8 @@ def train(args, accelerator) -> None:
     terminated = TerminationSignal(accelerator)  # until here, what is encoded stays and needs no saving
 
     count_steps(args, accelerator, len(key_codes))
-    optimizer = build_optimizer(unet, args.learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon)
+    adam = args.adam_beta1, args.adam_beta2, args.adam_epsilon
+    optimizer = build_optimizer(unet, args.learning_rate, *adam, use_8bit_adam=args.use_8bit_adam)
     lr_scheduler = build_lr_scheduler(args, optimizer)
     ema = EMAModel(unet.parameters(), decay=args.ema_max_decay, foreach=True)
     state = RunState(run_settings(args, accelerator, len(key_codes)))

@@ -221,10 +221,11 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
         """
         self._check_sample(sample)
         image = sample.to(self.grids.entries.dtype)  # the model's own precision
+        encode = self.encode_in_tiles if self.use_tiling and not self.training else self.encoder
         if self.use_slicing and sample.shape[0] > 1 and not self.training:
-            logits = torch.cat([self.encoder(part) for part in image.split(1)])
+            logits = torch.cat([encode(part) for part in image.split(1)])
         else:
-            logits = self.encoder(image)
+            logits = encode(image)
         # bfloat16 steps by 1/256 near 1, as far as the training noise reaches: codes keep the input's type.
         logits = logits.to(sample.dtype)
         kl_loss = None

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -129,6 +130,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="Multiply learning rates by the images of one step.",
     )
     add(
+        "--use_8bit_adam",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Keep Adam's moments in 8 bits, by bitsandbytes; stage two only.",
+    )
+    add(
         "--lr_scheduler",
         choices=[name.value for name in SchedulerType],
         default="constant",
@@ -222,6 +229,8 @@ def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple
         getattr(args, name)[key] = value
     check_images(parser, getattr(args, "autoencoder", {}))
     check_schedule(parser, args, typed)
+    if args.use_8bit_adam:
+        check_8bit_adam(parser, models)
     if args.streaming:
         check_streaming(parser, args, models)
     if "autoencoder" in models and args.resolution is not None:
@@ -239,6 +248,17 @@ def check_images(parser: argparse.ArgumentParser, autoencoder: dict) -> None:
             height_and_width(autoencoder.get(name, 1), f"autoencoder.{name}")
     except ValueError as error:
         parser.error(str(error))
+
+
+def check_8bit_adam(parser: argparse.ArgumentParser, models: tuple[str, ...]) -> None:
+    """Refuses Adam in 8 bits where it would harm, and without its package."""
+    if "autoencoder" in models:
+        parser.error(
+            "--use_8bit_adam is for stage two: second moments of rarely hit grid entries are too small for 8 bits, so "
+            "leave it out"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        parser.error("--use_8bit_adam needs bitsandbytes, which is not installed: pip install bitsandbytes")
 
 
 def check_streaming(parser: argparse.ArgumentParser, args: argparse.Namespace, models: tuple[str, ...]) -> None:

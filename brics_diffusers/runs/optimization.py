@@ -22,7 +22,8 @@ def build_optimizer(
     beta2: float,
     epsilon: float,
     part_learning_rates: dict[str, float] | None = None,
-) -> torch.optim.Adam:
+    use_8bit_adam: bool = False,
+) -> torch.optim.Optimizer:
     r"""
     Adam, one fused kernel a step, for the parameters of a model that are not frozen.
 
@@ -35,11 +36,14 @@ def build_optimizer(
             and the style decoder) hold weights of about 1 and take larger steps than an encoder with PyTorch's
             initialisation bears.
 
+        use_8bit_adam (`bool`, defaults to `False`): Whether bitsandbytes' `Adam8bit` keeps its moments in 8 bits.
+
     Returns:
-        `torch.optim.Adam`: Its first group is what has no learning rate of its own, the others are in the order of
-        `part_learning_rates`.
+        `torch.optim.Adam` or `Adam8bit`: Its first group is what has no learning rate of its own, the others are in
+        the order of `part_learning_rates`.
 
     Raises:
+        `ImportError`: If bitsandbytes is to be used and is not installed.
         `ValueError`: If the model has no part of a name.
     """
     rates, known = part_learning_rates or {}, [name for name, _ in model.named_children()]
@@ -51,7 +55,12 @@ def build_optimizer(
             part = name.partition(".")[0]
             parts[part if part in rates else ""].append(parameter)
     groups = [{"params": params, "lr": rates.get(name, learning_rate)} for name, params in parts.items()]
-    return torch.optim.Adam(groups, lr=learning_rate, betas=(beta1, beta2), eps=epsilon, fused=True)
+    options = {"lr": learning_rate, "betas": (beta1, beta2), "eps": epsilon}
+    if use_8bit_adam:
+        import bitsandbytes  # noqa: PLC0415 - it is optional
+
+        return bitsandbytes.optim.Adam8bit(groups, **options)
+    return torch.optim.Adam(groups, **options, fused=True)
 
 
 def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer):

@@ -44,3 +44,27 @@ def test_decoders_that_see_the_whole_image(decoder_type):
     model = make_model(decoder_type=decoder_type, decoder_block_out_channels=(32, 32))
     with pytest.raises(NotImplementedError, match=f"decoder_type is '{decoder_type}', whose .*; use enable_slicing"):
         model.enable_tiling()
+
+
+def test_tiles_of_the_encoder(monkeypatch):
+    """Of the size of training images, overlapping, and averaged with weights that sum to one."""
+    model, sizes = make_model(encoder_shortcut=False).eval(), []
+    with torch.no_grad():
+        image = torch.rand(2, 3, 40, 24) * 2 - 1
+        small = image[:, :, :16, :16]
+        whole = model.encode(small).key_codes
+        model.enable_tiling()
+        assert torch.equal(model.encode(small).key_codes, whole)
+        monkeypatch.setattr(
+            model.encoder, "forward", lambda part: sizes.append(part.shape[2:]) or part[:, [0] * 4, ::4, ::4]
+        )
+        codes = model.encode(image).key_codes
+    # As if each element of the key code were one pixel of the image.
+    torch.testing.assert_close(codes, torch.sigmoid(image[:, [0] * 4, ::4, ::4]))
+    assert set(sizes) == {(16, 16)} and len(sizes) == 3 * 2
+
+
+def test_where_tiles_begin():
+    assert tiling.tile_starts(40, 16, 4) == [0, 12, 24]
+    assert tiling.tile_starts(16, 16, 4) == [0]
+    assert tiling.tile_starts(20, 16, 4) == [0, 4]

@@ -1,8 +1,11 @@
 """Flags that users of diffusers' training scripts type."""
 
 import argparse
+import importlib.machinery
 import json
 import shutil
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from brics_diffusers.runs import processes
 from brics_diffusers.runs.arguments import MAX_TRAIN_STEPS
 from brics_diffusers.runs.checkpoints import list_checkpoints
 from brics_diffusers.runs.curves import read_curves
-from brics_diffusers.runs.optimization import build_lr_scheduler, scale_learning_rates
+from brics_diffusers.runs.optimization import build_lr_scheduler, build_optimizer, scale_learning_rates
 from brics_diffusers.runs.pretrained import build_autoencoder, check_key_codes
 
 
@@ -229,3 +232,25 @@ def test_workers(monkeypatch):
     assert [processes.default_num_workers(torch.device("cuda"), count) for count in (1, 4, 16)] == [8, 3, 0]
     monkeypatch.setattr(processes.shutil, "disk_usage", lambda _: argparse.Namespace(free=2**26))  # as in Docker
     assert processes.default_num_workers(torch.device("cuda"), 1) == 0
+
+
+class TestAdamIn8Bits:
+    FLAGS = ("--autoencoder_name_or_path", "x", "--use_8bit_adam")
+
+    def test_refusals(self, refusal, monkeypatch):
+        assert "--use_8bit_adam is for stage two" in refusal("--use_8bit_adam")
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+        message = "--use_8bit_adam needs bitsandbytes, which is not installed: pip install bitsandbytes"
+        assert message in refusal(*self.FLAGS, script=train_key_codes)
+
+    def test_it_is_used(self, monkeypatch):
+        class Adam8bit(torch.optim.Adam):
+            pass
+
+        package = ModuleType("bitsandbytes")
+        package.__spec__ = importlib.machinery.ModuleSpec("bitsandbytes", None)
+        package.optim = SimpleNamespace(Adam8bit=Adam8bit)
+        monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+        args = parse(*self.FLAGS, script=train_key_codes)
+        optimizer = build_optimizer(torch.nn.Linear(2, 2), 1e-3, 0.9, 0.99, 1e-8, use_8bit_adam=args.use_8bit_adam)
+        assert type(optimizer) is Adam8bit and optimizer.defaults["lr"] == 1e-3
