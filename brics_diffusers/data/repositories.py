@@ -28,7 +28,9 @@ def load_saved(folder: Path, split: str) -> datasets.Dataset:
 
 def _of_split(source: Path, splits: dict, split: str):
     if split not in splits:
-        raise ValueError(f"'{source}' has no split '{split}'; available splits: {', '.join(sorted(map(str, splits)))}.")
+        raise ValueError(
+            f"'{source}' has no split '{split}'; available splits: {', '.join(sorted(map(str, splits)))}."
+        )
     return splits[split]
 
 

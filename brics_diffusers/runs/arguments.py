@@ -309,7 +309,7 @@ def flag_words(name: str, value) -> list[str]:
     return [] if value is None else [f"--{name}={value}"]
 
 
-def run_settings(args: argparse.Namespace, accelerator: Accelerator, num_images: int) -> dict:
+def run_settings(args: argparse.Namespace, accelerator: Accelerator, num_images: int | None) -> dict:
     """What a resumed run must share with the one before to end as an uninterrupted one would."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     if args.lr_scheduler in ("constant", "constant_with_warmup", "piecewise_constant"):

@@ -26,7 +26,7 @@ SUMMARY = "training_summary.json"
 
 
 def summarize_run(
-    args: argparse.Namespace, accelerator: Accelerator, state: RunState, num_images: int, model: torch.nn.Module
+    args: argparse.Namespace, accelerator: Accelerator, state: RunState, num_images: int | None, model: torch.nn.Module
 ) -> dict:
     r"""
     How a run ended, for `training_summary.json`.
@@ -35,7 +35,7 @@ def summarize_run(
         args (`argparse.Namespace`): Flags of the run.
         accelerator (`Accelerator`): The run's accelerator.
         state (`RunState`): Its counters; `validation`, if it has that, holds the last metrics.
-        num_images (`int`): Training images.
+        num_images (`int`, *optional*): Training images, where the number is known.
         model (`torch.nn.Module`): The model that was trained.
 
     Returns:

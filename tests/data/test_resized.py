@@ -26,7 +26,7 @@ def values(photos, resized=None):
 def test_the_same_values_without_reading(photos, tmp_path, monkeypatch):
     expected = values(photos)
     assert torch.equal(values(photos, ResizedImages(tmp_path / "kept", "key", 8)), expected)
-    monkeypatch.setattr(images, "read_image", lambda data: pytest.fail("is not read again"))
+    monkeypatch.setattr(images, "read_image", lambda *args: pytest.fail("is not read again"))
     for _ in range(2):
         assert torch.equal(values(photos, ResizedImages(tmp_path / "kept", "key", 8)), expected)
     for other in (ResizedImages(tmp_path / "kept", "other", 8), ResizedImages(tmp_path / "kept", "key", 4)):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 
 import pytest
 import torch
@@ -176,9 +177,16 @@ class TestSaving:
 
 
 class TestErrors:
-    @pytest.mark.parametrize("sample_size", [0, 4, 12, 96])
-    def test_config(self, sample_size):
-        with pytest.raises(ValueError, match=f"sample_size is {sample_size}; .*power of two of at least 8"):
+    @pytest.mark.parametrize(
+        ("sample_size", "message"),
+        [
+            (0, "give a positive number of pixels"),
+            *((size, "the discriminator needs a power of two of at least 8") for size in (4, 12, 96)),
+            ((16, 18), "the discriminator needs a longer side that is a multiple of 4"),
+        ],
+    )
+    def test_config(self, sample_size, message):
+        with pytest.raises(ValueError, match=re.escape(f"sample_size is {sample_size}; {message}")):
             BricsDiscriminator(sample_size=sample_size)
 
     @pytest.mark.parametrize("shape", [(1, 3, 16, 16), (1, 3, 8, 4), (1, 1, 8, 8)])

@@ -177,7 +177,8 @@ def test_cache_of_resized_images(tmp_path, image_folder, write_config, run_here,
     flags += ["--max_train_steps", 12, "--cache_dir", tmp_path / "cache"]  # two epochs of 24 images by 4
     weights, reads = [], []
     monkeypatch.setattr(
-        "brics_diffusers.data.images.read_image", lambda data: reads.append(data["path"]) or read_image(data)
+        "brics_diffusers.data.images.read_image",
+        lambda data, channels: reads.append(data["path"]) or read_image(data, channels),
     )
     for name, cached in (("plain", "--no-cache_resized"), ("first", "--cache_resized"), ("again", "--cache_resized")):
         reads.clear()
