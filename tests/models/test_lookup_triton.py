@@ -46,18 +46,15 @@ print("deterministic gradients are torch's")
 """
 
 COMPILE = """
-import sys
-
 import triton
 from triton.backends.compiler import GPUTarget
 
 from brics_diffusers.models.grids import lookup_triton as kernels
 
-capability, key_length, dtype = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-constants = {"key_length": key_length, "channels": 4, "padded_channels": 4, "block": kernels.BLOCK}
+constants = {"key_length": 1, "channels": 4, "padded_channels": 4, "block": kernels.BLOCK}
 sizes = dict.fromkeys(("num_points", "height", "width", "total_entries"), "i32")
-lookup = {"keys": "*fp32", "levels": "*i64", "entries": dtype, "features": dtype, "slopes": "*fp32"}
-scatter = {"keys": "*fp32", "levels": "*i64", "grad_features": dtype, "grad_entries": "*fp32"}
+lookup = {"keys": "*fp32", "levels": "*i64", "entries": "*fp32", "features": "*fp32", "slopes": "*fp32"}
+scatter = {"keys": "*fp32", "levels": "*i64", "grad_features": "*fp32", "grad_entries": "*fp32"}
 for kernel, tensors, extra in (
     (kernels._lookup_kernel, lookup, {"with_slopes": True}),
     (kernels._scatter_kernel, scatter, {}),
@@ -71,14 +68,9 @@ for kernel, tensors, extra in (
         constexprs={(names.index(name),): value for name, value in values.items()},
         attrs={(number,): [["tt.divisibility", 16]] for number in range(len(tensors))},
     )
-    options = {"num_warps": kernels.NUM_WARPS}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels.NUM_WARPS})
     print(len(compiled.asm["cubin"]), compiled.asm["ptx"].count("ld.global.v4"))
 """
-
-
-CAPABILITIES = (75, 80, 89, 90, 120)
-KINDS = ((1, "*fp32"), (2, "*fp16"), (2, "*bf16"))
 
 
 def test_interpreted_kernels(run_python):
@@ -90,13 +82,8 @@ def test_interpreted_kernels(run_python):
     ]
 
 
-@pytest.mark.parametrize(
-    ("capability", "key_length", "dtype"),
-    [(90, 1, "*fp32"), *(pytest.param(c, k, d, marks=pytest.mark.slow) for c in CAPABILITIES for k, d in KINDS)],
-)
-def test_kernels_compile_for_gpus_that_are_not_here(run_python, capability, key_length, dtype):
-    lines = run_python(COMPILE, str(capability), str(key_length), dtype).splitlines()
+def test_kernels_compile_for_a_hopper_gpu(run_python):
+    lines = run_python(COMPILE).splitlines()
     (lookup_size, node_reads), (scatter_size, _) = (map(int, line.split()) for line in lines)
     assert lookup_size > 0 and scatter_size > 0
-    if (key_length, dtype) == (1, "*fp32"):
-        assert node_reads >= 8  # each of the 8 corners is one read of 16 bytes
+    assert node_reads >= 8  # each of the 8 corners is one read of 16 bytes
