@@ -88,7 +88,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="SECTION.NAME=VALUE",
-        help="Changes to the models of the config, for instance autoencoder.key_length=2.",
+        help="Changes to the models of the config, for instance autoencoder.key_length=2; of a pretrained "
+        "autoencoder, to its noise in training.",
     )
     add(
         "--dataset_name",
