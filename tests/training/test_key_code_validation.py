@@ -83,7 +83,7 @@ def test_training_is_the_same_with_and_without(flags, tmp_path, run_here):
     assert type(best.scheduler).__name__ == "CosineVariantScheduler"
     is_last = all(torch.equal(value, unet_of(output_dir)[key]) for key, value in best.unet.state_dict().items())
     assert is_last == (distances.index(min(distances)) == 3)
-    assert Image.open(output_dir / "curves.png").height == 720 or (output_dir / "curves.png").exists()
+    assert (output_dir / "curves.png").is_file()
 
 
 def test_resumed_runs_know_what_was_best(flags, tmp_path, run_here):
