@@ -106,5 +106,5 @@ def _plot_validation(axes, curves: dict[str, list[tuple[int, float]]]) -> None:
         axes.legend(fontsize=8)
     for part in parts.keys() - set(losses):
         other = axes.twinx() if losses else axes
-        other.plot(*zip(*curves[parts[part]], strict=True), color="#b5467c", linestyle="--", marker=".")
+        other.plot(*zip(*curves[parts[part]], strict=True), color="gray", linestyle="--", marker=".")
         other.set_ylabel(f"{part} (dashed)" if losses else part)
