@@ -60,7 +60,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag(
         "--train_decoder_only",
         default=False,
-        help="Freeze the encoder and train grids, MLPs and decoder on key codes with noise of --key_noise_scale.",
+        help="Freeze the encoder and train grids, MLPs and decoder on noisier key codes: --key_noise_scale, or --set.",
     )
     add("--key_noise_scale", type=float, help="Standard deviation of the noise on key codes; default: the config's.")
     flag("--cache_resized", default=False, help="Keep resized images in --cache_dir; worth it for large photographs.")

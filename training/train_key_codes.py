@@ -10,12 +10,13 @@ import logging
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from diffusers import DPMSolverMultistepScheduler, UNet2DModel
+from accelerate.utils import broadcast_object_list, set_seed
+from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
@@ -28,11 +29,19 @@ from brics_diffusers.data.key_codes import (
     open_key_codes,
     write_key_codes,
 )
+from brics_diffusers.metrics.generation import KID_FEATURES
 from brics_diffusers.models.loading import load_autoencoder
 from brics_diffusers.pipelines.pipeline_brics_key_code import key_codes_to_latents
-from brics_diffusers.runs.arguments import add_common_arguments, parse_arguments, positive, run_settings
+from brics_diffusers.runs.arguments import (
+    add_common_arguments,
+    not_negative,
+    parse_arguments,
+    positive,
+    run_settings,
+)
 from brics_diffusers.runs.averaging import averaged_weights
 from brics_diffusers.runs.checkpoints import (
+    NO_BEST,
     RunState,
     TerminationSignal,
     appearing_folder,
@@ -41,6 +50,7 @@ from brics_diffusers.runs.checkpoints import (
     naming_the_last_checkpoint,
     save_checkpoint,
 )
+from brics_diffusers.runs.key_code_validation import KeyCodeValidation
 from brics_diffusers.runs.losses import denoising_loss
 from brics_diffusers.runs.optimization import (
     build_lr_scheduler,
@@ -52,11 +62,10 @@ from brics_diffusers.runs.optimization import (
 from brics_diffusers.runs.pretrained import check_key_codes, check_resolution, load_key_code_pipeline
 from brics_diffusers.runs.record import finish_run, summarize_run
 from brics_diffusers.runs.run import StepLog, count_steps, resume_run, start_run
+from brics_diffusers.runs.sample_distance import DISTANCES
 from brics_diffusers.runs.streams import load_images_to_encode, stream_fingerprint
-from brics_diffusers.runs.tracking import log_image
 from brics_diffusers.schedulers.min_snr import min_snr_weights
 from brics_diffusers.utils.files import weights_digest
-from brics_diffusers.utils.image_grids import image_grid
 from brics_diffusers.utils.locks import locked_folder
 
 
@@ -85,8 +94,23 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--snr_gamma", type=float, help="Min-SNR weighting with this limit, 5 in the paper; none by default.")
     add("--ema_max_decay", type=float, default=0.9999, help="Decay of the averaged weights after its warm-up.")
     add("--num_validation_images", type=int, default=16, help="Images sampled at each validation, of all processes.")
-    add("--save_dtype", choices=DTYPES, default="fp32", help="Numbers of the saved pipeline; checkpoints stay fp32.")
     add("--num_inference_steps", type=positive, default=20, help="DPM-Solver++ steps of these samples.")
+    add("--validation_split", help="Split for the loss on held-out key codes; default: `validation`, if there is one.")
+    add(
+        "--num_held_out_images",
+        type=not_negative,
+        help="Images of that split to use at most, 256 by default; 0 for none. Without such a split none are held out "
+        "unless this is given: then so many, at most a tenth, are taken from the training images, as in stage one.",
+    )
+    add(
+        "--validation_metrics",
+        choices=("none", *DISTANCES),
+        default="none",
+        help="Distance of samples from training images at each validation; the nearest are kept in pipeline-best.",
+    )
+    add("--feature_extractor", default=KID_FEATURES, help="Features of that distance, as of generation-metrics.")
+    add("--num_metric_samples", type=positive, default=256, help="Samples for that distance, of all processes.")
+    add("--save_dtype", choices=DTYPES, default="fp32", help="Numbers of the saved pipeline; checkpoints stay fp32.")
     parser.set_defaults(lr_scheduler="cosine", output_dir="runs/pipeline")
     args = parse_arguments(parser, "train_key_codes", ("unet", "scheduler"), argv)
     if args.pretrained_model_name_or_path is not None:
@@ -196,32 +220,6 @@ def training_loss(unet, scheduler, latents, noise, timesteps, snr_gamma: float |
     return denoising_loss(prediction, target, weights)
 
 
-def sample_images(args, accelerator, pipeline: BricsKeyCodePipeline) -> torch.Tensor:
-    """The same `num_validation_images` images at each call, shared among the processes: (N, 3, H, W) in [-1, 1]."""
-    share = range(accelerator.process_index, args.num_validation_images, accelerator.num_processes)
-    images = []
-    for start in range(0, len(share), args.encode_batch_size):
-        generators = [torch.Generator().manual_seed(seed) for seed in share[start : start + args.encode_batch_size]]
-        images += pipeline(
-            batch_size=len(generators),
-            num_inference_steps=args.num_inference_steps,
-            generator=generators,
-            output_type="pt",
-        ).images.cpu()
-    numbered = gather_object(list(zip(share, images, strict=True)))
-    return 2 * torch.stack([image for _, image in sorted(numbered, key=lambda pair: pair[0])]) - 1
-
-
-def validate(args, accelerator, pipeline, ema, step: int) -> None:
-    """Writes a grid of samples from the averaged weights."""
-    with averaged_weights(pipeline.unet, ema):
-        images = sample_images(args, accelerator, pipeline)
-    if accelerator.is_main_process:
-        grid = image_grid(images)
-        grid.save(Path(args.output_dir) / "samples.png")
-        log_image(accelerator, "samples", grid, step)
-
-
 def save_pipeline(pipeline: BricsKeyCodePipeline, output_dir: Path) -> None:
     """Writes the pipeline into the run's folder, each component complete or not at all, and the index last."""
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".partial-") as folder:
@@ -238,7 +236,8 @@ def train(args, accelerator) -> None:
     autoencoder, unet, scheduler = build_models(args)
     autoencoder.to(accelerator.device)
     with accelerator.main_process_first():
-        dataset = load_images_to_encode(args)
+        dataset, held_out = load_images_to_encode(args)
+    validation = KeyCodeValidation(args, accelerator, autoencoder, dataset, held_out)
     key_codes = encode_collection(args, accelerator, autoencoder, dataset)
     terminated = TerminationSignal(accelerator)  # until here, what is encoded stays and needs no saving
 
@@ -247,16 +246,14 @@ def train(args, accelerator) -> None:
     optimizer = build_optimizer(unet, args.learning_rate, *adam, use_8bit_adam=args.use_8bit_adam)
     lr_scheduler = build_lr_scheduler(args, optimizer)
     ema = EMAModel(unet.parameters(), decay=args.ema_max_decay, foreach=True)
-    state = RunState(run_settings(args, accelerator, len(key_codes)))
+    state = RunState(run_settings(args, accelerator, len(key_codes)), **NO_BEST, validation=None)
     unet, optimizer = accelerator.prepare(unet, optimizer)  # the schedule would advance once a process
     accelerator.register_for_checkpointing(ema, lr_scheduler, state)
     set_seed(args.seed, device_specific=True)  # dropout, where the UNet has it, differs between processes
     resume_run(args, accelerator, state, ema, lr_scheduler, [optimizer])
 
     bare = accelerator.unwrap_model(unet, keep_torch_compile=False)
-    solver = DPMSolverMultistepScheduler.from_config(scheduler.config, use_karras_sigmas=True)
-    sampler = BricsKeyCodePipeline(autoencoder, bare, solver)
-    sampler.set_progress_bar_config(disable=True)
+    pipeline = BricsKeyCodePipeline(autoencoder, bare, scheduler)
     start = state.images_seen // (args.train_batch_size * accelerator.num_processes)
     loader = training_loader(
         key_codes,
@@ -303,12 +300,12 @@ def train(args, accelerator) -> None:
         last = step == args.max_train_steps
         due = due or step % args.checkpointing_steps == 0  # and waits for a step that is finite
         saves = (due and finite) or last or stop
-        validates = args.num_validation_images and (last or (step % args.validation_steps == 0 and not stop))
+        validates = validation and (last or (step % args.validation_steps == 0 and not stop))
         if saves or validates:
             check_weights([bare], state, output_dir)
         if validates:
-            with naming_the_last_checkpoint(output_dir, "the samples"):
-                validate(args, accelerator, sampler, ema, step)
+            with naming_the_last_checkpoint(output_dir, "the validation"):
+                validation(pipeline, ema, state, partial(training_loss, bare, scheduler, snr_gamma=args.snr_gamma))
             log.restart_clock()
         if saves:
             due = False
@@ -322,7 +319,7 @@ def train(args, accelerator) -> None:
         with averaged_weights(bare, ema), naming_the_last_checkpoint(output_dir, "the pipeline"):
             for model in (autoencoder, bare):  # which have done their work; diffusers' own `to` warns of any type
                 torch.nn.Module.to(model, DTYPES[args.save_dtype])
-            save_pipeline(BricsKeyCodePipeline(autoencoder, bare, scheduler), output_dir)
+            save_pipeline(pipeline, output_dir)
         logger.info("The pipeline is in %s", output_dir)
         finish_run(args, summarize_run(args, accelerator, state, None if args.streaming else len(dataset), bare))
 

@@ -5,7 +5,6 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import Decoder, DiagonalGaussianDistribution, Encoder
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from diffusers.utils.torch_utils import randn_tensor
 
 from ..utils.safe_loading import SafeLoadingMixin
 from ..utils.sizes import height_and_width
@@ -15,6 +14,7 @@ from .decoders.style_decoder import StyleDecoder
 from .encoder import ShortcutEncoder
 from .grids.feature_grids import FeatureGrids
 from .outputs import BricsAutoencoderOutput, BricsDecoderOutput, BricsEncoderOutput
+from .regularization import interpolate_with_noise, relax_precision
 from .tiling import TilingMixin
 
 
@@ -60,7 +60,8 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
             Width of each decoder resolution, from the feature block's up to the image's.
         regularization (`str`, defaults to `"noise"`):
             What keeps the codes smooth in training: `"noise"` relaxes their precision by `key_noise_scale` (Sec. 3.4),
-            `"kl"` draws logits from a Gaussian (App. A.4), `"none"` does nothing. Without effect in eval mode.
+            `"kl"` draws logits from a Gaussian (App. A.4), `"none"` does nothing, `"interpolate"` moves codes far
+            towards noise (l-DeTok, arXiv 2507.15856), see [`interpolate_with_noise`]. Without effect in eval mode.
         key_noise_scale (`float`, *optional*):
             Standard deviation of the training noise on key codes; `1 / (4 * max_resolution)` by default, so that two
             standard deviations are half a cell of the finest grid.
@@ -72,6 +73,8 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
             is added to the encoder's output before the sigmoid; with `"kl"`, to the means. It is ours, not the
             paper's: without it colour reaches the codes late, through the whole normalised encoder. A saved config
             without this key means `False`.
+        interpolation_gamma (`float`, defaults to 1.0):
+            Standard deviation of the noise towards which `"interpolate"` moves latents `2 * (z - 0.5)`, above 0.
 
     Raises:
         `ValueError`: If the arguments contradict each other.
@@ -122,6 +125,7 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
         key_noise_scale: float | None = None,
         use_coordinates: bool = True,
         encoder_shortcut: bool = True,
+        interpolation_gamma: float = 1.0,
     ):
         super().__init__()
         check_config(self.config)
@@ -232,11 +236,9 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
         if self.config.regularization == "kl":
             posterior = DiagonalGaussianDistribution(logits.float())
             kl_loss = posterior.kl()
-            logits = (
-                posterior.sample(generator).to(logits.dtype) if self.training else posterior.mode().to(logits.dtype)
-            )
+            logits = (posterior.sample(generator) if self.training else posterior.mode()).to(logits.dtype)
         key_codes = torch.sigmoid(logits)
-        if self.config.regularization == "noise" and self.training:
+        if self.config.regularization in ("noise", "interpolate") and self.training:
             key_codes = self.relax_precision(key_codes, generator)
         if not return_dict:
             return (key_codes,) if kl_loss is None else (key_codes, kl_loss)
@@ -244,17 +246,19 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
 
     def relax_precision(self, key_codes: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         r"""
-        Adds Gaussian noise of `key_noise_scale` to key codes and clips them to [0, 1] (Sec. 3.4, App. D).
+        Perturbs key codes as in training: by [`interpolate_with_noise`] with `regularization="interpolate"`, else by
+        Gaussian noise of `key_noise_scale` (Sec. 3.4, App. D).
 
         Args:
-            key_codes (`torch.Tensor` of any shape): Key codes in [0, 1].
+            key_codes (`torch.Tensor` of shape (B, ...)): Key codes in [0, 1].
             generator (`torch.Generator`, *optional*): Source of the noise.
 
         Returns:
             `torch.Tensor`: Perturbed key codes in [0, 1], same shape.
         """
-        noise = randn_tensor(key_codes.shape, generator=generator, device=key_codes.device, dtype=key_codes.dtype)
-        return (key_codes + self.key_noise_scale * noise).clamp(0, 1)
+        if self.config.regularization == "interpolate":
+            return interpolate_with_noise(key_codes, self.config.interpolation_gamma, generator)
+        return relax_precision(key_codes, self.key_noise_scale, generator)
 
     def retrieve(self, key_codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         r"""

@@ -3,10 +3,10 @@
 from diffusers.configuration_utils import FrozenDict
 
 from ..utils.sizes import height_and_width, size_text
+from .regularization import REGULARIZATIONS
 
 
 DECODER_TYPES = ("style", "vqgan", "movq")
-REGULARIZATIONS = ("noise", "kl", "none")
 
 
 def encoder_factor(config: FrozenDict) -> int:
@@ -31,6 +31,8 @@ def check_config(config: FrozenDict) -> None:
     for name, allowed in (("decoder_type", DECODER_TYPES), ("regularization", REGULARIZATIONS)):
         if config[name] not in allowed:
             raise ValueError(f"{name} is {config[name]!r}; it must be one of {', '.join(map(repr, allowed))}.")
+    if not config.interpolation_gamma > 0:
+        raise ValueError(f"interpolation_gamma is {config.interpolation_gamma}; it must be above 0.")
     if config.key_length < 1 or config.key_channels < 1 or config.key_channels % config.key_length:
         raise ValueError(
             f"key_channels is {config.key_channels} and key_length {config.key_length}; "

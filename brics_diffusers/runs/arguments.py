@@ -27,6 +27,7 @@ FREE_FLAGS = {
     *("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps", "max_nonfinite_steps"),
     *("validation_split", "num_validation_images", "num_inference_steps", "pretrained_autoencoder_name_or_path"),
     *("best_metric", "save_validation_weights", "cache_resized"),
+    *("num_held_out_images", "validation_metrics", "feature_extractor", "num_metric_samples"),
     *("resolution", "num_train_epochs", "report_to", "logging_dir", "tracker_project_name"),  # epochs are steps too
     *("pretrained_model_name_or_path", "autoencoder_name_or_path", "save_dtype"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_license"),
@@ -90,7 +91,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="SECTION.NAME=VALUE",
-        help="Changes to the models of the config, for instance autoencoder.key_length=2.",
+        help="Changes to the models of the config, for instance autoencoder.key_length=2; of a pretrained "
+        "autoencoder, to its noise in training.",
     )
     add(
         "--dataset_name",

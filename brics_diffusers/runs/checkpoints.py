@@ -62,8 +62,8 @@ NO_BEST = {"best_psnr": float("-inf"), "best_perceptual": None}
 
 def improves(state: RunState, metrics: dict[str, float], name: str) -> bool:
     r"""
-    Whether a validation is the best so far, which the state then remembers. PSNR and the distance of each perceptual
-    network are kept apart, so that where another takes over, its first value is the best.
+    Whether a validation is the best so far, which the state then remembers. PSNR and each kind of distance, that of a
+    perceptual network or of samples, are kept apart, so that where another takes over, its first value is the best.
 
     Args:
         state (`RunState`): With the attributes of `NO_BEST`.

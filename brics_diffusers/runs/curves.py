@@ -66,7 +66,8 @@ def _first_time(path: Path) -> int:
 
 def training_plot(runs: dict[str, dict[str, list[tuple[int, float]]]]):
     r"""
-    Losses of runs, and PSNR on held-out images or, for a run without any, the learning rate.
+    Losses of runs, and what was measured at validations: PSNR on held-out images, or losses on held-out key codes and
+    the distance of samples; for a run without any, the learning rate.
 
     Args:
         runs (`dict[str, dict]`): Curves by the title of the run, see `read_curves`.
@@ -82,8 +83,28 @@ def training_plot(runs: dict[str, dict[str, list[tuple[int, float]]]]):
             left.plot(*zip(*curves[name], strict=True), color=color, linewidth=1, label=part)
         left.set(title=f"{title}: training", xlabel="step", ylabel="loss", yscale="log")
         left.legend(fontsize=8)
-        measured = "validation/psnr" if "validation/psnr" in curves else "train/learning_rate"
-        right.plot(*zip(*curves[measured], strict=True), color=COLORS[0], marker="." if "psnr" in measured else None)
-        label = "PSNR (dB)" if "psnr" in measured else "learning rate"
-        right.set(title=f"{title}: held-out images" if "psnr" in measured else title, xlabel="step", ylabel=label)
+        if "validation/psnr" in curves:
+            right.plot(*zip(*curves["validation/psnr"], strict=True), color=COLORS[0], marker=".")
+            right.set(title=f"{title}: held-out images", xlabel="step", ylabel="PSNR (dB)")
+        elif any(name.startswith("validation/") for name in curves):
+            _plot_validation(right, curves)
+            right.set(title=f"{title}: validation", xlabel="step")
+        else:
+            right.plot(*zip(*curves["train/learning_rate"], strict=True), color=COLORS[0])
+            right.set(title=title, xlabel="step", ylabel="learning rate")
     return figure
+
+
+def _plot_validation(axes, curves: dict[str, list[tuple[int, float]]]) -> None:
+    """Losses on held-out key codes, of all times t black, and on an axis of its own the distance of samples."""
+    parts = {name.removeprefix("validation/"): name for name in curves if name.startswith("validation/")}
+    losses = [part for part in parts if part.startswith("loss")]
+    for part, color in zip(losses, ("black", *COLORS), strict=False):
+        axes.plot(*zip(*curves[parts[part]], strict=True), color=color, linewidth=1, marker=".", label=part)
+    if losses:
+        axes.set(ylabel="loss", yscale="log")
+        axes.legend(fontsize=8)
+    for part in parts.keys() - set(losses):
+        other = axes.twinx() if losses else axes
+        other.plot(*zip(*curves[parts[part]], strict=True), color="gray", linestyle="--", marker=".")
+        other.set_ylabel(f"{part} (dashed)" if losses else part)

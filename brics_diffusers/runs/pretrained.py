@@ -12,6 +12,10 @@ from ..pipelines import BricsKeyCodePipeline
 from ..pipelines.sampling import load_pipeline
 
 
+# Arguments of an autoencoder that only training heeds, so that a trained one may have them otherwise.
+NOISE_ARGUMENTS = ("regularization", "key_noise_scale", "interpolation_gamma")
+
+
 def resized(config: Mapping, resolution: int, feature_size: int | None = None) -> dict:
     r"""
     What makes an autoencoder's config one for images of another size: the feature block grows with them.
@@ -65,27 +69,55 @@ def load_resized_autoencoder(name_or_path: str, resolution: int | None, **change
 
 def build_autoencoder(args: argparse.Namespace) -> BricsAutoencoder:
     """A new autoencoder of stage one, or a pretrained one, with the flags that concern it."""
-    changes = {} if args.key_noise_scale is None else {"key_noise_scale": args.key_noise_scale}
-    if args.pretrained_autoencoder_name_or_path is None:
+    path = args.pretrained_autoencoder_name_or_path
+    noise = {} if args.key_noise_scale is None else {"key_noise_scale": args.key_noise_scale}
+    if path is None:
         if args.train_decoder_only:
             raise ValueError("--train_decoder_only keeps an encoder; name its --pretrained_autoencoder_name_or_path.")
-        autoencoder = BricsAutoencoder(**args.autoencoder | changes)
+        autoencoder = BricsAutoencoder(**args.autoencoder | noise)
     else:
-        autoencoder = load_resized_autoencoder(args.pretrained_autoencoder_name_or_path, args.resolution, **changes)
+        autoencoder = load_resized_autoencoder(path, args.resolution)
+        noise = noise_changes(args) | noise
+        if args.train_decoder_only:
+            noise = decoder_noise(autoencoder, noise)
+        kinds = {autoencoder.config.regularization, noise.get("regularization", autoencoder.config.regularization)}
+        if "kl" in kinds and len(kinds) > 1:
+            raise ValueError(
+                f"the pretrained autoencoder has regularization {autoencoder.config.regularization!r}, and encoders "
+                "with and without 'kl' differ; leave --set autoencoder.regularization out."
+            )
+        if noise:
+            autoencoder = load_resized_autoencoder(path, args.resolution, **noise)
     check_image_channels(autoencoder.config.in_channels, autoencoder.config.out_channels)
     if args.train_decoder_only:
-        if args.key_noise_scale is None:
-            raise ValueError(
-                "--train_decoder_only is for noisier key codes than those before; give --key_noise_scale, above "
-                f"{autoencoder.key_noise_scale:.4g}."
-            )
-        if autoencoder.config.regularization == "kl":
-            raise ValueError("--train_decoder_only adds noise to key codes; it can't with regularization 'kl'.")
-        autoencoder.register_to_config(regularization="noise")
         autoencoder.encoder.requires_grad_(False)
     if args.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
     return autoencoder
+
+
+def noise_changes(args: argparse.Namespace) -> dict:
+    """What `--set` changes of a pretrained autoencoder; a `ValueError` if it is more than the noise in training."""
+    changes = {name: value for section, name, value in args.changes if section == "autoencoder"}
+    other = sorted(set(changes) - set(NOISE_ARGUMENTS))
+    if other:
+        raise ValueError(
+            f"--set autoencoder.{other[0]} is for new models; of a pretrained one it can change "
+            f"{', '.join(NOISE_ARGUMENTS)}, so leave it out."
+        )
+    return changes
+
+
+def decoder_noise(autoencoder: BricsAutoencoder, noise: dict) -> dict:
+    """The noise on key codes for `--train_decoder_only`: changes of config, with the regularisation that uses them."""
+    if autoencoder.config.regularization == "kl":
+        raise ValueError("--train_decoder_only adds noise to key codes; it can't with regularization 'kl'.")
+    if not noise:
+        raise ValueError(
+            "--train_decoder_only is for noisier key codes than those before; give --key_noise_scale, above "
+            f"{autoencoder.key_noise_scale:.4g}, or --set autoencoder.regularization=interpolate."
+        )
+    return {"regularization": "noise" if "key_noise_scale" in noise else "interpolate"} | noise
 
 
 def load_key_code_pipeline(name_or_path: str) -> BricsKeyCodePipeline:

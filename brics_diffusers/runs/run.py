@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import datasets
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
@@ -140,7 +141,24 @@ def load_splits(args: argparse.Namespace):
     """
     options = {"image_column": args.image_column, "cache_dir": args.cache_dir, "config_name": args.dataset_config_name}
     train = load_collection(args.dataset_name, args.dataset_split, max_images=args.max_train_samples, **options)
-    if args.num_validation_images == 0:
+    return hold_out(args, train, args.num_validation_images)
+
+
+def hold_out(args: argparse.Namespace, train: datasets.Dataset, count: int, of_training: bool = True):
+    r"""
+    Images of a validation split, or else some of the training images, which no longer are that.
+
+    Args:
+        args (`argparse.Namespace`): Flags of [`add_common_arguments`], and `validation_split`.
+        train (`datasets.Dataset`): The training images.
+        count (`int`): Images to hold out at most; 0 for none.
+        of_training (`bool`, defaults to `True`): Whether training images may be held out.
+
+    Returns:
+        `tuple`: training and held-out `datasets.Dataset`; the second may be `None`.
+    """
+    options = {"image_column": args.image_column, "cache_dir": args.cache_dir, "config_name": args.dataset_config_name}
+    if count == 0:
         return train, None
     if args.validation_split is not None:
         validation = load_collection(args.dataset_name, args.validation_split, **options)
@@ -148,13 +166,13 @@ def load_splits(args: argparse.Namespace):
         try:
             validation = load_collection(args.dataset_name, "validation", **options)
         except (ValueError, FileNotFoundError):
-            held_out = min(args.num_validation_images, len(train) // 10)
+            held_out = min(count, len(train) // 10) if of_training else 0
             if held_out == 0:
                 return train, None
             parts = train.train_test_split(test_size=held_out, seed=0)
             logger.info("No validation split: %d of %d images are held out.", held_out, len(train))
             return parts["train"], parts["test"]
-    return train, validation.select(range(min(args.num_validation_images, len(validation))))
+    return train, validation.select(range(min(count, len(validation))))
 
 
 def resized_images(args: argparse.Namespace, dataset, autoencoder: BricsAutoencoder) -> ResizedImages | None:

@@ -1,4 +1,4 @@
-"""The training images of stage one and what brings them: a collection on this machine, or a stream of shards."""
+"""The images of both stages and what brings them: a collection on this machine, or a stream of shards."""
 
 import argparse
 import hashlib
@@ -13,11 +13,12 @@ from ..data import ImageCollection, collate_images, load_collection, training_lo
 from ..data.streaming import StreamedImages, StreamPosition, first_images, load_stream, read_shard, stream_loader
 from ..models import BricsAutoencoder
 from .checkpoints import RunState
-from .run import load_splits, resized_images
+from .run import hold_out, load_splits, resized_images
 
 
 logger = logging.getLogger(__name__)
 
+HELD_OUT_IMAGES = 256  # of a validation split, for stage two
 SHARDS_TO_TELL = 8  # of a stream, by whose first images it is told from others
 
 
@@ -41,17 +42,21 @@ def load_training_images(args: argparse.Namespace):
     """
     if not args.streaming:
         return load_splits(args)
-    train = open_stream(args, args.dataset_split)
-    if args.num_validation_images == 0:
-        return train, None
+    return open_stream(args, args.dataset_split), hold_out_of_stream(args, args.num_validation_images)
+
+
+def hold_out_of_stream(args: argparse.Namespace, count: int) -> datasets.Dataset | None:
+    """The first images of the validation split, at most `count`, in memory; `None` if there is no such split."""
+    if count == 0:
+        return None
     try:
         held_out = open_stream(args, args.validation_split or "validation")
     except (ValueError, FileNotFoundError):
         if args.validation_split is not None:
             raise
         logger.warning("No validation split: of a stream no images are held out; --validation_split names some.")
-        return train, None
-    return train, first_images(held_out, args.num_validation_images)
+        return None
+    return first_images(held_out, count)
 
 
 def image_loader(
@@ -93,12 +98,14 @@ def image_loader(
     )
 
 
-def load_images_to_encode(args: argparse.Namespace) -> datasets.Dataset | datasets.IterableDataset:
-    """The collection of stage two, or the stream of it."""
+def load_images_to_encode(args: argparse.Namespace):
+    """The collection or stream of stage two, and held-out images for its validation or `None`."""
+    count = HELD_OUT_IMAGES if args.num_held_out_images is None else args.num_held_out_images
     if args.streaming:
-        return open_stream(args, args.dataset_split)
+        return open_stream(args, args.dataset_split), hold_out_of_stream(args, count)
     where = args.image_column, args.cache_dir, args.max_train_samples, args.dataset_config_name
-    return load_collection(args.dataset_name, args.dataset_split, *where)
+    train = load_collection(args.dataset_name, args.dataset_split, *where)
+    return hold_out(args, train, count, of_training=args.num_held_out_images is not None)
 
 
 def stream_fingerprint(args: argparse.Namespace, stream: datasets.IterableDataset) -> str:

@@ -29,6 +29,7 @@ VARIANTS = {
     "style-noise": {},
     "style-kl": {"regularization": "kl"},
     "style-none": {"regularization": "none"},
+    "style-interpolate": {"regularization": "interpolate"},
     "4d-keys": {"key_length": 2},
     "hash": {"grid_type": "hash"},
     "no-coordinates": {"use_coordinates": False},

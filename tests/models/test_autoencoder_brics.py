@@ -157,7 +157,7 @@ class TestNoise:
         assert clipped.any() and not clipped.all()
         assert torch.equal(gradient, (~clipped).float())
 
-    @pytest.mark.parametrize("variant", ["style-noise", "style-kl"])
+    @pytest.mark.parametrize("variant", ["style-noise", "style-kl", "style-interpolate"])
     def test_generator_decides_in_training(self, models, variant, images):
         model = models[variant].train()
         first, again, other = (model.encode(images, generator=generator(seed)).key_codes for seed in (1, 1, 2))

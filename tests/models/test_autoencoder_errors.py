@@ -82,7 +82,9 @@ class TestErrors:
         [
             ({"grid_type": "sparse"}, "grid_type is 'sparse'"),
             ({"decoder_type": "unet"}, "decoder_type is 'unet'; it must be one of 'style', 'vqgan', 'movq'"),
-            ({"regularization": "vq"}, "regularization is 'vq'; it must be one of 'noise', 'kl', 'none'"),
+            ({"regularization": "vq"}, "regularization is 'vq'; it must be one of 'noise', 'kl', 'none', 'interp"),
+            ({"interpolation_gamma": 0.0}, "interpolation_gamma is 0.0; it must be above 0"),
+            ({"interpolation_gamma": float("nan")}, "interpolation_gamma is nan; it must be above 0"),
             ({"key_channels": 5, "key_length": 2}, "key_channels is 5 and key_length 2.*multiple"),
             ({"key_channels": 0}, "key_channels is 0"),
             ({"key_length": 0}, "key_length 0"),

@@ -79,7 +79,7 @@ class TestPrecision:
             assert output.kl_loss.dtype == torch.float32
             torch.testing.assert_close(output.kl_loss, expected.kl_loss, rtol=0.05, atol=0.5)
 
-    @pytest.mark.parametrize("variant", ["style-noise", "style-kl", "style-none"])
+    @pytest.mark.parametrize("variant", ["style-noise", "style-kl", "style-none", "style-interpolate"])
     def test_autocast_keeps_codes_in_float32(self, models, variant, images):
         # bfloat16 steps by 1/256 between 0.5 and 1: as much as sigma, for 64 cells.
         with torch.autocast("cpu", torch.bfloat16):
@@ -105,7 +105,10 @@ class TestPrecision:
 
 
 class TestCompile:
-    @pytest.mark.parametrize("variant, training", [("style-noise", True), ("style-kl", False), ("4d-keys", False)])
+    @pytest.mark.parametrize(
+        "variant, training",
+        [("style-noise", True), ("style-interpolate", True), ("style-kl", False), ("4d-keys", False)],
+    )
     def test_one_graph(self, models, variant, training, images):
         model = models[variant].train(training)
         torch.compiler.reset()

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from brics_diffusers.runs.curves import read_curves
+from brics_diffusers.runs.curves import read_curves, training_plot
 from brics_diffusers.runs.record import draw_curves
 
 
@@ -69,3 +69,22 @@ def test_a_row_for_each_stage(interrupted, tmp_path):
     assert Image.open(stage_two / "curves.png").size == (1000, 720)
     draw_curves(stage_two, None, stage_two=True)  # one that began with a published pipeline
     assert Image.open(stage_two / "curves.png").size == (1000, 360)
+
+
+def test_validations_of_stage_two_are_drawn():
+    curve = [(1, 0.5), (2, 0.4)]
+    train = {"train/loss": curve, "train/learning_rate": curve}
+    losses = {"validation/loss": curve, "validation/loss_t_0.00_0.25": curve}
+    distance = {"validation/kid_random_conv": [(1, 500.0), (2, 300.0)]}
+    for measured, left, right in (
+        (losses | distance, ["loss", "loss_t_0.00_0.25"], "kid_random_conv (dashed)"),
+        (losses, ["loss", "loss_t_0.00_0.25"], None),
+        (distance, ["_child0"], "kid_random_conv"),
+    ):
+        axes = training_plot({"diffusion model": train | measured}).axes[1:]
+        assert axes[0].get_title() == "diffusion model: validation"
+        assert [line.get_label() for line in axes[0].lines] == left
+        labels = [part.get_ylabel() for part in axes]
+        assert labels == (["loss"] if left[0] == "loss" else []) + ([right] if right else [])
+        if right:
+            assert list(axes[-1].lines[0].get_ydata()) == [500, 300]

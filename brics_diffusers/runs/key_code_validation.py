@@ -1,0 +1,142 @@
+"""Validation of stage two: loss on held-out key codes, samples, their distance from training images, best weights."""
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import DPMSolverMultistepScheduler
+from diffusers.training_utils import EMAModel
+
+from ..models import BricsAutoencoder
+from ..pipelines import BricsKeyCodePipeline
+from ..pipelines.sampling import with_scheduler
+from ..utils.files import default_cache_dir
+from ..utils.image_grids import image_grid
+from .averaging import averaged_weights
+from .checkpoints import RunState, appearing_folder, improves
+from .held_out_loss import HeldOutLoss
+from .sample_distance import SampleDistance
+from .tracking import log_image
+
+
+logger = logging.getLogger(__name__)
+
+BEST = "pipeline-best"
+
+
+class KeyCodeValidation:
+    r"""
+    What stage two measures with its averaged weights. Nothing of it draws random numbers that training uses.
+
+    Args:
+        args (`argparse.Namespace`): Flags of stage two.
+        accelerator (`Accelerator`): The run's accelerator; the processes share the work.
+        autoencoder ([`BricsAutoencoder`]): In eval mode.
+        train_set (`datasets.Dataset`): Training images.
+        held_out (`datasets.Dataset`, *optional*): Images that are not trained on.
+
+    Raises:
+        `FileNotFoundError`, `ImportError`, `ValueError`: As [`SampleDistance`] does, and for a distance from a stream.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        autoencoder: BricsAutoencoder,
+        train_set: datasets.Dataset,
+        held_out: datasets.Dataset | None,
+    ):
+        self.args, self.accelerator = args, accelerator
+        self.loss = self.distance = None
+        if held_out is not None:
+            options = args.encode_batch_size, args.dataloader_num_workers
+            self.loss = HeldOutLoss(accelerator, autoencoder, held_out, *options)
+        if args.validation_metrics != "none" and args.streaming:
+            raise ValueError(
+                "--validation_metrics compares samples with the whole collection, which --streaming does not read; "
+                "leave one of them out."
+            )
+        if args.validation_metrics != "none":
+            self.distance = SampleDistance(
+                args.validation_metrics,
+                args.feature_extractor,
+                accelerator,
+                train_set,
+                autoencoder.config.sample_size,
+                args.num_metric_samples,
+                default_cache_dir(),
+                args.dataloader_num_workers,
+            )
+
+    def __bool__(self) -> bool:
+        return bool(self.loss or self.distance or self.args.num_validation_images)
+
+    def __call__(
+        self, pipeline: BricsKeyCodePipeline, ema: EMAModel, state: RunState, loss: Callable[..., torch.Tensor]
+    ) -> None:
+        r"""
+        Measures, logs, writes a grid of samples, and keeps the pipeline in `pipeline-best` if its samples are nearer
+        to the training images than any before. Call on every process.
+
+        Args:
+            pipeline ([`BricsKeyCodePipeline`]): With the UNet in training and the scheduler of training.
+            ema (`EMAModel`): Averaged weights of that UNet.
+            state (`RunState`): With `validation` and the attributes of `NO_BEST`.
+            loss (`Callable`): As [`HeldOutLoss`] takes it.
+        """
+        accelerator, step, better = self.accelerator, state.global_step, False
+        output_dir = Path(self.args.output_dir)
+        with averaged_weights(pipeline.unet, ema):
+            metrics = self.loss(loss, pipeline.scheduler.config.num_train_timesteps) if self.loss else {}
+            images, distances = self.sample(pipeline)
+            metrics |= distances
+            if metrics:
+                state.validation = {"step": step} | metrics
+                accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=step)
+                logger.info("step %d: %s", step, {name: round(value, 4) for name, value in metrics.items()})
+            if self.distance is not None:
+                better = improves(state, metrics, self.distance.name)
+            if better and accelerator.is_main_process:
+                with appearing_folder(output_dir / BEST) as folder:
+                    pipeline.save_pretrained(folder)
+        if accelerator.is_main_process and images is not None:
+            grid = image_grid(images)
+            grid.save(output_dir / "samples.png")
+            log_image(accelerator, "samples", grid, step)
+        accelerator.wait_for_everyone()
+
+    def sample(self, pipeline: BricsKeyCodePipeline) -> tuple[torch.Tensor | None, dict[str, float]]:
+        """The first `num_validation_images` samples (N, 3, H, W) in [-1, 1], and the distance of all by its name."""
+        count, distance = self.args.num_validation_images, self.distance
+        total = count if distance is None else max(count, self.args.num_metric_samples)
+        solver = with_scheduler(pipeline, DPMSolverMultistepScheduler, {"use_karras_sigmas": True})
+        solver.set_progress_bar_config(disable=True)
+        shown, features = [], [torch.empty(0, 0)]
+        for numbers, images in self.sample_batches(solver, total):
+            shown += [pair for pair in zip(numbers, images, strict=True) if pair[0] < count]
+            measured = sum(number < self.args.num_metric_samples for number in numbers)
+            if distance is not None and measured:
+                features.append(distance.features(images[:measured]))
+        shown = sorted(gather_object(shown), key=lambda pair: pair[0])
+        images = torch.stack([image for _, image in shown]) if shown else None
+        features = torch.cat([part for part in features if len(part)] or features[:1])
+        return images, {} if distance is None else {distance.name: distance(features)}
+
+    def sample_batches(self, solver: BricsKeyCodePipeline, total: int) -> Iterator[tuple[range, torch.Tensor]]:
+        """This process's share of `total` samples, the same ones at each call: numbers, images (B, 3, H, W)."""
+        share = range(self.accelerator.process_index, total, self.accelerator.num_processes)
+        for start in range(0, len(share), self.args.encode_batch_size):
+            numbers = share[start : start + self.args.encode_batch_size]
+            images = solver(
+                batch_size=len(numbers),
+                num_inference_steps=self.args.num_inference_steps,
+                generator=[torch.Generator().manual_seed(number) for number in numbers],
+                output_type="pt",
+            ).images.cpu()
+            yield numbers, 2 * images - 1

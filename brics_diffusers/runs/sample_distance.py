@@ -1,0 +1,94 @@
+"""How far samples are from training images, at each validation of a diffusion model."""
+
+import os
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from ..metrics.feature_distances import (
+    KID_SCALE,
+    check_count,
+    frechet_distance,
+    gather_features,
+    kernel_distance,
+    name_with_features,
+)
+from ..metrics.feature_extractors import apply_extractor, load_feature_extractor
+from ..metrics.image_features import cached_features, to_uint8
+
+
+DISTANCES = {"kid": "kid", "frechet": "fid"}  # what reports call them
+REFERENCE_IMAGES = 10_000  # far more than there are samples; the kernel's sums grow with their square
+
+
+class SampleDistance:
+    r"""
+    Kernel or Fréchet distance of samples from training images by learned features. Those of at most `REFERENCE_IMAGES`
+    training images, evenly spread over the collection, are computed once and kept on disk.
+
+    Args:
+        metric (`str`): `"kid"` (unbiased, times 1,000) or `"frechet"` (compares at equal numbers of samples only).
+        feature_extractor (`str`): A name that `load_feature_extractor` knows.
+        accelerator (`Accelerator`): The run's accelerator.
+        dataset (`datasets.Dataset`): Training images, result of `load_collection`.
+        resolution (`int`): Side of the samples in pixels.
+        num_samples (`int`): Number of samples.
+        cache_dir (`str`): Folder for the features of training images.
+        num_workers (`int`, defaults to 0): Processes that read images.
+
+    Raises:
+        `FileNotFoundError`, `ImportError`, `ValueError`: As `load_feature_extractor` does.
+        `ValueError`: If there are fewer than 2 samples, or than 2 training images.
+    """
+
+    def __init__(
+        self,
+        metric: str,
+        feature_extractor: str,
+        accelerator: Accelerator,
+        dataset: datasets.Dataset,
+        resolution: int,
+        num_samples: int,
+        cache_dir: str | os.PathLike,
+        num_workers: int = 0,
+    ):
+        self.metric, self.accelerator = metric, accelerator
+        device = accelerator.device
+        with accelerator.main_process_first():  # which may have to download it
+            self.extractor = load_feature_extractor(feature_extractor, device)
+        self.name = name_with_features(DISTANCES[metric], self.extractor)
+        if len(dataset) > REFERENCE_IMAGES:
+            dataset = dataset.select([row * len(dataset) // REFERENCE_IMAGES for row in range(REFERENCE_IMAGES)])
+        self.real = None  # the main process alone needs them
+        if accelerator.is_main_process:
+            options = {"device": device, "num_workers": num_workers, "desc": "Features of training images"}
+            self.real = cached_features(dataset, resolution, self.extractor, cache_dir, **options)[0].features
+            check_count(metric, 2, samples=num_samples, training=len(self.real))
+        accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Features (B, D), on the CPU, of samples (B, 3, H, W) in [-1, 1]."""
+        return apply_extractor(self.extractor, to_uint8(images).to(self.accelerator.device))[0].cpu()
+
+    def __call__(self, features: torch.Tensor) -> float:
+        r"""
+        Call on every process.
+
+        Args:
+            features (`torch.Tensor` of shape (N, D)): Those of this process's samples; some may have none, (0, 0).
+
+        Returns:
+            `float`: The distance, the same on every process.
+        """
+        (generated,) = gather_features(features)
+        distance = None
+        if self.accelerator.is_main_process:
+            if self.metric == "kid":
+                device = self.accelerator.device
+                distance = KID_SCALE * kernel_distance(generated.to(device), self.real.to(device))
+            else:
+                distance = frechet_distance(generated, self.real)
+        return broadcast_object_list([distance])[0]
