@@ -30,6 +30,7 @@ from brics_diffusers.data.key_codes import (
 )
 from brics_diffusers.models.loading import load_autoencoder
 from brics_diffusers.pipelines.pipeline_brics_key_code import key_codes_to_latents
+from brics_diffusers.pipelines.sampling import with_scheduler
 from brics_diffusers.runs.arguments import add_common_arguments, parse_arguments, positive, run_settings
 from brics_diffusers.runs.averaging import averaged_weights
 from brics_diffusers.runs.checkpoints import (
@@ -40,6 +41,13 @@ from brics_diffusers.runs.checkpoints import (
     launcher_is_gone,
     naming_the_last_checkpoint,
     save_checkpoint,
+)
+from brics_diffusers.runs.classes import (
+    add_class_arguments,
+    check_class_arguments,
+    drop_labels,
+    known_classes,
+    spread_labels,
 )
 from brics_diffusers.runs.losses import denoising_loss
 from brics_diffusers.runs.optimization import (
@@ -86,8 +94,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--num_validation_images", type=int, default=16, help="Images sampled at each validation, of all processes.")
     add("--save_dtype", choices=DTYPES, default="fp32", help="Numbers of the saved pipeline; checkpoints stay fp32.")
     add("--num_inference_steps", type=positive, default=20, help="DPM-Solver++ steps of these samples.")
+    add_class_arguments(parser)
     parser.set_defaults(lr_scheduler="cosine", output_dir="runs/pipeline")
     args = parse_arguments(parser, "train_key_codes", ("unet", "scheduler"), argv)
+    check_class_arguments(parser, args)
     if args.pretrained_model_name_or_path is not None:
         if args.changes:
             parser.error("--set changes new models; a pretrained pipeline keeps its own, so leave it out")
@@ -97,9 +107,12 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def fingerprint(autoencoder: BricsAutoencoder, dataset, args) -> str:
-    """Changes with the autoencoder's weights, the collection and how images are read."""
+    """Changes with the autoencoder's weights, the collection, its labels if it has any, and how images are read."""
     parts = weights_digest({"autoencoder": autoencoder}), collection_fingerprint(dataset)
-    return hashlib.sha256(repr((*parts, args.random_flip, args.shard_size)).encode()).hexdigest()
+    parts = *parts, args.random_flip, args.shard_size
+    if "label" in dataset.features:
+        parts = *parts, dataset.features["label"].names, list(dataset["label"])
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def encode_collection(args, accelerator, autoencoder, dataset) -> KeyCodeDataset:
@@ -114,7 +127,7 @@ def encode_collection(args, accelerator, autoencoder, dataset) -> KeyCodeDataset
     else:
         with locked_folder(folder, "--key_codes_dir", accelerator.is_main_process):
             write_all_key_codes(args, accelerator, autoencoder, dataset, folder, mark)
-    return KeyCodeDataset(folder)
+    return KeyCodeDataset(folder, args.class_conditional)
 
 
 def write_all_key_codes(args, accelerator, autoencoder, dataset, folder: Path, mark: str) -> None:
@@ -144,25 +157,41 @@ def write_all_key_codes(args, accelerator, autoencoder, dataset, folder: Path, m
     accelerator.wait_for_everyone()
 
 
-def build_unet(args, autoencoder: BricsAutoencoder) -> UNet2DModel:
+def build_unet(args, autoencoder: BricsAutoencoder, num_classes: int | None) -> UNet2DModel:
     """A UNet for the autoencoder's key codes; the config's `unet` section has the rest."""
     channels, height, _ = autoencoder.key_code_shape
-    return UNet2DModel(**{"sample_size": height, "in_channels": channels, "out_channels": channels} | args.unet)
+    config = {"sample_size": height, "in_channels": channels, "out_channels": channels} | args.unet
+    if num_classes is not None:
+        config["num_class_embeds"] = num_classes + 1  # the last one is "no class"
+    return UNet2DModel(**config)
 
 
-def build_models(args):
-    """The autoencoder, UNet and scheduler: of the pretrained pipeline, or the latter two new."""
-    named = args.autoencoder_name_or_path and load_autoencoder(args.autoencoder_name_or_path)
-    if args.pretrained_model_name_or_path is None:
-        autoencoder, unet, scheduler = named, build_unet(args, named), CosineVariantScheduler(**args.scheduler)
-    else:
+def load_models(args) -> tuple[BricsAutoencoder, BricsKeyCodePipeline | None]:
+    """The autoencoder, and the pretrained pipeline if one is named."""
+    autoencoder = args.autoencoder_name_or_path and load_autoencoder(args.autoencoder_name_or_path)
+    pipeline = None
+    if args.pretrained_model_name_or_path is not None:
         pipeline = load_key_code_pipeline(args.pretrained_model_name_or_path)
-        autoencoder, unet, scheduler = named or pipeline.autoencoder, pipeline.unet, pipeline.scheduler
-        check_key_codes(autoencoder, unet)
+        autoencoder = autoencoder or pipeline.autoencoder
+        check_key_codes(autoencoder, pipeline.unet)
     check_resolution(args.resolution, autoencoder)
+    return autoencoder.requires_grad_(False).eval(), pipeline
+
+
+def build_pipeline(args, autoencoder, pretrained: BricsKeyCodePipeline | None, class_names) -> BricsKeyCodePipeline:
+    """The pipeline to train: the pretrained one with this autoencoder, or a new one."""
+    if pretrained is not None:
+        config = {
+            name: value for name, value in pretrained.config.items() if name.startswith(("id2label", "default_"))
+        }
+        pipeline = BricsKeyCodePipeline(**pretrained.components | {"autoencoder": autoencoder}, **config)
+    else:
+        unet = build_unet(args, autoencoder, class_names and len(class_names))
+        id2label = class_names and dict(enumerate(class_names))
+        pipeline = BricsKeyCodePipeline(autoencoder, unet, CosineVariantScheduler(**args.scheduler), id2label=id2label)
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return autoencoder.requires_grad_(False).eval(), unet, scheduler
+        pipeline.unet.enable_gradient_checkpointing()
+    return pipeline
 
 
 def draw_noise(shape: torch.Size, seed: int, batch: int, accelerator, num_train_timesteps: int):
@@ -180,9 +209,9 @@ def draw_noise(shape: torch.Size, seed: int, batch: int, accelerator, num_train_
     return noise[share], timesteps[share]
 
 
-def training_loss(unet, scheduler, latents, noise, timesteps, snr_gamma: float | None) -> torch.Tensor:
-    """Denoising loss at given noise and timesteps (App. A.5)."""
-    prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, return_dict=False)[0]
+def training_loss(unet, scheduler, latents, noise, timesteps, snr_gamma: float | None, labels=None) -> torch.Tensor:
+    """Denoising loss at given noise, timesteps and labels, none without classes (App. A.5)."""
+    prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, labels, return_dict=False)[0]
     if scheduler.config.prediction_type == "epsilon":
         target = noise
     elif scheduler.config.prediction_type == "v_prediction":
@@ -196,14 +225,20 @@ def training_loss(unet, scheduler, latents, noise, timesteps, snr_gamma: float |
 def sample_images(args, accelerator, pipeline: BricsKeyCodePipeline) -> torch.Tensor:
     """The same `num_validation_images` images at each call, shared among the processes: (N, 3, H, W) in [-1, 1]."""
     share = range(accelerator.process_index, args.num_validation_images, accelerator.num_processes)
-    images = []
+    images, labels = [], None
     for start in range(0, len(share), args.encode_batch_size):
-        generators = [torch.Generator().manual_seed(seed) for seed in share[start : start + args.encode_batch_size]]
+        part = share[start : start + args.encode_batch_size]
+        generators = [torch.Generator().manual_seed(seed) for seed in part]
+        if pipeline.num_classes is not None:
+            all_labels = spread_labels(args.num_validation_images, pipeline.num_classes)
+            labels = [all_labels[index] for index in part]
         images += pipeline(
             batch_size=len(generators),
             num_inference_steps=args.num_inference_steps,
             generator=generators,
             output_type="pt",
+            class_labels=labels,
+            guidance_scale=1.0,
         ).images.cpu()
     numbered = gather_object(list(zip(share, images, strict=True)))
     return 2 * torch.stack([image for _, image in sorted(numbered, key=lambda pair: pair[0])]) - 1
@@ -223,7 +258,7 @@ def save_pipeline(pipeline: BricsKeyCodePipeline, output_dir: Path) -> None:
     """Writes the pipeline into the run's folder, each component complete or not at all, and the index last."""
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".partial-") as folder:
         pipeline.save_pretrained(folder)
-        for name in pipeline.components:
+        for name in (path.name for path in Path(folder).iterdir() if path.is_dir()):
             with appearing_folder(output_dir / name) as component:
                 shutil.copytree(Path(folder) / name, component, dirs_exist_ok=True)
         os.replace(Path(folder) / "model_index.json", output_dir / "model_index.json")
@@ -232,11 +267,15 @@ def save_pipeline(pipeline: BricsKeyCodePipeline, output_dir: Path) -> None:
 def train(args, accelerator) -> None:
     """Encodes the collection, trains, validates, saves."""
     output_dir = Path(args.output_dir)
-    autoencoder, unet, scheduler = build_models(args)
+    autoencoder, pretrained = load_models(args)
     autoencoder.to(accelerator.device)
     with accelerator.main_process_first():
         where = args.image_column, args.cache_dir, args.max_train_samples, args.dataset_config_name
-        dataset = load_collection(args.dataset_name, args.dataset_split, *where)
+        classes = args.class_conditional, args.class_column, args.min_class_images, known_classes(args, pretrained)
+        dataset = load_collection(args.dataset_name, args.dataset_split, *where, *classes)
+    class_names = dataset.features["label"].names if args.class_conditional else None
+    pipeline = build_pipeline(args, autoencoder, pretrained, class_names)
+    unet, scheduler = pipeline.unet, pipeline.scheduler
     key_codes = encode_collection(args, accelerator, autoencoder, dataset)
     terminated = TerminationSignal(accelerator)  # until here, what is encoded stays and needs no saving
 
@@ -251,8 +290,7 @@ def train(args, accelerator) -> None:
     resume_run(args, accelerator, state, ema, lr_scheduler, [optimizer])
 
     bare = accelerator.unwrap_model(unet, keep_torch_compile=False)
-    solver = DPMSolverMultistepScheduler.from_config(scheduler.config, use_karras_sigmas=True)
-    sampler = BricsKeyCodePipeline(autoencoder, bare, solver)
+    sampler = with_scheduler(pipeline, DPMSolverMultistepScheduler, {"use_karras_sigmas": True})
     sampler.set_progress_bar_config(disable=True)
     start = state.images_seen // (args.train_batch_size * accelerator.num_processes)
     loader = training_loader(
@@ -263,24 +301,31 @@ def train(args, accelerator) -> None:
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         num_workers=args.dataloader_num_workers,
+        balance=key_codes.labels if args.balance_classes else None,
     )
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     millions = sum(parameter.numel() for parameter in bare.parameters()) / 1e6
     logger.info("%d key codes; %d a step; %.1f M parameters", len(key_codes), global_batch, millions)
 
     log = StepLog(accelerator, state, args.max_train_steps, global_batch, args.logging_steps)
+    labels = None
     finite, due, step_loss = True, False, torch.zeros((), device=accelerator.device)
     batches = enumerate(loader, start=start)
     unet.train()
     while state.global_step < args.max_train_steps:
         with log.waiting():
             number, key_code_batch = next(batches)
+        if args.class_conditional:
+            key_code_batch, labels = key_code_batch
+            ranks = accelerator.process_index, accelerator.num_processes
+            labels = drop_labels(labels, len(class_names), args.class_dropout_prob, args.seed, number, *ranks)
+            labels = labels.to(accelerator.device, non_blocking=True)
         latents = key_codes_to_latents(key_code_batch.to(accelerator.device, non_blocking=True))
         noise, timesteps = draw_noise(
             latents.shape, args.seed, number, accelerator, scheduler.config.num_train_timesteps
         )
         with accelerator.accumulate(unet):
-            loss = training_loss(unet, scheduler, latents, noise, timesteps, args.snr_gamma)
+            loss = training_loss(unet, scheduler, latents, noise, timesteps, args.snr_gamma, labels)
             accelerator.backward(loss)
             log.add({"loss": loss.detach()})
             step_loss += loss.detach()
@@ -317,9 +362,11 @@ def train(args, accelerator) -> None:
 
     if accelerator.is_main_process:
         with averaged_weights(bare, ema), naming_the_last_checkpoint(output_dir, "the pipeline"):
-            for model in (autoencoder, bare):  # which have done their work; diffusers' own `to` warns of any type
+            for model in filter(
+                None, (autoencoder, bare, pipeline.guide)
+            ):  # which have done their work; diffusers' own `to` warns of any type
                 torch.nn.Module.to(model, DTYPES[args.save_dtype])
-            save_pipeline(BricsKeyCodePipeline(autoencoder, bare, scheduler), output_dir)
+            save_pipeline(pipeline, output_dir)
         logger.info("The pipeline is in %s", output_dir)
         finish_run(args, summarize_run(args, accelerator, state, len(dataset), bare))
 
