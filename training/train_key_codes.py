@@ -45,10 +45,12 @@ from brics_diffusers.runs.checkpoints import (
 from brics_diffusers.runs.classes import (
     add_class_arguments,
     check_class_arguments,
+    count_classes,
     drop_labels,
     known_classes,
     spread_labels,
 )
+from brics_diffusers.runs.guide import check_guide_step, keep_guide, load_guide
 from brics_diffusers.runs.losses import denoising_loss
 from brics_diffusers.runs.optimization import (
     build_lr_scheduler,
@@ -91,6 +93,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--adam_epsilon", type=float, default=1e-8)
     add("--snr_gamma", type=float, help="Min-SNR weighting with this limit, 5 in the paper; none by default.")
     add("--ema_max_decay", type=float, default=0.9999, help="Decay of the averaged weights after its warm-up.")
+    add("--guide_step", type=positive, help="Keep the averaged weights of this step as the pipeline's guide.")
     add("--num_validation_images", type=int, default=16, help="Images sampled at each validation, of all processes.")
     add("--save_dtype", choices=DTYPES, default="fp32", help="Numbers of the saved pipeline; checkpoints stay fp32.")
     add("--num_inference_steps", type=positive, default=20, help="DPM-Solver++ steps of these samples.")
@@ -288,6 +291,7 @@ def train(args, accelerator) -> None:
     accelerator.register_for_checkpointing(ema, lr_scheduler, state)
     set_seed(args.seed, device_specific=True)  # dropout, where the UNet has it, differs between processes
     resume_run(args, accelerator, state, ema, lr_scheduler, [optimizer])
+    check_guide_step(args, state)
 
     bare = accelerator.unwrap_model(unet, keep_torch_compile=False)
     sampler = with_scheduler(pipeline, DPMSolverMultistepScheduler, {"use_karras_sigmas": True})
@@ -345,6 +349,8 @@ def train(args, accelerator) -> None:
         last = step == args.max_train_steps
         due = due or step % args.checkpointing_steps == 0  # and waits for a step that is finite
         saves = (due and finite) or last or stop
+        if step == args.guide_step and accelerator.is_main_process:
+            keep_guide(bare, ema, output_dir)
         validates = args.num_validation_images and (last or (step % args.validation_steps == 0 and not stop))
         if saves or validates:
             check_weights([bare], state, output_dir)
@@ -362,13 +368,17 @@ def train(args, accelerator) -> None:
 
     if accelerator.is_main_process:
         with averaged_weights(bare, ema), naming_the_last_checkpoint(output_dir, "the pipeline"):
-            for model in filter(
-                None, (autoencoder, bare, pipeline.guide)
-            ):  # which have done their work; diffusers' own `to` warns of any type
+            if args.guide_step is not None:
+                pipeline.register_modules(guide=load_guide(output_dir))
+            models = filter(None, (autoencoder, bare, pipeline.guide))  # which have done their work
+            for model in models:  # diffusers' own `to` warns of any type
                 torch.nn.Module.to(model, DTYPES[args.save_dtype])
             save_pipeline(pipeline, output_dir)
         logger.info("The pipeline is in %s", output_dir)
-        finish_run(args, summarize_run(args, accelerator, state, len(dataset), bare))
+        summary = summarize_run(args, accelerator, state, len(dataset), bare)
+        if args.class_conditional:
+            summary["class_images"] = count_classes(dataset)
+        finish_run(args, summary)
 
 
 def main(argv=None):

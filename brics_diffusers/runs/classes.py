@@ -1,7 +1,9 @@
 """Classes in stage two: flags, the share of images that train without theirs, and the classes of validation images."""
 
 import argparse
+from collections import Counter
 
+import datasets
 import numpy as np
 import torch
 
@@ -118,6 +120,12 @@ def drop_labels(
     random = np.random.default_rng((seed, batch, 1)).random(len(labels) * num_processes)
     share = torch.from_numpy(random[process_index * len(labels) : (process_index + 1) * len(labels)])
     return torch.where(share < probability, no_class, labels)
+
+
+def count_classes(dataset: datasets.Dataset) -> dict[str, int]:
+    """Images of each class of a collection with labels, by name."""
+    names, counts = dataset.features["label"].names, Counter(dataset["label"])
+    return {name: counts[label] for label, name in enumerate(names)}
 
 
 def spread_labels(num_images: int, num_classes: int) -> list[int]:

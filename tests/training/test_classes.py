@@ -34,8 +34,8 @@ def flags(class_folder, write_config, stage_one):
     return [*flags, "--class_conditional", "--min_class_images", 3]
 
 
-def weights(folder) -> dict:
-    (path,) = (folder / "unet").glob("*.safetensors")
+def weights(folder, name: str = "unet") -> dict:
+    (path,) = (folder / name).glob("*.safetensors")
     return load_file(path)
 
 
@@ -55,6 +55,10 @@ class TestRun:
         assert "with less than 3 image(s) are left out: rare (2)" in printed
         pipe = BricsKeyCodePipeline.from_pretrained(output_dir)
         assert pipe.class_names == ["even", "odd"] and pipe.unet.config.num_class_embeds == 3
+        summary = json.loads((output_dir / "training_summary.json").read_text())
+        assert summary["class_images"] == {"even": 11, "odd": 11}
+        card = (output_dir / "README.md").read_text()
+        assert "Classes: even, odd." in card and 'pipe(class_labels=["even", "odd"], ' in card
         images = pipe(2, 2, class_labels="odd", guidance_scale=2.0, output_type="pt").images
         assert images.isfinite().all()
         assert Image.open(output_dir / "samples.png").width > 32
@@ -69,10 +73,17 @@ class TestRun:
     def test_resuming_is_exact(self, trained, flags, tmp_path, run_here):
         folder = shutil.copytree(trained[0], tmp_path / "run")
         shutil.rmtree(folder / "checkpoint-4")
-        flags = [*flags, "--random_flip", "--checkpointing_steps", 2, "--num_validation_images", 4]
+        flags = [*flags, "--random_flip", "--checkpointing_steps", 2, "--num_validation_images", 4, "--guide_step", 3]
+        with pytest.raises(ValueError, match="--guide_step is 1, but the run is at step 2 and .* has no guide; give"):
+            resumed = ["--output_dir", folder, "--resume_from_checkpoint", "latest", "--guide_step", 1]
+            run_here(train_key_codes.main, *flags, *resumed)
         run_here(train_key_codes.main, *flags, "--output_dir", folder, "--resume_from_checkpoint", "latest")
         expected = weights(trained[0])
         assert all(torch.equal(value, expected[name]) for name, value in weights(folder).items())
+        guide = weights(folder, "guide")  # the averaged weights of a step before
+        assert guide.keys() == expected.keys() and not all(torch.equal(guide[name], expected[name]) for name in guide)
+        pipe = BricsKeyCodePipeline.from_pretrained(folder)
+        assert pipe(1, 2, class_labels=1, guidance_scale=2.0, output_type="pt").images.isfinite().all()
 
     def test_a_trained_pipeline_goes_on(self, trained, class_folder, write_config, tmp_path, run_here, image_folder):
         flags = ["--config", write_config(), "--pretrained_model_name_or_path", trained[0], "--max_train_steps", 1]
