@@ -52,22 +52,10 @@ def add_generated_arguments(parser: argparse.ArgumentParser, num_samples: int) -
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say how samples are taken."""
+    """Adds the flags that say how samples are taken, and of what classes."""
     add = parser.add_argument
-    add("--num_inference_steps", type=positive, default=250, help="Denoising steps. Default: %(default)s.")
-    add("--scheduler", help="Class of diffusers in place of the pipeline's scheduler.")
-    add(
-        "--scheduler_options",
-        type=json_object,
-        help="Arguments of the scheduler as JSON, such as '{\"use_karras_sigmas\": true}'.",
-    )
-    add(
-        "--class_labels",
-        nargs="+",
-        metavar="CLASS",
-        help="Classes of the samples in turn, by name or number; `all` for all in turn, `training` to draw them as "
-        "often as training images have them.",
-    )
+    add_solver_arguments(parser)
+    add_class_argument(parser)
     add("--guidance_scale", type=float, help="1 is no guidance. Default: the pipeline's own.")
     add(
         "--guidance_interval",
@@ -75,6 +63,29 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="Times in [0, 1] between which to guide; 1 is noise. Default: the pipeline's own.",
+    )
+
+
+def add_solver_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags for steps and scheduler."""
+    add = parser.add_argument
+    add("--num_inference_steps", type=positive, help="Denoising steps. Default: the pipeline's own, or 250.")
+    add("--scheduler", help="Class of diffusers in place of the pipeline's scheduler.")
+    add(
+        "--scheduler_options",
+        type=json_object,
+        help="Arguments of the scheduler as JSON, such as '{\"use_karras_sigmas\": true}'.",
+    )
+
+
+def add_class_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--class_labels`, which [`chosen_classes`] reads."""
+    parser.add_argument(
+        "--class_labels",
+        nargs="+",
+        metavar="CLASS",
+        help="Classes of the samples in turn, by name or number; `all` for all in turn, `training` to draw them as "
+        "often as training images have them.",
     )
 
 
@@ -161,7 +172,7 @@ def sample_to_folder(
             folder,
             args.num_samples,
             args.batch_size,
-            args.num_inference_steps,
+            args.num_inference_steps or pipe.config.get("default_num_inference_steps", 250),
             args.seed,
             state.process_index,
             state.num_processes,
