@@ -82,7 +82,7 @@ class GuidanceMixin:
 
     def count_images(self, batch_size: int, class_labels: ClassLabels) -> int:
         """Images to make: one a label where a list is given and `batch_size` is left at 1."""
-        return len(class_labels) if batch_size == 1 and isinstance(class_labels, list) else batch_size
+        return len(class_labels) if batch_size == 1 and isinstance(class_labels, (list, tuple)) else batch_size
 
     def prepare_guidance(
         self,
@@ -135,8 +135,6 @@ class GuidanceMixin:
                     "with --class_conditional."
                 )
             return None
-        if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.tolist()
         labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels]
         if len(labels) not in (1, num_images):
             raise ValueError(

@@ -126,7 +126,7 @@ class TestColumns:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"class_column": "other"}, "has no column 'other'; available columns: image, kind"),
+            ({"class_column": "other"}, "has no column 'other'; available columns: kind"),
             ({"class_column": "image"}, "column 'image' of .* holds no classes, which are names or integers"),
             ({"class_names": ["a", "c"]}, r"has classes that the model does not know \(b\); it knows a, c, so leave"),
         ],
@@ -136,9 +136,7 @@ class TestColumns:
             load_table(["a", "b"], **options)
 
     def test_numbers_with_a_point_are_no_classes(self, load_table):
-        with pytest.raises(
-            ValueError, match="has no column of classes; choose one with class_column .* from: image, kind"
-        ):
+        with pytest.raises(ValueError, match="has no column of classes; choose one with class_column .* from: kind"):
             load_table([0.5, 1.5], datasets.Value("float32"))
 
     def test_numbers_of_a_model_stay(self, load_table):
@@ -159,7 +157,8 @@ class TestBalance:
         order = balanced_order(labels, np.random.default_rng(0))
         counts = np.bincount(labels[order])
         assert len(order) == 100 and counts.min() >= 32 and counts.max() <= 34
-        assert np.bincount(order, minlength=100)[90:97].min() >= 4  # all images of a class, nearly as often
+        repeated = np.bincount(order, minlength=100)[90:97]
+        assert repeated.min() >= 2 and repeated.max() <= 5  # 32 to 34 draws of 7 images
 
     def test_processes_and_resumed_runs_see_the_same(self):
         labels = np.array([0] * 9 + [1] * 3)
