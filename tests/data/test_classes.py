@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import datasets
 import numpy as np
@@ -62,8 +63,6 @@ class TestFolders:
         assert classes(load(root, split="test")) == ["cat", "dog"] and len(load(root)) == 2
 
     def test_a_zip(self, load, tmp_path):
-        import shutil
-
         write_images(tmp_path / "images", ["cat/1.png", "dog/2.png"])
         archive = shutil.make_archive(str(tmp_path / "images"), "zip", tmp_path / "images")
         assert classes(load(archive)) == ["cat", "dog"]
