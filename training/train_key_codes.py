@@ -160,7 +160,7 @@ def write_all_key_codes(args, accelerator, autoencoder, dataset, folder: Path, m
     accelerator.wait_for_everyone()
 
 
-def build_unet(args, autoencoder: BricsAutoencoder, num_classes: int | None) -> UNet2DModel:
+def build_unet(args, autoencoder: BricsAutoencoder, num_classes: int | None = None) -> UNet2DModel:
     """A UNet for the autoencoder's key codes; the config's `unet` section has the rest."""
     channels, height, _ = autoencoder.key_code_shape
     config = {"sample_size": height, "in_channels": channels, "out_channels": channels} | args.unet
