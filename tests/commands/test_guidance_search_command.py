@@ -20,7 +20,7 @@ def class_pipe_folder(autoencoder, tmp_path):
 
 @pytest.fixture
 def flags(image_folder, tmp_path):
-    words = ["--dataset_name", image_folder, "--num_samples", 3, "--num_inference_steps", 2, "--metric", "kid"]
+    words = ["--dataset_name", image_folder, "--num_samples", 3, "--num_inference_steps", 4, "--metric", "kid"]
     words += ["--feature_extractor", "random-conv", "--features_cache_dir", tmp_path / "cache"]
     return [*words, "--guidance_scales", 1, 3, "--guidance_intervals", "0:1", "0.4:1"]
 
