@@ -56,9 +56,10 @@ def read_facts(folder: str | os.PathLike) -> dict:
     autoencoder = read_json(folder / "autoencoder" / "config.json")
     if not autoencoder:
         raise FileNotFoundError(f"{folder} has no autoencoder/config.json; name a finished run or a saved pipeline.")
+    parts = ("autoencoder", "unet", *(["guide"] if (folder / "guide").is_dir() else []))
     facts = {
         "autoencoder": autoencoder,
-        "parameters": {name: _count_parameters(folder / name) for name in ("autoencoder", "unet", "guide")},
+        "parameters": {name: _count_parameters(folder / name) for name in parts},
         "classes": _class_names(read_json(folder / "model_index.json").get("id2label")),
         "is_pipeline": (folder / "model_index.json").is_file(),
         "config": read_json(folder / "training_config.json"),
