@@ -210,6 +210,9 @@ def workplace(tmp_path_factory):
     pipe = BricsKeyCodePipeline(autoencoder, unet, CosineVariantScheduler())
     for name in ("model_cards/brics-noto-emoji-64", "runs/pipeline", "runs/notebook/pipeline", "user/model"):
         pipe.save_pretrained(folder / name)
+    classes = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, num_class_embeds=3, **UNET)
+    pipe = BricsKeyCodePipeline(autoencoder, classes, CosineVariantScheduler(), id2label={0: "cat", 1: "dog"})
+    pipe.save_pretrained(folder / "runs/by-class")
     autoencoder.save_pretrained(folder / "runs/autoencoder/autoencoder")
     (folder / "path/to/images").mkdir(parents=True)
     for index, name in enumerate(("image.png", "other.png", "path/to/images/1.png", "path/to/images/2.png")):

@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +49,14 @@ from brics_diffusers.runs.checkpoints import (
     naming_the_last_checkpoint,
     save_checkpoint,
 )
+from brics_diffusers.runs.classes import (
+    add_class_arguments,
+    check_class_arguments,
+    count_classes,
+    drop_labels,
+    known_classes,
+)
+from brics_diffusers.runs.guide import check_guide_step, keep_guide, load_guide
 from brics_diffusers.runs.key_code_validation import KeyCodeValidation
 from brics_diffusers.runs.losses import denoising_loss
 from brics_diffusers.runs.optimization import (
@@ -93,6 +100,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--adam_epsilon", type=float, default=1e-8)
     add("--snr_gamma", type=float, help="Min-SNR weighting with this limit, 5 in the paper; none by default.")
     add("--ema_max_decay", type=float, default=0.9999, help="Decay of the averaged weights after its warm-up.")
+    add("--guide_step", type=positive, help="Keep the averaged weights of this step as the pipeline's guide.")
     add("--num_validation_images", type=int, default=16, help="Images sampled at each validation, of all processes.")
     add("--num_inference_steps", type=positive, default=20, help="DPM-Solver++ steps of these samples.")
     add("--validation_split", help="Split for the loss on held-out key codes; default: `validation`, if there is one.")
@@ -111,8 +119,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--feature_extractor", default=KID_FEATURES, help="Features of that distance, as of generation-metrics.")
     add("--num_metric_samples", type=positive, default=256, help="Samples for that distance, of all processes.")
     add("--save_dtype", choices=DTYPES, default="fp32", help="Numbers of the saved pipeline; checkpoints stay fp32.")
+    add_class_arguments(parser)
     parser.set_defaults(lr_scheduler="cosine", output_dir="runs/pipeline")
     args = parse_arguments(parser, "train_key_codes", ("unet", "scheduler"), argv)
+    check_class_arguments(parser, args)
     if args.pretrained_model_name_or_path is not None:
         if args.changes:
             parser.error("--set changes new models; a pretrained pipeline keeps its own, so leave it out")
@@ -122,10 +132,12 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def fingerprint(autoencoder: BricsAutoencoder, dataset, args) -> str:
-    """Changes with the autoencoder's weights, the collection and how images are read."""
+    """Changes with the autoencoder's weights, the collection, its labels if it has any, and how images are read."""
     images = stream_fingerprint(args, dataset) if args.streaming else collection_fingerprint(dataset)
-    parts = weights_digest({"autoencoder": autoencoder}), images
-    return hashlib.sha256(repr((*parts, args.random_flip, args.shard_size)).encode()).hexdigest()
+    parts = weights_digest({"autoencoder": autoencoder}), images, args.random_flip, args.shard_size
+    if args.class_conditional:
+        parts = *parts, dataset.features["label"].names, list(dataset["label"])
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def encode_collection(args, accelerator, autoencoder, dataset) -> KeyCodeDataset:
@@ -140,7 +152,7 @@ def encode_collection(args, accelerator, autoencoder, dataset) -> KeyCodeDataset
     else:
         with locked_folder(folder, "--key_codes_dir", accelerator.is_main_process):
             write_all_key_codes(args, accelerator, autoencoder, dataset, folder, mark)
-    return KeyCodeDataset(folder)
+    return KeyCodeDataset(folder, args.class_conditional)
 
 
 def write_all_key_codes(args, accelerator, autoencoder, dataset, folder: Path, mark: str) -> None:
@@ -170,26 +182,42 @@ def write_all_key_codes(args, accelerator, autoencoder, dataset, folder: Path, m
     accelerator.wait_for_everyone()
 
 
-def build_unet(args, autoencoder: BricsAutoencoder) -> UNet2DModel:
+def build_unet(args, autoencoder: BricsAutoencoder, num_classes: int | None = None) -> UNet2DModel:
     """A UNet for the autoencoder's key codes; the config's `unet` section has the rest."""
     channels, *size = autoencoder.key_code_shape
     size = size[0] if size[0] == size[1] else size
-    return UNet2DModel(**{"sample_size": size, "in_channels": channels, "out_channels": channels} | args.unet)
+    config = {"sample_size": size, "in_channels": channels, "out_channels": channels} | args.unet
+    if num_classes is not None:
+        config["num_class_embeds"] = num_classes + 1  # the last one is "no class"
+    return UNet2DModel(**config)
 
 
-def build_models(args):
-    """The autoencoder, UNet and scheduler: of the pretrained pipeline, or the latter two new."""
-    named = args.autoencoder_name_or_path and load_autoencoder(args.autoencoder_name_or_path)
-    if args.pretrained_model_name_or_path is None:
-        autoencoder, unet, scheduler = named, build_unet(args, named), CosineVariantScheduler(**args.scheduler)
-    else:
+def load_models(args) -> tuple[BricsAutoencoder, BricsKeyCodePipeline | None]:
+    """The autoencoder, and the pretrained pipeline if one is named."""
+    autoencoder = args.autoencoder_name_or_path and load_autoencoder(args.autoencoder_name_or_path)
+    pipeline = None
+    if args.pretrained_model_name_or_path is not None:
         pipeline = load_key_code_pipeline(args.pretrained_model_name_or_path)
-        autoencoder, unet, scheduler = named or pipeline.autoencoder, pipeline.unet, pipeline.scheduler
-        check_key_codes(autoencoder, unet)
+        autoencoder = autoencoder or pipeline.autoencoder
+        check_key_codes(autoencoder, pipeline.unet)
     check_resolution(args.resolution, autoencoder)
+    return autoencoder.requires_grad_(False).eval(), pipeline
+
+
+def build_pipeline(args, autoencoder, pretrained: BricsKeyCodePipeline | None, class_names) -> BricsKeyCodePipeline:
+    """The pipeline to train: the pretrained one with this autoencoder, or a new one."""
+    if pretrained is not None:
+        config = {
+            name: value for name, value in pretrained.config.items() if name.startswith(("id2label", "default_"))
+        }
+        pipeline = BricsKeyCodePipeline(**pretrained.components | {"autoencoder": autoencoder}, **config)
+    else:
+        unet = build_unet(args, autoencoder, class_names and len(class_names))
+        id2label = class_names and dict(enumerate(class_names))
+        pipeline = BricsKeyCodePipeline(autoencoder, unet, CosineVariantScheduler(**args.scheduler), id2label=id2label)
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return autoencoder.requires_grad_(False).eval(), unet, scheduler
+        pipeline.unet.enable_gradient_checkpointing()
+    return pipeline
 
 
 def draw_noise(shape: torch.Size, seed: int, batch: int, accelerator, num_train_timesteps: int):
@@ -207,9 +235,9 @@ def draw_noise(shape: torch.Size, seed: int, batch: int, accelerator, num_train_
     return noise[share], timesteps[share]
 
 
-def training_loss(unet, scheduler, latents, noise, timesteps, snr_gamma: float | None) -> torch.Tensor:
-    """Denoising loss at given noise and timesteps (App. A.5)."""
-    prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, return_dict=False)[0]
+def training_loss(unet, scheduler, latents, noise, timesteps, snr_gamma: float | None, labels=None) -> torch.Tensor:
+    """Denoising loss at given noise, timesteps and labels, none without classes (App. A.5)."""
+    prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, labels, return_dict=False)[0]
     if scheduler.config.prediction_type == "epsilon":
         target = noise
     elif scheduler.config.prediction_type == "v_prediction":
@@ -224,7 +252,7 @@ def save_pipeline(pipeline: BricsKeyCodePipeline, output_dir: Path) -> None:
     """Writes the pipeline into the run's folder, each component complete or not at all, and the index last."""
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".partial-") as folder:
         pipeline.save_pretrained(folder)
-        for name in pipeline.components:
+        for name in (path.name for path in Path(folder).iterdir() if path.is_dir()):
             with appearing_folder(output_dir / name) as component:
                 shutil.copytree(Path(folder) / name, component, dirs_exist_ok=True)
         os.replace(Path(folder) / "model_index.json", output_dir / "model_index.json")
@@ -233,11 +261,15 @@ def save_pipeline(pipeline: BricsKeyCodePipeline, output_dir: Path) -> None:
 def train(args, accelerator) -> None:
     """Encodes the collection, trains, validates, saves."""
     output_dir = Path(args.output_dir)
-    autoencoder, unet, scheduler = build_models(args)
+    autoencoder, pretrained = load_models(args)
     autoencoder.to(accelerator.device)
     with accelerator.main_process_first():
-        dataset, held_out = load_images_to_encode(args)
-    validation = KeyCodeValidation(args, accelerator, autoencoder, dataset, held_out)
+        dataset, held_out = load_images_to_encode(args, known_classes(args, pretrained))
+    class_images = count_classes(dataset) if args.class_conditional else None
+    class_names = class_images and list(class_images)
+    validation = KeyCodeValidation(args, accelerator, autoencoder, dataset, held_out, class_images)
+    pipeline = build_pipeline(args, autoencoder, pretrained, class_names)
+    unet, scheduler = pipeline.unet, pipeline.scheduler
     key_codes = encode_collection(args, accelerator, autoencoder, dataset)
     terminated = TerminationSignal(accelerator)  # until here, what is encoded stays and needs no saving
 
@@ -251,9 +283,9 @@ def train(args, accelerator) -> None:
     accelerator.register_for_checkpointing(ema, lr_scheduler, state)
     set_seed(args.seed, device_specific=True)  # dropout, where the UNet has it, differs between processes
     resume_run(args, accelerator, state, ema, lr_scheduler, [optimizer])
+    check_guide_step(args, state)
 
     bare = accelerator.unwrap_model(unet, keep_torch_compile=False)
-    pipeline = BricsKeyCodePipeline(autoencoder, bare, scheduler)
     start = state.images_seen // (args.train_batch_size * accelerator.num_processes)
     loader = training_loader(
         key_codes,
@@ -263,24 +295,36 @@ def train(args, accelerator) -> None:
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         num_workers=args.dataloader_num_workers,
+        balance=key_codes.labels if args.balance_classes else None,
     )
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     millions = sum(parameter.numel() for parameter in bare.parameters()) / 1e6
     logger.info("%d key codes; %d a step; %.1f M parameters", len(key_codes), global_batch, millions)
 
+    def held_out_loss(latents, noise, timesteps) -> torch.Tensor:
+        """That of training, without classes: those of held-out images may be unknown."""
+        no_class = None if class_names is None else timesteps.new_full(timesteps.shape, len(class_names))
+        return training_loss(bare, scheduler, latents, noise, timesteps, args.snr_gamma, no_class)
+
     log = StepLog(accelerator, state, args.max_train_steps, global_batch, args.logging_steps)
+    labels = None
     finite, due, step_loss = True, False, torch.zeros((), device=accelerator.device)
     batches = enumerate(loader, start=start)
     unet.train()
     while state.global_step < args.max_train_steps:
         with log.waiting():
             number, key_code_batch = next(batches)
+        if args.class_conditional:
+            key_code_batch, labels = key_code_batch
+            ranks = accelerator.process_index, accelerator.num_processes
+            labels = drop_labels(labels, len(class_names), args.class_dropout_prob, args.seed, number, *ranks)
+            labels = labels.to(accelerator.device, non_blocking=True)
         latents = key_codes_to_latents(key_code_batch.to(accelerator.device, non_blocking=True))
         noise, timesteps = draw_noise(
             latents.shape, args.seed, number, accelerator, scheduler.config.num_train_timesteps
         )
         with accelerator.accumulate(unet):
-            loss = training_loss(unet, scheduler, latents, noise, timesteps, args.snr_gamma)
+            loss = training_loss(unet, scheduler, latents, noise, timesteps, args.snr_gamma, labels)
             accelerator.backward(loss)
             log.add({"loss": loss.detach()})
             step_loss += loss.detach()
@@ -300,12 +344,14 @@ def train(args, accelerator) -> None:
         last = step == args.max_train_steps
         due = due or step % args.checkpointing_steps == 0  # and waits for a step that is finite
         saves = (due and finite) or last or stop
+        if step == args.guide_step and accelerator.is_main_process:
+            keep_guide(bare, ema, output_dir)
         validates = validation and (last or (step % args.validation_steps == 0 and not stop))
         if saves or validates:
             check_weights([bare], state, output_dir)
         if validates:
             with naming_the_last_checkpoint(output_dir, "the validation"):
-                validation(pipeline, ema, state, partial(training_loss, bare, scheduler, snr_gamma=args.snr_gamma))
+                validation(pipeline, ema, state, held_out_loss)
             log.restart_clock()
         if saves:
             due = False
@@ -317,11 +363,17 @@ def train(args, accelerator) -> None:
 
     if accelerator.is_main_process:
         with averaged_weights(bare, ema), naming_the_last_checkpoint(output_dir, "the pipeline"):
-            for model in (autoencoder, bare):  # which have done their work; diffusers' own `to` warns of any type
+            if args.guide_step is not None:
+                pipeline.register_modules(guide=load_guide(output_dir))
+            models = filter(None, (autoencoder, bare, pipeline.guide))  # which have done their work
+            for model in models:  # diffusers' own `to` warns of any type
                 torch.nn.Module.to(model, DTYPES[args.save_dtype])
             save_pipeline(pipeline, output_dir)
         logger.info("The pipeline is in %s", output_dir)
-        finish_run(args, summarize_run(args, accelerator, state, None if args.streaming else len(dataset), bare))
+        summary = summarize_run(args, accelerator, state, None if args.streaming else len(dataset), bare)
+        if class_images is not None:
+            summary["class_images"] = class_images
+        finish_run(args, summary)
 
 
 def main(argv=None):

@@ -19,6 +19,7 @@ COMMANDS = (
     "schedules",
     "cost",
     "generation_metrics",
+    "guidance_search",
     "nearest_neighbours",
     "card",
     "remote_code",

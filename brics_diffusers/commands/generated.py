@@ -7,10 +7,12 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import PartialState
+from diffusers import DiffusionPipeline
 
 from ..data import load_collection
 from ..pipelines.sampling import load_pipeline, load_samples, read_sample_settings, sample_images_to_folder
 from ..runs.arguments import positive
+from ..runs.record import SUMMARY
 from ..utils.locks import locked_folder
 from ..utils.reports import make_output_folder
 
@@ -50,15 +52,70 @@ def add_generated_arguments(parser: argparse.ArgumentParser, num_samples: int) -
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say how samples are taken."""
+    """Adds the flags that say how samples are taken, and of what classes."""
     add = parser.add_argument
-    add("--num_inference_steps", type=positive, default=250, help="Denoising steps. Default: %(default)s.")
+    add_solver_arguments(parser)
+    add_class_argument(parser)
+    add("--guidance_scale", type=float, help="1 is no guidance. Default: the pipeline's own.")
+    add(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="Times in [0, 1] between which to guide; 1 is noise. Default: the pipeline's own.",
+    )
+
+
+def add_solver_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags for steps and scheduler."""
+    add = parser.add_argument
+    add("--num_inference_steps", type=positive, help="Denoising steps. Default: the pipeline's own, or 250.")
     add("--scheduler", help="Class of diffusers in place of the pipeline's scheduler.")
     add(
         "--scheduler_options",
         type=json_object,
         help="Arguments of the scheduler as JSON, such as '{\"use_karras_sigmas\": true}'.",
     )
+
+
+def add_class_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--class_labels`, which [`chosen_classes`] reads."""
+    parser.add_argument(
+        "--class_labels",
+        nargs="+",
+        metavar="CLASS",
+        help="Classes of the samples in turn, by name or number; `all` for all in turn, `training` to draw them as "
+        "often as training images have them.",
+    )
+
+
+def chosen_classes(words: list[str] | None, pipe: DiffusionPipeline, name_or_path: str) -> list | dict | None:
+    r"""
+    The classes of `--class_labels`.
+
+    Args:
+        words (`list[str]`, *optional*): What was given.
+        pipe ([`DiffusionPipeline`]): The pipeline.
+        name_or_path (`str`): Where it was loaded from.
+
+    Returns:
+        `list` or `dict`: As [`sample_label`] takes it.
+
+    Raises:
+        `ValueError`: If the pipeline has no classes, or its training is to be followed and has no record of them.
+    """
+    names = getattr(pipe, "labels", {})
+    if words is None or not getattr(pipe, "num_classes", None):
+        return words  # which the pipeline refuses, if there are any
+    if words == ["all"] and "all" not in names:
+        return list(range(pipe.num_classes))
+    if words == ["training"] and "training" not in names:
+        path = Path(name_or_path) / SUMMARY
+        counts = json.loads(path.read_text()).get("class_images") if path.is_file() else None
+        if not counts:
+            raise ValueError(f"{name_or_path} has no {SUMMARY} with class_images; name classes, or `all`.")
+        return counts
+    return [int(word) if word.isdecimal() and word not in names else word for word in words]
 
 
 def is_image_folder(args: argparse.Namespace) -> bool:
@@ -106,6 +163,7 @@ def sample_to_folder(
     Returns:
         `Path`: The folder.
     """
+    guidance = {"guidance_scale": args.guidance_scale, "guidance_interval": args.guidance_interval}
     with locked_folder(folder, "--samples_dir", state.is_main_process):
         pipe = load_pipeline(name_or_path, args.scheduler, args.scheduler_options, device)
         pipe.set_progress_bar_config(disable=not state.is_main_process, desc="Denoising", leave=False)
@@ -114,11 +172,13 @@ def sample_to_folder(
             folder,
             args.num_samples,
             args.batch_size,
-            args.num_inference_steps,
+            args.num_inference_steps or pipe.config.get("default_num_inference_steps", 250),
             args.seed,
             state.process_index,
             state.num_processes,
             progress=state.is_main_process,
+            class_labels=chosen_classes(args.class_labels, pipe, name_or_path),
+            **{name: value for name, value in guidance.items() if value is not None},
         )
         state.wait_for_everyone()
     return folder

@@ -158,6 +158,10 @@ def _describe(result: dict) -> str:
             f"Samples: {sampling['pipeline']} with {sampling['scheduler']}, {sampling['num_inference_steps']} steps, "
             f"seed {sampling['seed']}, {sampling['dtype']}."
         )
+        if "guidance_scale" in sampling:
+            low, high = sampling["guidance_interval"]
+            classes = sampling["class_labels"] or "none in particular"
+            parts.append(f"Classes: {classes}; guidance {sampling['guidance_scale']} at times {low} to {high}.")
     pictures = "The pictures show the first images of each."
     parts.append(f"{PRECISION_RECALL} {pictures}" if "precision-recall" in result["extractors"] else pictures)
     parts.append(f"{result['machine']['device']}, torch-fidelity {result['machine']['torch-fidelity']}.")

@@ -8,13 +8,14 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
 import pyarrow.parquet
 
+from .classes import add_labels, read_classes
 from .files import IMAGE_EXTENSIONS, extension, is_hidden, list_files, only_images
 from .reading import image_size
 from .repositories import has_configs, is_saved, load_hub, load_repository, load_saved
@@ -35,6 +36,10 @@ def load_collection(
     cache_dir: str | os.PathLike | None = None,
     max_images: int | None = None,
     config_name: str | None = None,
+    with_labels: bool = False,
+    class_column: str | None = None,
+    min_class_images: int = 1,
+    class_names: Sequence[str] | None = None,
 ) -> datasets.Dataset:
     r"""
     Load one split of an image collection, without decoding any image.
@@ -60,14 +65,24 @@ def load_collection(
             Keep only this many images, the first ones.
         config_name (`str`, *optional*):
             The configuration of a dataset that has several, on the Hub or in a folder.
+        with_labels (`bool`, *optional*, defaults to `False`):
+            Add the column `"label"`.
+        class_column (`str`, *optional*):
+            The column that holds the classes; by default, and for files, as [`read_classes`] says.
+        min_class_images (`int`, *optional*, defaults to 1):
+            Leave the images of rarer classes out.
+        class_names (`Sequence[str]`, *optional*):
+            The classes of a trained model, in the order of their numbers; by default those of the collection.
 
     Returns:
-        `datasets.Dataset`: one column, `"image"`, of `{"bytes", "path"}` dictionaries.
+        `datasets.Dataset`: one column, `"image"`, of `{"bytes", "path"}` dictionaries, and with labels a second,
+        `"label"`, a `ClassLabel`.
 
     Raises:
         FileNotFoundError: the source does not exist, or the Hub could not provide it.
         ValueError: no images, no such split, configuration or column, several columns to choose from, an unreadable
-            archive, or `max_images` below 1.
+            archive, or `max_images` below 1; with labels, also images without a class, classes that are not among
+            `class_names`, or less than two classes.
     """
     if max_images is not None and max_images < 1:
         raise ValueError(f"max_images is {max_images}; give at least 1, or None for all images.")
@@ -88,13 +103,18 @@ def load_collection(
         dataset = load_hub(str(source), split, config_name, cache_dir)
 
     column = find_image_column(dataset.features, image_column, source)
+    classes, names = read_classes(dataset, column, source, class_column) if with_labels else (None, None)
     dataset = dataset.select_columns(column)
     if column != "image":
         dataset = dataset.rename_column(column, "image")
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
     if len(dataset) == 0:
         raise ValueError(f"split '{split}' of '{source}' has no rows; give a split with at least one image.")
-    return dataset if max_images is None else dataset.select(range(min(max_images, len(dataset))))
+    if max_images is not None:
+        dataset = dataset.select(range(min(max_images, len(dataset))))
+    if classes is None:
+        return dataset
+    return add_labels(dataset, classes[: len(dataset)], names, source, min_class_images, class_names)
 
 
 def collection_fingerprint(dataset: datasets.Dataset) -> str:

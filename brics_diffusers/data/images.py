@@ -201,6 +201,26 @@ class UnreadableLog:
         return f"skipped {self.count} unreadable {files}" + (f": {_shorten(self.reasons)}" if self.reasons else "")
 
 
+def balanced_order(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    r"""
+    Items of a pass in which all classes are equally frequent, and of a class all items nearly so.
+
+    Args:
+        labels (`np.ndarray` of shape (N,)): The class of each item.
+        random (`np.random.Generator`): Source of the order.
+
+    Returns:
+        `np.ndarray` of shape (N,): indices; some occur several times, others not at all.
+    """
+    classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    share = -(-len(labels) // len(classes))
+    drawn = []
+    for members in classes:
+        passes = [random.permutation(members) for _ in range(-(-share // len(members)))]
+        drawn.append(np.concatenate(passes)[:share])
+    return random.permutation(np.concatenate(drawn))[: len(labels)]
+
+
 class InfiniteBatchSampler(torch.utils.data.Sampler):
     r"""
     Batches of indices without end: one shuffled pass over the collection after the other.
@@ -216,6 +236,7 @@ class InfiniteBatchSampler(torch.utils.data.Sampler):
         start (`int`, *optional*, defaults to 0): Batches of each process to pass over.
         process_index (`int`, *optional*, defaults to 0): Rank of this process.
         num_processes (`int`, *optional*, defaults to 1): Number of processes.
+        balance (`np.ndarray` of shape (N,), *optional*): Labels of the items, to draw all classes equally often.
     """
 
     def __init__(
@@ -226,6 +247,7 @@ class InfiniteBatchSampler(torch.utils.data.Sampler):
         start: int = 0,
         process_index: int = 0,
         num_processes: int = 1,
+        balance: np.ndarray | None = None,
     ):
         self.num_items = num_items
         self.batch_size = batch_size
@@ -233,6 +255,7 @@ class InfiniteBatchSampler(torch.utils.data.Sampler):
         self.start = start
         self.process_index = process_index
         self.num_processes = num_processes
+        self.balance = balance
 
     def __iter__(self) -> Iterator[list[int]]:
         position = (self.start * self.num_processes + self.process_index) * self.batch_size
@@ -242,10 +265,13 @@ class InfiniteBatchSampler(torch.utils.data.Sampler):
             for offset in range(position, position + self.batch_size):
                 if offset // self.num_items != epoch:
                     epoch = offset // self.num_items
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.num_items)
+                    order = self._order(np.random.default_rng((self.seed, epoch)))
                 batch.append(int(order[offset % self.num_items]))
             yield batch
             position += self.num_processes * self.batch_size
+
+    def _order(self, random: np.random.Generator) -> np.ndarray:
+        return random.permutation(self.num_items) if self.balance is None else balanced_order(self.balance, random)
 
 
 def only_the_parent_terminates(_):
@@ -273,13 +299,14 @@ def training_loader(
     num_processes: int = 1,
     num_workers: int = 0,
     collate_fn=None,
+    balance: np.ndarray | None = None,
 ) -> DataLoader:
     r"""
     An endless loader of shuffled training batches of constant size, for one process of several.
 
     Args:
         dataset (`torch.utils.data.Dataset`): An [`ImageCollection`] or another map-style data set.
-        batch_size, seed, start, process_index, num_processes: As in [`InfiniteBatchSampler`].
+        batch_size, seed, start, process_index, num_processes, balance: As in [`InfiniteBatchSampler`].
         num_workers, collate_fn: As in [`torch.utils.data.DataLoader`].
 
     Returns:
@@ -287,7 +314,9 @@ def training_loader(
     """
     return DataLoader(
         dataset,
-        batch_sampler=InfiniteBatchSampler(len(dataset), batch_size, seed, start, process_index, num_processes),
+        batch_sampler=InfiniteBatchSampler(
+            len(dataset), batch_size, seed, start, process_index, num_processes, balance
+        ),
         num_workers=num_workers,
         collate_fn=collate_fn,
         pin_memory=torch.cuda.is_available(),

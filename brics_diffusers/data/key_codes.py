@@ -22,6 +22,10 @@ def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"codes-{shard:05d}.npy"
 
 
+def _labels_path(shard: Path) -> Path:
+    return shard.with_name(shard.name.replace("codes-", "labels-"))
+
+
 def count_shards(dataset, shard_size: int = 1024, random_flip: bool = False) -> int:
     """Shards that [`write_key_codes`] makes of a collection; of a stream, one for each of its own."""
     if isinstance(dataset, datasets.IterableDataset):
@@ -45,6 +49,8 @@ def write_key_codes(
     r"""
     Encodes a process's share of a collection and writes the clean key codes as float16 shards.
 
+    Where the collection has a column `"label"`, each shard has the labels of its codes beside it.
+
     Shard `i` holds the codes of rows `i * shard_size` and following, or of shard `i` of a stream, less the unreadable
     ones. Shards appear by a
     rename when they are complete and those that exist are kept, so that an interrupted encoding goes on where it
@@ -66,11 +72,13 @@ def write_key_codes(
     autoencoder.eval()
     device, dtype = next(autoencoder.parameters()).device, next(autoencoder.parameters()).dtype
     channels, *size = autoencoder.sample_shape
+    stream = isinstance(dataset, datasets.IterableDataset)
+    labels = None if stream or "label" not in dataset.features else np.array(dataset["label"], np.int64)
 
-    def batches(shard: int, unreadable: UnreadableLog) -> Iterator[torch.Tensor]:
-        if isinstance(dataset, datasets.IterableDataset):
+    def batches(shard: int, unreadable: UnreadableLog) -> Iterator[tuple[torch.Tensor, np.ndarray | None]]:
+        if stream:
             for images in shard_batches(dataset, shard, size, batch_size, channels, unreadable):
-                yield from (images, images.flip(-1)) if random_flip else (images,)
+                yield from ((images, None), (images.flip(-1), None)) if random_flip else ((images, None),)
             return
         num_items = len(dataset) * (2 if random_flip else 1)
         rows = range(shard * shard_size, min((shard + 1) * shard_size, num_items))
@@ -78,7 +86,7 @@ def write_key_codes(
         for batch in evaluation_loader(dataset, size, batch_size, num_workers, **options):
             unreadable.add(batch["unreadable"], batch["reasons"])
             if batch["index"].numel():
-                yield batch["pixel_values"]
+                yield batch["pixel_values"], batch["index"].numpy()
 
     for shard in range(process_index, count_shards(dataset, shard_size, random_flip), num_processes):
         path = _shard_path(folder, shard)
@@ -88,10 +96,15 @@ def write_key_codes(
             continue
         unreadable = UnreadableLog()
         codes = [np.empty((0, *autoencoder.key_code_shape), np.float16)]
+        rows_read = [np.empty(0, np.int64)]
         progress = {"desc": f"Encoding shard {shard}", "disable": process_index > 0, "leave": False}
-        for images in tqdm(batches(shard, unreadable), **progress):
+        for images, rows in tqdm(batches(shard, unreadable), **progress):
             key_codes = autoencoder.encode(images.to(device, dtype)).key_codes
             codes.append(key_codes.to("cpu", torch.float16).numpy())
+            rows_read += [] if rows is None else [rows]
+        if labels is not None:
+            with atomic_write(_labels_path(path)) as file:
+                np.save(file, labels[np.concatenate(rows_read)])
         _write_json(path.with_suffix(".unreadable.json"), unreadable.reasons)
         with atomic_write(path) as file:
             np.save(file, np.concatenate(codes))
@@ -118,8 +131,8 @@ def open_key_codes(folder: str | os.PathLike, fingerprint: str) -> bool:
     manifest = json.loads(path.read_text())
     if manifest["fingerprint"] != fingerprint:
         raise ValueError(
-            f"{folder} holds key codes of another autoencoder, collection, resolution, --random_flip or --shard_size; "
-            "delete it or name another folder with --key_codes_dir."
+            f"{folder} holds key codes of another autoencoder, collection, resolution, --random_flip, --shard_size or "
+            "classes; delete it or name another folder with --key_codes_dir."
         )
     return manifest["counts"] is not None
 
@@ -164,14 +177,16 @@ class KeyCodeDataset(torch.utils.data.Dataset):
 
     Args:
         folder (`str`): Folder that [`finish_key_codes`] has marked as complete.
+        with_labels (`bool`, defaults to `False`): Whether the collection's labels are read too, as `labels` (N,).
 
-    An item is the key code, a float32 `torch.Tensor` of shape (C_z, H_z, W_z) in [0, 1].
+    An item is the key code, a float32 `torch.Tensor` of shape (C_z, H_z, W_z) in [0, 1]; with labels, a tuple of it
+    and the label (`int`).
 
     Raises:
-        `FileNotFoundError`: If the folder is not complete.
+        `FileNotFoundError`: If the folder is not complete, or has no labels.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, with_labels: bool = False):
         self.folder = Path(folder)
         path = self.folder / MANIFEST
         counts = json.loads(path.read_text())["counts"] if path.exists() else None
@@ -181,18 +196,28 @@ class KeyCodeDataset(torch.utils.data.Dataset):
             )
         self.ends = np.cumsum(counts)
         self._maps: dict[int, np.ndarray] = {}
+        self.labels = self._read_labels() if with_labels else None
+
+    def _read_labels(self) -> np.ndarray:
+        paths = [_labels_path(_shard_path(self.folder, shard)) for shard in range(len(self.ends))]
+        if not all(path.is_file() for path in paths):
+            raise FileNotFoundError(
+                f"{self.folder} has key codes without labels; encode the collection with classes in another folder."
+            )
+        return np.concatenate([np.load(path) for path in paths])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index: int) -> torch.Tensor | tuple[torch.Tensor, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"key code {index} of {len(self)}")
         shard = int(np.searchsorted(self.ends, index, side="right"))
         if shard not in self._maps:
             self._maps[shard] = np.load(_shard_path(self.folder, shard), mmap_mode="r")
         codes = self._maps[shard]
-        return torch.from_numpy(codes[index - int(self.ends[shard])].astype(np.float32))
+        key_code = torch.from_numpy(codes[index - int(self.ends[shard])].astype(np.float32))
+        return key_code if self.labels is None else (key_code, int(self.labels[index]))
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_maps": {}}  # workers open the maps themselves

@@ -56,9 +56,11 @@ def read_facts(folder: str | os.PathLike) -> dict:
     autoencoder = read_json(folder / "autoencoder" / "config.json")
     if not autoencoder:
         raise FileNotFoundError(f"{folder} has no autoencoder/config.json; name a finished run or a saved pipeline.")
+    parts = ("autoencoder", "unet", *(["guide"] if (folder / "guide").is_dir() else []))
     facts = {
         "autoencoder": autoencoder,
-        "parameters": {name: _count_parameters(folder / name) for name in ("autoencoder", "unet")},
+        "parameters": {name: _count_parameters(folder / name) for name in parts},
+        "classes": _class_names(read_json(folder / "model_index.json").get("id2label")),
         "is_pipeline": (folder / "model_index.json").is_file(),
         "config": read_json(folder / "training_config.json"),
         "summary": read_json(folder / "training_summary.json"),
@@ -67,6 +69,10 @@ def read_facts(folder: str | os.PathLike) -> dict:
         "curves": CURVES if (folder / CURVES).is_file() else None,
     }
     return cut_absolute_paths(facts)
+
+
+def _class_names(id2label: dict | None) -> list[str]:
+    return [id2label[number] for number in sorted(id2label or {}, key=int)]
 
 
 def _count_parameters(folder: Path) -> int:

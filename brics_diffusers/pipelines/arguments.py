@@ -24,9 +24,14 @@ HABITS = {
     "num_steps": ("num_inference_steps",),
     "steps": ("num_inference_steps",),
     "seed": ("generator",),
+    "label": ("class_labels",),
+    "labels": ("class_labels",),
+    "classes": ("class_labels",),
+    "guidance": ("guidance_scale",),
+    "cfg_scale": ("guidance_scale",),
     "callback": ("callback_on_step_end",),
 }
-CONDITIONS = ("prompt", "negative_prompt", "guidance_scale", "class_labels", "prompt_embeds")
+CONDITIONS = ("prompt", "negative_prompt", "prompt_embeds")
 
 
 def named_arguments(method: Callable) -> Callable:
@@ -45,7 +50,7 @@ def named_arguments(method: Callable) -> Callable:
 
 def _advice(name: str, parameters: list[str]) -> str:
     if name in CONDITIONS:
-        return "images are generated without conditions, so leave it out"
+        return "images are generated without texts, so leave it out"
     habits = [other for other in HABITS.get(name, ()) if other in parameters]
     if habits:
         return f"its place is {habits[0]}"

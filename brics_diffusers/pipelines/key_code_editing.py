@@ -10,6 +10,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .arguments import check_images, named_arguments, set_timesteps
+from .guidance import ClassLabels, Guidance
 from .image_processor import BricsImageProcessor
 from .latents import equal_generators, generators_per_image
 
@@ -83,6 +84,7 @@ class KeyCodeEditingMixin:
         generator: list[torch.Generator] | None,
         callback: Callable | None,
         tensor_inputs: list[str],
+        guidance: Guidance,
         renewed: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Noises clean latents and denoises them; where `renewed` (B, 1, H_z, W_z) is false they stay as they are."""
@@ -105,7 +107,7 @@ class KeyCodeEditingMixin:
         else:
             latents = self._add_noise(clean, noise, timesteps[0])
         after_step = None if renewed is None else keep_known
-        return self._denoise(latents, timesteps, generator, eta, callback, tensor_inputs, after_step)
+        return self._denoise(latents, timesteps, generator, eta, callback, tensor_inputs, after_step, guidance)
 
     def _prepare_masks(self, masks: PipelineImageInput, sample: torch.Tensor) -> torch.Tensor:
         """Masks to the key codes' resolution, (B or 1, 1, H_z, W_z) of `bool`: true if any pixel is to be new."""
@@ -128,13 +130,16 @@ class KeyCodeEditingMixin:
         self,
         images: PipelineImageInput,
         strength: float = 0.5,
-        num_inference_steps: int = 250,
+        num_inference_steps: int | None = None,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        class_labels: ClassLabels = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Makes variations of images: noises their key codes and denoises them (SDEdit, arXiv 2108.01073).
@@ -149,8 +154,9 @@ class KeyCodeEditingMixin:
                 visits: with the `cosine_variant` schedule and evenly spaced steps, 0.25, 0.5 and 0.75 leave 62%, 24%
                 and 3% of the signal's power. A single one of 20 steps already begins with noise of 27% of the signal:
                 small strengths want many steps.
-            num_inference_steps (`int`, defaults to 250):
-                Denoising steps from pure noise; `strength * num_inference_steps` of them, rounded down, are taken.
+            num_inference_steps (`int`, *optional*):
+                Denoising steps from pure noise, as in `__call__`; of them `strength * num_inference_steps`, rounded
+                down, are taken.
             eta (`float`, defaults to 0.0): Share of fresh noise a step; only [`DDIMScheduler`] reads it.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of all noise, as in `__call__`: one generator gives the same images however they are split into
@@ -159,6 +165,7 @@ class KeyCodeEditingMixin:
             return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): As in `__call__`.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): As in `__call__`.
+            class_labels, guidance_scale, guidance_interval (*optional*): As in `__call__`, of the images to make.
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: One variation an image.
@@ -182,13 +189,15 @@ class KeyCodeEditingMixin:
         """
         tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         self.check_inputs(1, None, output_type, tensor_inputs)
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
         self.check_strength(strength, num_inference_steps)
         sample = self._preprocess(images)
         self.check_sample_size(sample, "images")
+        guidance = self.prepare_guidance(len(sample), class_labels, guidance_scale, guidance_interval)
         generator = generators_per_image(generator, len(sample))
-        latents = self._renew(
-            self._encode(sample), strength, num_inference_steps, eta, generator, callback_on_step_end, tensor_inputs
-        )
+        clean, callback = self._encode(sample), callback_on_step_end
+        latents = self._renew(clean, strength, num_inference_steps, eta, generator, callback, tensor_inputs, guidance)
         return self._output(latents, output_type, return_dict)
 
     @named_arguments
@@ -199,13 +208,16 @@ class KeyCodeEditingMixin:
         image_b: PipelineImageInput,
         num_images: int = 5,
         strength: float = 0.3,
-        num_inference_steps: int = 250,
+        num_inference_steps: int | None = None,
         eta: float = 0.0,
         generator: torch.Generator | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        class_labels: ClassLabels = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Interpolates between two images: their key codes are brought to one noise level with the same noise, mixed
@@ -224,14 +236,16 @@ class KeyCodeEditingMixin:
                 Share of the denoising steps that are taken, in [0, 1], as in `vary`. 0 mixes the key codes and decodes
                 them; with small values the ends are nearly the reconstructions. With large values all images grow
                 alike, and at 1 they are the same.
-            num_inference_steps (`int`, defaults to 250):
-                Denoising steps from pure noise; `strength * num_inference_steps` of them, rounded down, are taken.
+            num_inference_steps (`int`, *optional*):
+                Denoising steps from pure noise, as in `__call__`; of them `strength * num_inference_steps`, rounded
+                down, are taken.
             eta (`float`, defaults to 0.0): Share of fresh noise a step; only [`DDIMScheduler`] reads it.
             generator (`torch.Generator`, *optional*): Source of all noise.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`, as in `__call__`.
             return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): As in `__call__`.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): As in `__call__`.
+            class_labels, guidance_scale, guidance_interval (*optional*): As in `__call__`, of the images to make.
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: `num_images` images from `image_a` to `image_b`.
@@ -254,6 +268,8 @@ class KeyCodeEditingMixin:
         """
         tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         self.check_inputs(1, None, output_type, tensor_inputs)
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
         self.check_strength(strength, num_inference_steps)
         if num_images < 2:
             raise ValueError(f"num_images is {num_images}; it must be at least 2, because both ends count.")
@@ -268,10 +284,9 @@ class KeyCodeEditingMixin:
         weights = torch.linspace(0, 1, num_images, device=start.device, dtype=start.dtype).view(-1, 1, 1, 1)
         # Both ends have the same noise, so noising their mixtures is mixing them noised.
         clean = torch.lerp(start, end, weights)  # (num_images, C_z, H_z, W_z)
-        generators = equal_generators(generator, num_images)
-        latents = self._renew(
-            clean, strength, num_inference_steps, eta, generators, callback_on_step_end, tensor_inputs
-        )
+        guidance = self.prepare_guidance(num_images, class_labels, guidance_scale, guidance_interval)
+        generators, callback = equal_generators(generator, num_images), callback_on_step_end
+        latents = self._renew(clean, strength, num_inference_steps, eta, generators, callback, tensor_inputs, guidance)
         return self._output(latents, output_type, return_dict)
 
     @named_arguments
@@ -281,13 +296,16 @@ class KeyCodeEditingMixin:
         images: PipelineImageInput,
         masks: PipelineImageInput,
         strength: float = 1.0,
-        num_inference_steps: int = 250,
+        num_inference_steps: int | None = None,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        class_labels: ClassLabels = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Makes images anew under a mask, in key-code space: after every step the key codes outside the mask are replaced
@@ -309,8 +327,9 @@ class KeyCodeEditingMixin:
             strength (`float`, defaults to 1.0):
                 Share of the denoising steps that are taken, in [0, 1], as in `vary`. 1 forgets what the mask covers;
                 less keeps some of it.
-            num_inference_steps (`int`, defaults to 250):
-                Denoising steps from pure noise; `strength * num_inference_steps` of them, rounded down, are taken.
+            num_inference_steps (`int`, *optional*):
+                Denoising steps from pure noise, as in `__call__`; of them `strength * num_inference_steps`, rounded
+                down, are taken.
             eta (`float`, defaults to 0.0): Share of fresh noise a step; only [`DDIMScheduler`] reads it.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of all noise, as in `__call__`: one generator gives the same images however they are split into
@@ -319,6 +338,7 @@ class KeyCodeEditingMixin:
             return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): As in `__call__`.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): As in `__call__`.
+            class_labels, guidance_scale, guidance_interval (*optional*): As in `__call__`, of the images to make.
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: The images, made anew under the mask.
@@ -343,19 +363,16 @@ class KeyCodeEditingMixin:
         """
         tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         self.check_inputs(1, None, output_type, tensor_inputs)
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
         self.check_strength(strength, num_inference_steps, inpaint=True)
         sample = self._preprocess(images)
         self.check_sample_size(sample, "images")
         renewed = self._prepare_masks(masks, sample)
+        guidance = self.prepare_guidance(len(sample), class_labels, guidance_scale, guidance_interval)
         generator = generators_per_image(generator, len(sample))
+        clean, callback = self._encode(sample), callback_on_step_end
         latents = self._renew(
-            self._encode(sample),
-            strength,
-            num_inference_steps,
-            eta,
-            generator,
-            callback_on_step_end,
-            tensor_inputs,
-            renewed,
+            clean, strength, num_inference_steps, eta, generator, callback, tensor_inputs, guidance, renewed
         )
         return self._output(latents, output_type, return_dict)

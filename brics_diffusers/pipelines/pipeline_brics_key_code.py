@@ -14,6 +14,7 @@ from ..data.image_modes import MODES
 from ..models import BricsAutoencoder
 from ..utils.safe_loading import SafeLoadingMixin
 from .arguments import check_denoiser, check_images, check_scheduler, named_arguments, set_timesteps
+from .guidance import ClassLabels, Guidance, GuidanceMixin, check_guide, check_id2label
 from .image_processor import BricsImageProcessor
 from .key_code_editing import KeyCodeEditingMixin
 from .latents import generators_per_image, key_codes_to_latents, latents_to_key_codes
@@ -22,11 +23,11 @@ from .latents import generators_per_image, key_codes_to_latents, latents_to_key_
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipeline):
+class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, GuidanceMixin, DiffusionPipeline):
     r"""
-    Pipeline for unconditional image generation: a diffusion model makes key codes, an autoencoder decodes them (Sec.
-    4, arXiv 2305.18601). `reconstruct`, `vary`, `interpolate` and `inpaint` begin with images; PIL images are read as
-    in training, transparency on white and 16-bit values scaled.
+    Pipeline for image generation, unconditional or by class: a diffusion model makes key codes, an autoencoder decodes
+    them (Sec. 4, arXiv 2305.18601). `reconstruct`, `vary`, `interpolate` and `inpaint` begin with images; PIL images
+    are read as in training, transparency on white and 16-bit values scaled.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the methods of all pipelines
     (downloading, saving, running on a particular device, etc.).
@@ -36,18 +37,37 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
         unet ([`UNet2DModel`]): Denoises key codes that are scaled to [-1, 1].
         scheduler ([`SchedulerMixin`]):
             [`CosineVariantScheduler`] or any scheduler compatible with it.
+        guide ([`UNet2DModel`], *optional*):
+            A weaker diffusion model, such as an earlier or a smaller one, for guidance (Karras et al. 2024).
+        id2label (`dict[int, str]`, *optional*):
+            Names of the classes by number, where `unet` has `num_class_embeds`, one more than classes: the last one
+            stands for "no class".
+        default_guidance_scale (`float`, defaults to 1.0): What a call takes for `guidance_scale`.
+        default_guidance_interval (`tuple[float, float]`, *optional*): What a call takes for `guidance_interval`.
+        default_num_inference_steps (`int`, defaults to 250): What a call takes for `num_inference_steps`.
 
     Raises:
         `ValueError`: If the denoiser is another model of diffusers than a [`UNet2DModel`], its channels or size are
-            not those of the autoencoder's key codes, or the scheduler is of another kind (flow matching, EDM, IPNDM),
-            which also shows at a call after a swap.
+            not those of the autoencoder's key codes, the scheduler is of another kind (flow matching, EDM, IPNDM),
+            which also shows at a call after a swap, or classes or guide are not the UNet's.
     """
 
-    model_cpu_offload_seq = "unet->autoencoder"
+    model_cpu_offload_seq = "unet->guide->autoencoder"
+    _optional_components = ["guide"]
     _callback_tensor_inputs = ["latents"]
     _num_timesteps = 0
 
-    def __init__(self, autoencoder: BricsAutoencoder, unet: UNet2DModel, scheduler: SchedulerMixin):
+    def __init__(
+        self,
+        autoencoder: BricsAutoencoder,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        guide: UNet2DModel | None = None,
+        id2label: dict | None = None,
+        default_guidance_scale: float = 1.0,
+        default_guidance_interval: tuple[float, float] | None = None,
+        default_num_inference_steps: int = 250,
+    ):
         super().__init__()
         check_denoiser(unet)
         channels, height, width = autoencoder.key_code_shape
@@ -64,7 +84,14 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
                 f"use a UNet with sample_size={height if height == width else (height, width)}."
             )
         check_scheduler(scheduler)
-        self.register_modules(autoencoder=autoencoder, unet=unet, scheduler=scheduler)
+        check_guide(guide, unet)
+        self.register_modules(autoencoder=autoencoder, unet=unet, scheduler=scheduler, guide=guide)
+        self.register_to_config(
+            id2label=check_id2label(id2label, unet),
+            default_guidance_scale=default_guidance_scale,
+            default_guidance_interval=default_guidance_interval,
+            default_num_inference_steps=default_num_inference_steps,
+        )
         channels = autoencoder.config.in_channels
         self.image_processor = BricsImageProcessor(channels, do_resize=False, do_convert_rgb=channels in MODES)
 
@@ -163,6 +190,7 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
         callback: Callable | None,
         tensor_inputs: list[str],
         after_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+        guidance: Guidance | None = None,
     ) -> torch.Tensor:
         """Latents at the noise level of the first of `timesteps` to clean ones; `after_step` may change them.
 
@@ -172,11 +200,13 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
         self._num_timesteps = len(timesteps)
         extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
         unet_timesteps = timesteps.to(latents.device, non_blocking=True)
+        guidance, num_train_timesteps = guidance or Guidance(), self.scheduler.config.num_train_timesteps
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for index, timestep in enumerate(timesteps):
                 model_input = self.scheduler.scale_model_input(latents, timestep)
-                noise = self.unet(model_input.to(self.unet.dtype), unet_timesteps[index]).sample.to(latents.dtype)
-                latents = self.scheduler.step(noise, timestep, latents, **extra_step_kwargs).prev_sample
+                guided = guidance.applies(timestep, num_train_timesteps)
+                prediction = self._predict(model_input, unet_timesteps[index], guidance, guided)
+                latents = self.scheduler.step(prediction, timestep, latents, **extra_step_kwargs).prev_sample
                 if after_step is not None:
                     latents = after_step(index, latents)
                 if callback is not None:
@@ -198,7 +228,7 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
     def __call__(
         self,
         batch_size: int = 1,
-        num_inference_steps: int = 250,
+        num_inference_steps: int | None = None,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -210,14 +240,18 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
         width: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
+        class_labels: ClassLabels = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Generates images.
 
         Args:
-            batch_size (`int`, defaults to 1): Number of images.
-            num_inference_steps (`int`, defaults to 250):
-                Denoising steps. Ancestral sampling wants hundreds; 20 do with [`DPMSolverMultistepScheduler`].
+            batch_size (`int`, defaults to 1): Number of images; of a list of classes, one image each by default.
+            num_inference_steps (`int`, *optional*):
+                Denoising steps; by default `default_num_inference_steps` of the config, 250 if it has none.
+                Ancestral sampling wants hundreds; 20 do with [`DPMSolverMultistepScheduler`].
             eta (`float`, defaults to 0.0): Share of fresh noise a step; only [`DDIMScheduler`] reads it.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of all noise. One generator seeds one a image, so that the same generator gives the same images
@@ -241,6 +275,15 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
             sigmas (`list[float]`, *optional*):
                 Noise levels to visit, descending to 0, in place of `num_inference_steps`, where the scheduler takes
                 them ([`EulerDiscreteScheduler`]).
+            class_labels (`int`, `str` or a list of them, *optional*):
+                The class of all images, or a list with one an image: numbers, names, or `None` for images of no class
+                in particular, which is the default.
+            guidance_scale (`float`, *optional*):
+                1 is no guidance, 2 goes twice as far from the prediction of `guide`, given the same class, or without
+                a guide from that of no class, as the model does. By default that of the pipeline's config.
+            guidance_interval (`tuple[float, float]`, *optional*):
+                Times (low, high) in [0, 1] between which to guide; 1 is noise. By default that of the pipeline's
+                config, all if it says none (Kynkäänniemi et al., arXiv 2404.07724).
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: The images.
@@ -260,7 +303,11 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
         ```
         """
         tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        batch_size = self.count_images(batch_size, class_labels)
         self.check_inputs(batch_size, latents, output_type, tensor_inputs, height, width)
+        guidance = self.prepare_guidance(batch_size, class_labels, guidance_scale, guidance_interval)
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
         set_timesteps(self.scheduler, num_inference_steps, timesteps, sigmas)
         device = self._execution_device
         generator = generators_per_image(generator, batch_size)
@@ -268,7 +315,8 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, DiffusionPipel
             shape = (batch_size, *self.latents_shape(height, width))
             latents = randn_tensor(shape, generator=generator, device=device, dtype=self._latents_dtype)
         latents = latents.to(device, self._latents_dtype) * self.scheduler.init_noise_sigma
-        latents = self._denoise(latents, self.scheduler.timesteps, generator, eta, callback_on_step_end, tensor_inputs)
+        callback, steps = callback_on_step_end, self.scheduler.timesteps
+        latents = self._denoise(latents, steps, generator, eta, callback, tensor_inputs, None, guidance)
         return self._output(latents, output_type, return_dict)
 
     @named_arguments

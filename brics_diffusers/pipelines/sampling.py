@@ -125,6 +125,55 @@ def sample_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
+def sample_label(class_labels: list | dict, seed: int, index: int) -> int | str | None:
+    r"""
+    The class of one sample.
+
+    Args:
+        class_labels (`list` or `dict`): Classes that samples have in turn, or by class the weight with which it is
+            drawn.
+        seed (`int`): Seed of the set.
+        index (`int`): Number of the sample.
+
+    Returns:
+        `int`, `str` or `None`: as pipelines take it.
+    """
+    if isinstance(class_labels, list):
+        return class_labels[index % len(class_labels)]
+    weights = np.array(list(class_labels.values()), np.float64)
+    # A third number: other draws than those of noise, which has two.
+    return list(class_labels)[np.random.default_rng([seed, index, 1]).choice(len(weights), p=weights / weights.sum())]
+
+
+def guidance_settings(pipe: DiffusionPipeline, class_labels: list | dict | None, options: dict) -> dict:
+    r"""
+    What samples of a pipeline with classes or a guide follow from besides.
+
+    Args:
+        pipe ([`DiffusionPipeline`]): The pipeline.
+        class_labels (`list` or `dict`, *optional*): As in [`sample_label`].
+        options (`dict`): `guidance_scale` and `guidance_interval`, where they are not the pipeline's own.
+
+    Returns:
+        `dict`: `"class_labels"`, `"guidance_scale"` and `"guidance_interval"`; empty for other pipelines.
+
+    Raises:
+        `ValueError`: If the pipeline does not know a class or can't be guided so.
+    """
+    if not hasattr(pipe, "prepare_guidance"):
+        if class_labels is not None or options:
+            raise ValueError(f"{type(pipe).__name__} has neither classes nor guidance; leave them out.")
+        return {}
+    if class_labels is not None and not class_labels:
+        raise ValueError("class_labels are empty; give at least one class, or leave them out.")
+    labels = list(class_labels or [None])
+    guidance = pipe.prepare_guidance(len(labels), labels if class_labels is not None else None, **options)
+    if pipe.num_classes is None and pipe.guide is None:
+        return {}
+    interval = list(guidance.interval)
+    return {"class_labels": class_labels, "guidance_scale": guidance.scale, "guidance_interval": interval}
+
+
 def sampling_settings(pipe: DiffusionPipeline, num_inference_steps: int, seed: int) -> dict:
     r"""
     What a set of samples follows from.
@@ -223,6 +272,8 @@ def sample_images_to_folder(
     process_index: int = 0,
     num_processes: int = 1,
     progress: bool = True,
+    class_labels: list | dict | None = None,
+    **guidance,
 ) -> None:
     r"""
     Writes a process's share of a set of samples as PNG files `0000000.png`, `0000001.png`, ...
@@ -242,22 +293,28 @@ def sample_images_to_folder(
         process_index (`int`, defaults to 0): Rank of this process; ranks take samples in turn.
         num_processes (`int`, defaults to 1): Number of processes.
         progress (`bool`, defaults to `True`): Whether to show a progress bar.
+        class_labels (`list` or `dict`, *optional*): The classes of samples, as in [`sample_label`].
+        guidance: `guidance_scale` and `guidance_interval`, as in [`BricsKeyCodePipeline`].
 
     Raises:
-        `ValueError`: If a number is too small, or the folder holds samples made otherwise.
+        `ValueError`: If a number is too small, the pipeline does not know a class or can't be guided so, or the folder
+            holds samples made otherwise.
     """
     if num_images < 1 or batch_size < 1 or num_inference_steps < 1 or seed < 0:
         raise ValueError(
             f"num_images is {num_images}, batch_size {batch_size}, num_inference_steps {num_inference_steps}, seed "
             f"{seed}; the first three must be at least 1, seed at least 0."
         )
-    claim_sample_folder(folder, sampling_settings(pipe, num_inference_steps, seed))
+    settings = sampling_settings(pipe, num_inference_steps, seed)
+    claim_sample_folder(folder, settings | guidance_settings(pipe, class_labels, guidance))
     share = range(process_index, num_images, num_processes)
     missing = [index for index in share if not sample_is_complete(folder, index)]
     with tqdm(total=len(share), initial=len(share) - len(missing), desc="Sampling", disable=not progress) as bar:
         for indices in _chunks(missing, batch_size):
             generators = [sample_generator(seed, index) for index in indices]
-            options = {"batch_size": len(indices), "num_inference_steps": num_inference_steps}
+            options = {"batch_size": len(indices), "num_inference_steps": num_inference_steps} | guidance
+            if class_labels is not None:
+                options["class_labels"] = [sample_label(class_labels, seed, index) for index in indices]
             for index, image in zip(indices, pipe(generator=generators, **options).images, strict=True):
                 with atomic_write(sample_path(folder, index)) as file:
                     image.save(file, "PNG")

@@ -19,6 +19,7 @@ from ..utils.files import default_cache_dir
 from ..utils.image_grids import image_grid
 from .averaging import averaged_weights
 from .checkpoints import RunState, appearing_folder, improves
+from .classes import frequent_labels, spread_labels
 from .held_out_loss import HeldOutLoss
 from .sample_distance import SampleDistance
 from .tracking import log_image
@@ -39,6 +40,8 @@ class KeyCodeValidation:
         autoencoder ([`BricsAutoencoder`]): In eval mode.
         train_set (`datasets.Dataset`): Training images.
         held_out (`datasets.Dataset`, *optional*): Images that are not trained on.
+        class_images (`dict[str, int]`, *optional*):
+            Training images of each class. Samples that are measured have the classes' shares, others show all in turn.
 
     Raises:
         `FileNotFoundError`, `ImportError`, `ValueError`: As [`SampleDistance`] does, and for a distance from a stream.
@@ -51,7 +54,9 @@ class KeyCodeValidation:
         autoencoder: BricsAutoencoder,
         train_set: datasets.Dataset,
         held_out: datasets.Dataset | None,
+        class_images: dict[str, int] | None = None,
     ):
+        self.class_images = class_images
         self.args, self.accelerator = args, accelerator
         self.loss = self.distance = None
         if held_out is not None:
@@ -130,6 +135,11 @@ class KeyCodeValidation:
 
     def sample_batches(self, solver: BricsKeyCodePipeline, total: int) -> Iterator[tuple[range, torch.Tensor]]:
         """This process's share of `total` samples, the same ones at each call: numbers, images (B, 3, H, W)."""
+        labels = None
+        if self.class_images is not None and self.distance is None:
+            labels = spread_labels(total, len(self.class_images))
+        elif self.class_images is not None:
+            labels = frequent_labels(total, self.class_images)
         share = range(self.accelerator.process_index, total, self.accelerator.num_processes)
         for start in range(0, len(share), self.args.encode_batch_size):
             numbers = share[start : start + self.args.encode_batch_size]
@@ -138,5 +148,7 @@ class KeyCodeValidation:
                 num_inference_steps=self.args.num_inference_steps,
                 generator=[torch.Generator().manual_seed(number) for number in numbers],
                 output_type="pt",
+                class_labels=labels and [labels[number] for number in numbers],
+                guidance_scale=1.0,
             ).images.cpu()
             yield numbers, 2 * images - 1

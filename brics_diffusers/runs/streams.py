@@ -98,13 +98,17 @@ def image_loader(
     )
 
 
-def load_images_to_encode(args: argparse.Namespace):
-    """The collection or stream of stage two, and held-out images for its validation or `None`."""
+def load_images_to_encode(args: argparse.Namespace, class_names: list[str] | None = None):
+    """The collection or stream of stage two, and held-out images for its validation or `None`.
+
+    With `--class_conditional` the collection has labels, of `class_names` if they are given.
+    """
     count = HELD_OUT_IMAGES if args.num_held_out_images is None else args.num_held_out_images
     if args.streaming:
         return open_stream(args, args.dataset_split), hold_out_of_stream(args, count)
     where = args.image_column, args.cache_dir, args.max_train_samples, args.dataset_config_name
-    train = load_collection(args.dataset_name, args.dataset_split, *where)
+    classes = args.class_conditional, args.class_column, args.min_class_images, class_names
+    train = load_collection(args.dataset_name, args.dataset_split, *where, *classes)
     return hold_out(args, train, count, of_training=args.num_held_out_images is not None)
 
 

@@ -76,10 +76,10 @@ class TestResolution:
     def test_stage_two_takes_that_of_the_autoencoder(self, stage_one):
         words = ["--autoencoder_name_or_path", stage_one[0], "--set", "unet.block_out_channels=[32]"]
         words += ["unet.down_block_types=[DownBlock2D]", "unet.up_block_types=[UpBlock2D]", "--resolution"]
-        train_key_codes.build_models(parse(*words, 32, script=train_key_codes))
+        train_key_codes.load_models(parse(*words, 32, script=train_key_codes))
         message = "--resolution is 64, but the autoencoder's images are of 32 x 32; give 32, or name an autoencoder"
         with pytest.raises(ValueError, match=message):
-            train_key_codes.build_models(parse(*words, 64, script=train_key_codes))
+            train_key_codes.load_models(parse(*words, 64, script=train_key_codes))
 
 
 class TestPretrainedPipeline:
@@ -105,7 +105,7 @@ class TestPretrainedPipeline:
     def test_other_pipelines_and_changes(self, stage_one, refusal):
         words = ["--pretrained_model_name_or_path", stage_one[0]]
         with pytest.raises(FileNotFoundError, match="holds no model_index.json"):
-            train_key_codes.build_models(parse(*words, script=train_key_codes))
+            train_key_codes.load_models(parse(*words, script=train_key_codes))
         sentence = refusal(*words, "--set", "unet.dropout=0.1", script=train_key_codes)
         assert "a pretrained pipeline keeps its own, so leave it out" in sentence
 
