@@ -18,7 +18,6 @@ import argparse
 import json
 import logging
 import sys
-import time
 from pathlib import Path
 
 import safetensors.torch
@@ -32,6 +31,7 @@ from generation_models import (
     LatentSpace,
     build_scheduler,
     build_unet,
+    clock,
     denoise,
     latent_space,
     starting_noise,
@@ -43,7 +43,7 @@ from tqdm.auto import tqdm
 from brics_diffusers.data import collection_fingerprint, training_loader
 from brics_diffusers.metrics.feature_distances import KID_SCALE, kernel_distance, name_with_features
 from brics_diffusers.metrics.feature_extractors import extractor_digest, load_feature_extractor
-from brics_diffusers.metrics.generation import KID_FEATURES
+from brics_diffusers.metrics.generation import KID_FEATURES, check_image_counts
 from brics_diffusers.metrics.image_features import cached_features, to_uint8
 from brics_diffusers.metrics.nearest_neighbours import FeatureEmbedding, embed_images
 from brics_diffusers.runs.arguments import flag_words, positive
@@ -257,14 +257,6 @@ class Run:
         return safetensors.torch.load_file(self.folder / "samples.safetensors")
 
 
-def clock(device: torch.device) -> float:
-    """Seconds. Other work on a CPU does not lengthen the time that a process has computed."""
-    if device.type != "cuda":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def main(argv=None):
     """Trains, measures, reports."""
     args = parse_args(argv)
@@ -272,8 +264,8 @@ def main(argv=None):
     torch.set_flush_denormal(True)  # Adam's second moments become denormal numbers, on which CPUs are slow
     accelerator = Accelerator(cpu=args.device.type == "cpu", mixed_precision="no")
     train_set, validation_set = load_splits(args)
-    if validation_set is None:
-        raise ValueError(f"{args.dataset_name} has fewer than 10 images, none to hold out; give a larger collection.")
+    if validation_set is None or len(validation_set) < 2:
+        raise ValueError(f"{args.dataset_name} has fewer than 2 images to hold out; give a larger collection.")
     extractor = load_feature_extractor(args.extractor, args.device)
     folders = {name: args.autoencoders / folder_name(name, args.autoencoder_seed) for name in args.models}
     spaces = {
@@ -288,6 +280,7 @@ def main(argv=None):
     references = cached_features(
         train_set.select(rows), args.size, extractor, cache, device=args.device, progress=False
     )[0].features
+    check_image_counts(("kid", "fid", "precision-recall"), args.num_samples, len(references))
     common = {"extractor": extractor_digest(extractor), "collection": collection_fingerprint(train_set)}
     runs = []
     for seed in args.seeds:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,3 +155,11 @@ def denoise(unet, scheduler, noise: torch.Tensor, num_inference_steps: int) -> t
         prediction = unet(solver.scale_model_input(latents, timestep), timestep, return_dict=False)[0]
         latents = solver.step(prediction, timestep, latents, return_dict=False)[0]
     return latents
+
+
+def clock(device: torch.device) -> float:
+    """Seconds. Other work on a CPU does not lengthen the time that a process has computed."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
