@@ -95,6 +95,8 @@ def plot_curves(args, by_variant: dict, extractor):
     figure, axes = new_figure(len(args.schedules), len(kinds), width=5.5, height=4.0)
     colors = dict(zip(args.models, itertools.cycle((*COLORS, *(f"C{index}" for index in (5, 7, 8, 9, 6))))))
     for (key, of_what), row in zip(kinds.items(), axes, strict=True):
+        for plot in row[1:]:
+            plot.sharey(row[0])
         for schedule, plot in zip(args.schedules, row, strict=True):
             for name in args.models:
                 for index, run in enumerate(by_variant[name, schedule]):
@@ -122,7 +124,16 @@ def nearest_picture(args, firsts: list, train_set, extractor):
 def report_text(args, table: list[dict], result: dict, extractor) -> str:
     """The Markdown file."""
     flags, on, counts, seeds = args.flags, result["machine"], result["images"], ", ".join(map(str, args.seeds))
-    scale = [{"latents of": name, **found} for name, found in result["autoencoders"].items()]
+    headings = {
+        "kid_reconstructions": "KID of reconstructions",
+        "deviation": "standard deviation of the latents",
+        "nearest_code": "to the nearest code",
+        "encoded_again": "encoded again",
+    }
+    alone = [
+        {"latents of": name} | {heading: found[key] for key, heading in headings.items()}
+        for name, found in result["autoencoders"].items()
+    ]
     one = "One seed: exploratory, differences may be chance. " if len(args.seeds) == 1 else ""
     few = (
         f"The Fréchet distance is biased with fewer than {FEW_IMAGES:,} samples and compares within this table only. "
@@ -155,10 +166,10 @@ over the held-out images: to the nearest code of a training image (or of its mir
 and from a code to that of the image which it is decoded to. Seconds are for one image (on a CPU: of all its cores,
 other work left out).
 
-{markdown_table(scale)}
-Autoencoders alone, of held-out images: KID of reconstructions, standard deviation of the latents as they are, and the
-distances in the brackets above.
+The autoencoders alone, of held-out images but for the standard deviation, which is over the training images, of the
+latents as the autoencoder has them:
 
+{markdown_table(alone)}
 Rows of samples, seed {args.seeds[0]}: {pictures}.
 {shown}"""
 
