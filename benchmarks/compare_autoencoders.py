@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from comparison_models import DEFAULT_MODELS, PRESETS, VARIANTS, Variant, reconstruct, search_variants
+from comparison_models import DEFAULT_MODELS, PRESETS, VARIANTS, Variant, folder_name, reconstruct, search_variants
 from comparison_report import write_comparison
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
@@ -95,7 +95,7 @@ class Run:
 
     def __init__(self, args, name: str, variant: Variant, seed: int, collections: dict):
         self.args, self.name, self.seed = args, name, seed
-        self.folder = Path(args.output_dir) / "runs" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+        self.folder = Path(args.output_dir) / "runs" / folder_name(name, seed)
         torch.manual_seed(seed)
         self.model = variant.build(args.preset).to(args.device)
         betas = 0.9, variant.adam_beta2

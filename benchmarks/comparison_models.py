@@ -12,6 +12,8 @@ from brics_diffusers.models.encoder import ShortcutEncoder
 
 # LDM's weight of the KL divergence; a few percent of the loss here.
 KL_WEIGHT = 1e-6
+# The paper's, of the KL divergence of key codes (App. A.4).
+KEY_CODE_KL_WEIGHT = 1e-4
 
 SMALL_BRICS = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
@@ -133,6 +135,7 @@ VARIANTS = {
     "VQModel": replace(KL, class_name="VQModel"),
     "BRICS, two thirds of the steps": replace(BRICS, steps=2 / 3),
     "BRICS without noise": replace(BRICS, changes={"key_noise_scale": 0.0}),
+    "BRICS, KL regularization": replace(BRICS, changes={"regularization": "kl"}),
     "BRICS without shortcut": replace(BRICS, changes={"encoder_shortcut": False}),
     "BRICS, grids from 4 cells": replace(BRICS, changes={"min_resolution": 4}),
     "BRICS, decoder as costly as the others'": replace(BRICS, changes={"decoder_block_out_channels": (80, 40)}),
@@ -163,6 +166,11 @@ def search_variants(names: list[str]) -> dict[str, Variant]:
     return trials
 
 
+def folder_name(name: str, seed: int) -> str:
+    """The folder of a model of one seed, among runs and among saved models."""
+    return f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+
+
 def reconstruct(model, images: torch.Tensor):
     """Reconstructions as in training, and the model's own regularizer, weighted."""
     if isinstance(model, AutoencoderKL):
@@ -173,9 +181,12 @@ def reconstruct(model, images: torch.Tensor):
             latents = latents + noise * latent_deviation(posterior.mean.detach()) * torch.randn_like(latents)
         return model.decode(latents).sample, KL_WEIGHT * posterior.kl().mean()
     output = model(images)
-    # As diffusers weighs them by default: the encoder's loss, and a quarter of the codebook's. VQGAN's paper weighs
-    # them the other way round. BRICS' regularizer is the noise on its codes.
-    return output.sample, output.commit_loss if isinstance(model, VQModel) else 0.0
+    if isinstance(model, VQModel):
+        # As diffusers weighs them by default: the encoder's loss, and a quarter of the codebook's. VQGAN's paper
+        # weighs them the other way round.
+        return output.sample, output.commit_loss
+    # BRICS' regularizer is the noise on its codes, unless they are drawn from a posterior.
+    return output.sample, 0.0 if output.kl_loss is None else KEY_CODE_KL_WEIGHT * output.kl_loss.mean()
 
 
 def latent_deviation(latents: torch.Tensor) -> torch.Tensor:

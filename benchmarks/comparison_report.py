@@ -94,7 +94,8 @@ def noise_curve(run, dataset) -> dict:
                 noisy = latents + noise * deviation * torch.stack(draws).to(latents)
                 values.append(image_metrics(decode(model, noisy), images)["psnr"])
             psnr.append(torch.cat(values).mean().item())
-        trained = model.key_noise_scale / deviation if isinstance(model, BricsAutoencoder) else None
+        noisy = isinstance(model, BricsAutoencoder) and model.config.regularization == "noise"
+        trained = model.key_noise_scale / deviation if noisy else None
     return {"deviation": deviation, "training_noise": trained, "psnr": psnr}
 
 

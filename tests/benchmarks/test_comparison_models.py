@@ -1,12 +1,15 @@
-"""AutoencoderKL with BRICS' shortcut and noise, as the comparison trains it."""
+"""AutoencoderKL with BRICS' shortcut and noise, and BRICS with a KL loss, as the comparison trains them."""
 
 import comparison_models
 import pytest
 import torch
 from comparison_models import NoisyAutoencoderKL
+from comparison_report import noise_curve
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import Encoder
-from test_compare_autoencoders import PEER, make_model
+from test_compare_autoencoders import PEER, as_run, make_model
+
+from brics_diffusers.data import load_collection
 
 
 @pytest.fixture
@@ -63,3 +66,15 @@ class TestNoisyAutoencoderKL:
         model.eval()
         with torch.no_grad():
             assert torch.equal(model(images).sample, decode(means).sample)
+
+
+def test_brics_with_a_kl_loss(images, image_folder):
+    model = make_model("BricsAutoencoder", regularization="kl")
+    sample, regularizer = comparison_models.reconstruct(model, images)
+    mean, log_variance = model.encoder(images).chunk(2, dim=1)
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum() / len(images)
+    assert regularizer.item() == pytest.approx(1e-4 * kl.item(), rel=1e-4)
+    assert not torch.equal(sample, comparison_models.reconstruct(model, images)[0])  # codes are drawn
+    assert comparison_models.VARIANTS["BRICS, KL regularization"].changes == {"regularization": "kl"}
+    # The noise of relaxed precision is none of this model's.
+    assert noise_curve(as_run(model), load_collection(image_folder))["training_noise"] is None

@@ -1,0 +1,211 @@
+"""What compare_generation.py measures of finished runs, and its report: table, curves, samples, nearest images."""
+
+import itertools
+import statistics
+from pathlib import Path
+
+import torch
+from comparison_models import latent_deviation
+from comparison_report import spread
+from loss_report import BATCH_SIZE
+
+from brics_diffusers.data import evaluation_loader
+from brics_diffusers.metrics.feature_distances import (
+    FEW_IMAGES,
+    KID_SCALE,
+    frechet_distance,
+    kernel_distance,
+    name_with_features,
+)
+from brics_diffusers.metrics.generation import precision_recall
+from brics_diffusers.metrics.image_features import cached_features, to_uint8
+from brics_diffusers.metrics.nearest_neighbours import (
+    FeatureEmbedding,
+    nearest_in_collection,
+    neighbour_grid,
+    squared_distances,
+)
+from brics_diffusers.utils.image_grids import image_grid
+from brics_diffusers.utils.plots import COLORS, new_figure
+from brics_diffusers.utils.reports import machine, markdown_table, write_report
+
+
+COLUMNS = 8  # samples of a run in the picture
+NUM_NEIGHBOURS = 4
+
+
+def pixels(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def code_errors(space, latents: torch.Tensor) -> dict[str, float]:
+    """
+    How far latents (N, C, H, W) are from encoded ones, as root mean squares over their elements in units of the
+    training latents' standard deviation, means over the latents: `nearest_code`, to the nearest one of a training
+    image, and `encoded_again`, to what the encoder makes of their own image.
+    """
+    latents = latents.clamp(-1, 1) if space.bounded else latents
+    unit = latent_deviation(space.latents).item() * latents[0].numel() ** 0.5
+    nearest = squared_distances(latents.flatten(1), space.latents.flatten(1)).min(dim=1).values.sqrt()
+    again = [space.encode(space.decode(part).clamp(-1, 1)) for part in latents.to(space.device).split(BATCH_SIZE)]
+    moved = (torch.cat(again).cpu() - latents).flatten(1).norm(dim=1)
+    return {"nearest_code": nearest.mean().item() / unit, "encoded_again": moved.mean().item() / unit}
+
+
+def measure(run, references: torch.Tensor, extractor) -> dict:
+    """Metrics of a run's last samples."""
+    samples, last = run.samples(), {name: value for name, value in run.curve[-1].items() if name != "step"}
+    last[name_with_features("fid", extractor)] = frechet_distance(samples["features"], references)
+    found = precision_recall(samples["features"], references)
+    last |= {name_with_features(name, extractor): value for name, value in found.items()}
+    return last | code_errors(run.space, samples["latents"])
+
+
+def measure_space(space, references: torch.Tensor) -> dict:
+    """What the autoencoder alone does to held-out images."""
+    kid = KID_SCALE * kernel_distance(space.held_out_reconstruction_features, references)
+    return {"kid_reconstructions": kid, "deviation": space.deviation} | code_errors(space, space.held_out)
+
+
+def table_row(name: str, schedule: str, found: list[dict], of_space: dict, extractor) -> dict:
+    """A line of the table: mean and standard deviation over the seeds."""
+    kid = name_with_features("kid", extractor)
+
+    def cell(key: str, digits: int) -> str:
+        return spread([values[key] for values in found], digits)
+
+    row = {"latents of": name, "schedule": schedule, "KID": cell(kid, 0)}
+    row["KID from own reconstructions"] = cell(f"{kid}_from_reconstructions", 0)
+    row["KID of reconstructions"] = f"{of_space['kid_reconstructions']:.0f}"
+    row["Fréchet distance"] = cell(name_with_features("fid", extractor), 1)
+    for key in ("precision", "recall"):
+        row[key] = cell(name_with_features(key, extractor), 2)
+    for heading, key in (("to the nearest code", "nearest_code"), ("encoded again", "encoded_again")):
+        row[heading] = f"{cell(key, 2)} ({of_space[key]:.2f})"
+    row["denoising, s"], row["decoding, s"] = cell("denoising_seconds", 3), cell("decoding_seconds", 3)
+    return row
+
+
+def plot_curves(args, by_variant: dict, extractor):
+    """KID over the steps, a line a seed: from training images and from the autoencoders' own reconstructions."""
+    kid = name_with_features("kid", extractor)
+    kinds = {kid: "training images", f"{kid}_from_reconstructions": "own reconstructions"}
+    figure, axes = new_figure(len(args.schedules), len(kinds), width=5.5, height=4.0)
+    colors = dict(zip(args.models, itertools.cycle((*COLORS, *(f"C{index}" for index in (5, 7, 8, 9, 6))))))
+    for (key, of_what), row in zip(kinds.items(), axes, strict=True):
+        for plot in row[1:]:
+            plot.sharey(row[0])
+        for schedule, plot in zip(args.schedules, row, strict=True):
+            for name in args.models:
+                for index, run in enumerate(by_variant[name, schedule]):
+                    points = [(point["step"], point[key]) for point in run.curve]
+                    label = name if index == 0 and plot is axes[0][0] else None
+                    plot.plot(*zip(*points, strict=True), color=colors[name], linewidth=1, marker=".", label=label)
+            plot.set(xlabel="step", ylabel=f"KID x 1,000 from {of_what}", title=f"schedule {schedule}")
+            plot.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def nearest_picture(args, firsts: list, train_set, extractor):
+    """The first sample of some runs, and the training images nearest to it by the extractor's features."""
+    queries = torch.cat([run.samples()["images"][:1] for run in firsts])
+    count = min(NUM_NEIGHBOURS, len(train_set))
+    distances, rows, _ = nearest_in_collection(
+        queries, train_set, FeatureEmbedding(extractor), count, BATCH_SIZE, device=args.device, progress=False
+    )
+    loader = evaluation_loader(train_set, args.size, BATCH_SIZE, rows=rows.flatten().tolist())
+    neighbours = torch.cat([to_uint8(batch["pixel_values"]) for batch in loader])
+    return neighbour_grid(queries, neighbours.unflatten(0, rows.shape), distances)
+
+
+def report_text(args, table: list[dict], result: dict, extractor) -> str:
+    """The Markdown file."""
+    flags, on, counts, seeds = args.flags, result["machine"], result["images"], ", ".join(map(str, args.seeds))
+    headings = {
+        "kid_reconstructions": "KID of reconstructions",
+        "deviation": "standard deviation of the latents",
+        "nearest_code": "to the nearest code",
+        "encoded_again": "encoded again",
+    }
+    alone = [
+        {"latents of": name} | {heading: found[key] for key, heading in headings.items()}
+        for name, found in result["autoencoders"].items()
+    ]
+    one = "One seed: exploratory, differences may be chance. " if len(args.seeds) == 1 else ""
+    few = (
+        f"The Fréchet distance is biased with fewer than {FEW_IMAGES:,} samples and compares within this table only. "
+        if args.num_samples < FEW_IMAGES
+        else ""
+    )
+    pictures = ", ".join(f"{row['latents of']} ({row['schedule']})" for row in table)
+    nearest = ", ".join(f"{name} ({args.schedules[0]})" for name in args.models)
+    shown = f"Rows of nearest training images, first sample each: {nearest}.\n" if args.show_images else ""
+    return f"""# What latents are worth to a diffusion model: {Path(args.config).stem}
+
+`{on["command"]}`
+
+{on["device"]}; torch {on["torch"]}, diffusers {on["diffusers"]}.
+
+One UNet of {result["parameters"] / 1e6:.1f} M parameters, {flags.max_train_steps} steps of {flags.train_batch_size}
+latents out of {counts["latents"]}, {args.flags.scheduler.get("prediction_type", "v_prediction")}, the same noise,
+timesteps and order of images for all; averaged weights. {args.num_samples} samples of one and the same noise,
+DPM-Solver++ (2M) with {args.num_inference_steps} steps. Autoencoders of seed {args.autoencoder_seed}; seeds of the
+UNets {seeds}. Mean ± standard deviation over the latter. {one}Schedule a: cosine of Nichol and Dhariwal with
+min-SNR-5; b: cosine variant.
+
+{markdown_table(table)}
+KID (times 1,000) and the rest by features of {args.extractor}, from {counts["references"]} training images; `from own
+reconstructions`: from the autoencoder's reconstructions of these; `of reconstructions`: of {counts["held_out"]}
+held-out images' reconstructions from the training images, where a perfect diffusion model would end; the held-out
+images themselves are at {result["kid_held_out"]:.0f}. {few}Distances of codes are root mean squares over a code's
+elements, in units of the standard deviation of the training images' codes, means over the samples, and in brackets
+over the held-out images: to the nearest code of a training image (or of its mirror image, if these are trained on),
+and from a code to that of the image which it is decoded to. Seconds are for one image (on a CPU: of all its cores,
+other work left out).
+
+The autoencoders alone, of held-out images but for the standard deviation, which is over the training images, of the
+latents as the autoencoder has them:
+
+{markdown_table(alone)}
+Rows of samples, seed {args.seeds[0]}: {pictures}.
+{shown}"""
+
+
+def write_generation_report(args, runs: list, references: torch.Tensor, train_set, validation_set, extractor) -> None:
+    """Writes JSON, Markdown and pictures of finished runs into `args.output_dir`."""
+    by_variant = {(name, schedule): [] for name in args.models for schedule in args.schedules}
+    for run in runs:
+        by_variant[run.name, run.schedule].append(run)
+    spaces = {run.name: run.space for run in runs}
+    held_out = cached_features(
+        validation_set, args.size, extractor, Path(args.output_dir) / "features", device=args.device, progress=False
+    )[0].features
+    found = {run.folder.name: measure(run, references, extractor) for run in runs}
+    autoencoders = {name: measure_space(space, references) for name, space in spaces.items()}
+    table = [
+        table_row(name, schedule, [found[run.folder.name] for run in group], autoencoders[name], extractor)
+        for (name, schedule), group in by_variant.items()
+    ]
+    counts = {"references": len(references), "held_out": len(held_out), "latents": len(runs[0].space.latents)}
+    details = {run.folder.name: run.settings | {"curve": run.curve, "last": found[run.folder.name]} for run in runs}
+    means = {
+        f"{name}, {schedule}": {
+            key: statistics.mean(found[run.folder.name][key] for run in group) for key in found[group[0].folder.name]
+        }
+        for (name, schedule), group in by_variant.items()
+    }
+    result = {"machine": machine(args.device), "config": Path(args.config).stem, "images": counts}
+    result |= {"parameters": runs[0].num_parameters(), "autoencoders": autoencoders, "table": table, "means": means}
+    result |= {"kid_held_out": KID_SCALE * kernel_distance(held_out, references), "runs": details}
+    firsts = [group[0] for group in by_variant.values()]
+    samples = torch.cat([pixels(run.samples()["images"][:COLUMNS]) for run in firsts])
+    figures = {"curves": plot_curves(args, by_variant, extractor)}
+    figures["samples"] = image_grid(samples, min(COLUMNS, args.num_samples))
+    if args.show_images:
+        of_first_schedule = [by_variant[name, args.schedules[0]][0] for name in args.models]
+        figures["nearest"] = nearest_picture(args, of_first_schedule, train_set, extractor)
+    text = report_text(args, table, result, extractor)
+    write_report(args.output_dir, "generation", result, text, figures)

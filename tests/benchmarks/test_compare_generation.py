@@ -1,0 +1,319 @@
+"""The comparison of latents with tiny models: what is trained on, its report, and going on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import compare_generation
+import generation_models
+import generation_report
+import pytest
+import torch
+import yaml
+from compare_generation import Run
+from comparison_models import CLASSES, SMALL_PEER, encode, folder_name
+from comparison_report import spread
+from diffusers import UNet2DModel
+from generation_models import LatentSpace, build_scheduler, denoise, load_saved_autoencoder, starting_noise
+from launching import CONFIG, environment
+from PIL import Image
+from small_models import AUTOENCODER, ROOT
+
+from brics_diffusers.data import evaluation_loader, load_collection
+
+
+PEER = SMALL_PEER | {"block_out_channels": (8, 8, 16), "sample_size": 32}
+MODELS = {
+    "BRICS": ("BricsAutoencoder", AUTOENCODER),
+    "AutoencoderKL": ("AutoencoderKL", PEER),
+    "VQModel": ("VQModel", PEER | {"num_vq_embeddings": 16, "vq_embed_dim": 4}),
+}
+KID = "kid_random_conv"
+
+
+@pytest.fixture(scope="module")
+def autoencoders(tmp_path_factory):
+    """A folder with saved autoencoders of random weights."""
+    folder = tmp_path_factory.mktemp("autoencoders")
+    for name, (class_name, arguments) in MODELS.items():
+        torch.manual_seed(0)
+        model = CLASSES[class_name](**arguments)
+        if class_name == "BricsAutoencoder":
+            torch.nn.init.normal_(model.grids.entries)  # as large as after training, so that codes matter
+        model.save_pretrained(folder / folder_name(name, 0))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flags(autoencoders, image_folder):
+    """Command line for models of milliseconds, with features of random weights."""
+    training = {"train_batch_size": 2, "learning_rate": 1e-3, "lr_warmup_steps": 1, "random_flip": True}
+    config = {"unet": CONFIG["unet"], "scheduler": {"prediction_type": "v_prediction"}, "train_key_codes": training}
+    (autoencoders / "tiny.yaml").write_text(yaml.safe_dump(config))
+    words = ["--autoencoders", autoencoders, "--config", autoencoders / "tiny.yaml", "--dataset_name", image_folder]
+    words += ["--seeds", 0, "--max_train_steps", 6, "--validation_steps", 4, "--checkpointing_steps", 3]
+    words += ["--num_samples", 5, "--num_inference_steps", 3, "--extractor", "random-conv"]
+    return [*map(str, words)]
+
+
+def run(flags, folder, *more, models=tuple(MODELS)):
+    """Runs the comparison and returns its report, if it has written one."""
+    try:
+        compare_generation.main([*flags, "--output_dir", str(folder), "--models", *models, *map(str, more)])
+    finally:
+        torch.set_flush_denormal(False)
+    path = folder / "generation.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+@pytest.fixture(scope="module")
+def folder(flags, tmp_path_factory):
+    """A finished comparison."""
+    folder = tmp_path_factory.mktemp("generation")
+    run(flags, folder, "--schedules", "b", "a", "--seeds", 0, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(folder):
+    return json.loads((folder / "generation.json").read_text())
+
+
+def values(result):
+    """Curves and last measures of all runs, without the time."""
+    points = {name: [*run["curve"], run["last"]] for name, run in result["runs"].items()}
+    return {
+        name: [{key: value for key, value in point.items() if not key.endswith("seconds")} for point in of_run]
+        for name, of_run in points.items()
+    }
+
+
+def make_space(autoencoders, name, image_folder, **tensors):
+    autoencoder = load_saved_autoencoder(autoencoders / folder_name(name, 0))
+    batch = next(iter(evaluation_loader(load_collection(image_folder), 32, 24)))["pixel_values"]
+    latents = encode(autoencoder, batch)
+    space = LatentSpace(autoencoder, latents.std().item(), None, None, None, None)
+    space.latents = space.encode(batch)
+    return space, batch, latents
+
+
+class TestLatentSpaces:
+    @pytest.mark.parametrize("name", MODELS)
+    @torch.no_grad()
+    def test_there_and_back(self, autoencoders, image_folder, name):
+        space, batch, latents = make_space(autoencoders, name, image_folder)
+        if name == "BRICS":
+            assert space.bounded and torch.equal(space.latents, 2 * latents - 1)
+        else:
+            assert not space.bounded and space.latents.std().item() == pytest.approx(1)
+        own = space.autoencoder(batch).sample
+        torch.testing.assert_close(space.decode(space.latents), own, rtol=1e-3, atol=1e-4)
+
+    def test_kept_ones(self, autoencoders, folder, image_folder):
+        files = sorted((folder / "latents").iterdir())
+        assert [path.name.rpartition("-")[0] for path in files] == ["AutoencoderKL-0", "BRICS-0", "VQModel-0"]
+        kept = generation_models.safetensors.torch.load_file(files[1])
+        # 25 files, one of them unreadable; two are held out.
+        assert len(kept["latents"]) + 2 * len(kept["held_out"]) == 2 * 24
+        half = len(kept["latents"]) // 2
+        assert not torch.equal(kept["latents"][:half], kept["latents"][half:])  # mirror images
+        assert len(kept["reconstruction_features"]) == half
+
+    def test_missing_and_unknown_autoencoders(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="config.json does not exist; train this autoencoder with compare"):
+            load_saved_autoencoder(tmp_path / "BRICS-0")
+        (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
+        with pytest.raises(ValueError, match="of class AutoencoderTiny; give a model of BricsAutoencoder, "):
+            load_saved_autoencoder(tmp_path)
+
+
+class TestSampling:
+    @pytest.mark.parametrize("schedule", ["b", "a"])
+    @pytest.mark.parametrize("bounded", [True, False])
+    def test_only_latents_with_bounds_are_clamped(self, schedule, bounded):
+        config = {"prediction_type": "sample"}  # the network says where sampling ends
+        scheduler = build_scheduler(config, schedule, bounded)
+        assert scheduler.config.gamma_schedule == {"b": "cosine_variant", "a": "cosine"}[schedule]
+        latents = denoise(lambda x, *_, **__: (torch.full_like(x, 3.0),), scheduler, torch.randn(2, 4, 8, 8), 4)
+        torch.testing.assert_close(latents, torch.full_like(latents, 1.0 if bounded else 3.0), rtol=1e-3, atol=1e-3)
+
+    def test_noise_of_a_sample_is_that_of_its_number(self):
+        few, many = (starting_noise((4, 8, 8), count) for count in (3, 5))
+        assert torch.equal(few, many[:3]) and not torch.equal(many[0], many[1])
+
+
+class TestTraining:
+    def test_the_same_for_all(self, flags, tmp_path, monkeypatch):
+        seen, current = {}, []
+        training_loss, take_steps = compare_generation.train_key_codes.training_loss, Run._take_steps
+
+        def record(unet, scheduler, latents, noise, timesteps, snr_gamma):
+            distances = [(current[0].space.latents - one).abs().sum(dim=(1, 2, 3)) for one in latents]
+            rows = torch.stack(distances).argmin(dim=1)
+            weights = torch.cat([parameter.detach().flatten() for parameter in unet.parameters()])
+            calls = seen.setdefault((current[0].name, scheduler.config.gamma_schedule, snr_gamma), [])
+            calls.append((noise, timesteps, rows) if calls else (noise, timesteps, rows, weights))
+            return training_loss(unet, scheduler, latents, noise, timesteps, snr_gamma)
+
+        def remember(run, *given):
+            current[:] = [run]
+            take_steps(run, *given)
+
+        monkeypatch.setattr(compare_generation.train_key_codes, "training_loss", record)
+        monkeypatch.setattr(Run, "_take_steps", remember)
+        run(flags, tmp_path, "--no-report", "--schedules", "b", "a", models=("BRICS", "AutoencoderKL"))
+        settings = [("cosine_variant", None), ("cosine", 5.0)]
+        assert list(seen) == [(name, *others) for others in settings for name in ("BRICS", "AutoencoderKL")]
+        first, *others = seen.values()
+        assert len(first) == 6
+        for other in others:
+            for one, two in zip(first, other, strict=True):
+                assert all(map(torch.equal, one, two))
+
+    def test_what_has_no_bounds_is_learned_without_a_clamp(self, result):
+        for name, of_run in result["runs"].items():
+            clamps = [of_run["scheduler"][key] for key in ("clip_sample", "thresholding")]
+            assert clamps == [name.startswith("BRICS")] * 2
+
+    @pytest.mark.parametrize(
+        ("message", "more"),
+        [
+            ("max_train_steps 6, not 7", ["--max_train_steps", 7]),
+            ("train_batch_size 2, not 3", ["--train_batch_size", 3]),
+            ("num_samples 5, not 6", ["--num_samples", 6]),
+            ("unet ", ["--set", "unet.layers_per_block=2"]),
+            ("num_reference_images 3000, not 9", ["--num_reference_images", 9]),
+        ],
+    )
+    def test_changed_settings_are_refused(self, folder, flags, message, more):
+        with pytest.raises(ValueError, match=f"BRICS-b-0 was trained with {message}.*; give the same flags as before"):
+            run(flags, folder, "--no-report", *more, models=("BRICS",))
+
+    def test_too_few_samples_are_refused_before_training(self, flags, tmp_path):
+        with pytest.raises(ValueError, match="precision-recall needs at least 4 images of each kind, got 3 generated"):
+            run(flags, tmp_path, "--num_samples", 3)
+        assert not (tmp_path / "runs").exists()
+
+
+class TestReport:
+    def test_measures(self, result):
+        assert list(result["runs"]) == [
+            f"{name}-{schedule}-{seed}" for seed in (0, 1) for schedule in ("b", "a") for name in MODELS
+        ]
+        assert result["images"] == {"references": 22, "held_out": 2, "latents": 44}
+        for of_run in result["runs"].values():
+            assert [point["step"] for point in of_run["curve"]] == [4, 6]
+            last = of_run["last"]
+            assert last[KID] == of_run["curve"][-1][KID] != of_run["curve"][0][KID]
+            assert last[KID] != last[f"{KID}_from_reconstructions"]
+            assert 0 <= last["precision_random_conv"] <= 1 and last["fid_random_conv"] > 0
+            assert min(last[key] for key in ("seconds", "denoising_seconds", "nearest_code", "encoded_again")) > 0
+        assert set(result["autoencoders"]) == set(MODELS)
+        for of_space in result["autoencoders"].values():
+            assert 0 < of_space["nearest_code"] < 3 and of_space["encoded_again"] >= 0
+        by_seed = [result["runs"][f"VQModel-a-{seed}"]["last"][KID] for seed in (0, 1)]
+        assert by_seed[0] != by_seed[1] and result["means"]["VQModel, a"][KID] == pytest.approx(sum(by_seed) / 2)
+        rows = {(row["latents of"], row["schedule"]): row for row in result["table"]}
+        assert len(rows) == 6 and rows["VQModel", "a"]["KID"] == spread(by_seed, 0)
+
+    def test_text_and_pictures(self, folder):
+        text = (folder / "generation.md").read_text()
+        assert "6 steps of 2\nlatents out of 44, v_prediction" in text and "| VQModel | a |" in text
+        assert "exploratory" not in text and "UNets 0, 1. Mean" in text
+        assert "seed 0: BRICS (b), BRICS (a), AutoencoderKL (b), " in text
+        assert Image.open(folder / "generation-samples.png").size == (5 * 34 + 2, 6 * 34 + 2)
+        assert Image.open(folder / "generation-curves.png").width > 1000
+        assert Image.open(folder / "generation-nearest.png").height > 3 * 96
+
+    def test_again_without_training(self, flags, folder, result, monkeypatch):
+        monkeypatch.setattr(Run, "train", pytest.fail)
+        monkeypatch.setattr(generation_models, "_encode_all", pytest.fail)
+        for path in folder.glob("generation*"):
+            path.unlink()
+        assert run(flags, folder, "--no-report") is None
+        again = run(flags, folder, "--no-show_images")
+        assert list(again["runs"]) == [f"{name}-b-0" for name in MODELS]
+        assert values(again) == {name: of_run for name, of_run in values(result).items() if name.endswith("-b-0")}
+        text = (folder / "generation.md").read_text()
+        assert "One seed: exploratory" in text and "nearest training images" not in text
+        assert not (folder / "generation-nearest.png").exists()
+
+    @torch.no_grad()
+    def test_code_errors(self, autoencoders, image_folder):
+        space, batch, _ = make_space(autoencoders, "AutoencoderKL", image_folder)
+        deviation = space.latents.var(dim=(0, 2, 3)).mean().sqrt().item()
+        found = generation_report.code_errors(space, space.latents)
+        assert found["nearest_code"] == 0
+        again = space.encode(space.decode(space.latents).clamp(-1, 1)) - space.latents
+        expected = again.square().mean(dim=(1, 2, 3)).sqrt().mean().item() / deviation
+        assert found["encoded_again"] == pytest.approx(expected, rel=1e-3) and expected > 0
+        # A constant shift that is small beside the distances between codes: every code stays its own nearest.
+        shifted = generation_report.code_errors(space, space.latents + 0.01)
+        assert shifted["nearest_code"] == pytest.approx(0.01 / deviation, rel=1e-3)
+
+    def test_codes_with_bounds_are_clipped_first(self, autoencoders, image_folder):
+        space, *_ = make_space(autoencoders, "BRICS", image_folder)
+        outside = torch.full_like(space.latents, 5.0)
+        found, expected = (generation_report.code_errors(space, codes) for codes in (outside, outside.clamp(-1, 1)))
+        assert found == expected
+
+
+KILL = """
+import os, signal, sys
+import torch
+import compare_generation
+
+save, count = torch.save, []
+
+def killed(state, path):
+    save(state, path)
+    count.append(path)
+    if len(count) == 2:  # half way through the second state
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = killed
+compare_generation.main(sys.argv[1:])
+"""
+
+
+class TestInterruption:
+    def test_killed_it_goes_on_and_ends_alike(self, flags, result, tmp_path, monkeypatch):
+        words = [*flags, "--output_dir", str(tmp_path), "--models", "BRICS", "--no-report"]
+        paths = os.pathsep.join(str(ROOT / name) for name in ("benchmarks", "."))
+        killed = subprocess.run([sys.executable, "-c", KILL, *words], env=environment() | {"PYTHONPATH": paths})
+        assert killed.returncode == -signal.SIGKILL
+        progress = json.loads((tmp_path / "runs/BRICS-b-0/state/progress.json").read_text())
+        assert progress["step"] == 3  # the one of step 4 had not appeared yet
+        self.interrupt(monkeypatch, flags, tmp_path)
+        found = run(flags, tmp_path, models=("BRICS",))
+        assert values(found)["BRICS-b-0"] == values(result)["BRICS-b-0"]
+
+    @staticmethod
+    def interrupt(monkeypatch, flags, folder):
+        """Within a step, before and after a validation, and before the averaged weights of the end are there."""
+
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+
+        steps = [
+            (compare_generation.train_key_codes, "training_loss", 3),
+            (compare_generation, "denoise", 3),
+            (compare_generation, "kernel_distance", 3),
+            (Run, "_save", 3),
+            (UNet2DModel, "save_pretrained", 4),
+        ]
+        for owner, name, step in steps:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(owner, name, stop)
+                run(flags, folder, "--no-report", models=("BRICS",))
+            assert json.loads((folder / "runs/BRICS-b-0/state/progress.json").read_text())["step"] == step
+
+    def test_the_work_can_be_shared(self, flags, result, folder, tmp_path):
+        for name in ("VQModel", "AutoencoderKL"):
+            assert run(flags, tmp_path, "--no-report", models=(name,)) is None
+        found = values(run(flags, tmp_path, models=("AutoencoderKL", "VQModel")))
+        assert found == {name: values(result)[name] for name in ("AutoencoderKL-b-0", "VQModel-b-0")}
+        unet = "runs/VQModel-b-0/unet/diffusion_pytorch_model.safetensors"
+        assert (tmp_path / unet).read_bytes() == (folder / unet).read_bytes()
