@@ -1,4 +1,4 @@
-"""Single image files as 8-bit images; what a file says beside its pixels never costs them."""
+"""Decodes single image files (JPEG, PNG, ...) to 8-bit pixels; damaged metadata is ignored."""
 
 import contextlib
 import io

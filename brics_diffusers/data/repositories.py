@@ -1,4 +1,4 @@
-"""Collections laid out by `datasets`: on the Hub, in a folder with the card of a repository, by `save_to_disk`."""
+"""Loads collections in the formats of `datasets`: from the Hub, a local repository's folder, or `save_to_disk`."""
 
 import os
 from pathlib import Path

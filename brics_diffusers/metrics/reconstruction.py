@@ -1,4 +1,4 @@
-"""Reconstruction metrics, image by image, by protocols that are written down."""
+"""PSNR, SSIM and LPIPS of reconstructions, image by image, by the protocols `standard` or `paper`."""
 
 from collections.abc import Iterable, Iterator
 

@@ -1,4 +1,4 @@
-"""Between key codes and the diffusion model's latents, and the noise of single images in a batch."""
+"""Key codes to latents of the diffusion model and back; one random generator for each image of a batch."""
 
 import torch
 

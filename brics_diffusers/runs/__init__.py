@@ -1,1 +1,1 @@
-"""A training run: flags, losses, optimizers, averaged weights, checkpoints, log and record; models know none of it."""
+"""What the training scripts are made of: flags, losses, optimizers, learning rates, checkpoints, log."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: complete or not there, and enough to go on bit by bit."""
+"""Saves and restores training checkpoints: they appear by a rename, and a resumed run ends in the same bits."""
 
 import contextlib
 import errno

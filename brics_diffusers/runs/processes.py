@@ -1,4 +1,4 @@
-"""What a run works with: processes that know of each other, backends that keep the scripts' promises, memory."""
+"""Checks before training: backends that can't be used, processes that don't know of each other; workers, memory."""
 
 import os
 import shutil

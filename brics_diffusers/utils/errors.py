@@ -1,4 +1,4 @@
-"""What other libraries' errors say, for sentences of our own."""
+"""Shortens other libraries' errors to their first line, for our own messages."""
 
 
 def first_line(error: Exception) -> str:

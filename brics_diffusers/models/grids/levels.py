@@ -60,7 +60,7 @@ class Level(NamedTuple):
         return first ^ second if self.hashed else first + second
 
     def entry(self, terms: torch.Tensor) -> torch.Tensor:
-        """Index of the stored entry, from the index terms of each axis (they are overwritten)."""
+        """Index of the stored entry (Eq. 4), from the index terms of each axis (they are overwritten)."""
         return terms.remainder_(self.num_entries) if self.shares_entries else terms
 
 

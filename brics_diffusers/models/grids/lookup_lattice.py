@@ -1,4 +1,4 @@
-"""The lookup by way of the pixels' lattice: for batches on the CPU, in vectorised torch (Sec. 3.2, Eq. 3 and 6).
+"""A faster lookup for batches on the CPU: levels are resampled to the pixels once, in vectorised torch (Eq. 3, 6).
 
 A pixel's x and y are the same in every image. So a level can be resampled in x and y to the pixels once for the batch,
 and what is left for an image is linear interpolation along the key: one read of two neighbours in place of 8 corners.
