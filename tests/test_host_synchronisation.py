@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from brics_diffusers import BricsAutoencoder, BricsDiscriminator, BricsKeyCodePipeline, CosineVariantScheduler
+from brics_diffusers.pipelines.guidance import Guidance
 from brics_diffusers.pipelines.sampling import SAMPLERS, with_scheduler
 
 
@@ -82,7 +83,7 @@ class TestLoop:
         with fake_mode, torch.device("cuda"):
             latents = torch.randn(2, *pipe.autoencoder.key_code_shape)
             renewed = torch.ones(2, 1, *latents.shape[2:], dtype=torch.bool)
-        assert waits(fake_mode, pipe._renew, latents, 0.9, 3, 0.0, None, None, [], renewed) == []
+        assert waits(fake_mode, pipe._renew, latents, 0.9, 3, 0.0, None, None, [], Guidance(), renewed) == []
 
 
 def test_networks(fake_mode, pipe):

@@ -267,8 +267,8 @@ def train(args, accelerator) -> None:
         dataset, held_out = load_images_to_encode(args, known_classes(args, pretrained))
     class_images = count_classes(dataset) if args.class_conditional else None
     class_names = class_images and list(class_images)
+    pipeline = build_pipeline(args, autoencoder, pretrained, class_names)  # before what else draws random numbers
     validation = KeyCodeValidation(args, accelerator, autoencoder, dataset, held_out, class_images)
-    pipeline = build_pipeline(args, autoencoder, pretrained, class_names)
     unet, scheduler = pipeline.unet, pipeline.scheduler
     key_codes = encode_collection(args, accelerator, autoencoder, dataset)
     terminated = TerminationSignal(accelerator)  # until here, what is encoded stays and needs no saving

@@ -159,7 +159,8 @@ class GuidanceMixin:
         """The prediction for noised latents at a timestep, in their type."""
 
         def call(unet: UNet2DModel, sample: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-            return unet(sample.to(unet.dtype), timestep, labels).sample.to(sample.dtype)
+            classes = {} if labels is None else {"class_labels": labels}
+            return unet(sample.to(unet.dtype), timestep, **classes).sample.to(sample.dtype)
 
         labels = guidance.labels
         if not guided:

@@ -151,7 +151,7 @@ def test_saved_to_disk(rows, folder, load):
 
 
 def test_configuration_on_the_hub(monkeypatch, rows):
-    def load_dataset(name, config, split, cache_dir):
+    def load_dataset(name, config, split, cache_dir, streaming):
         if config is None:
             text = (
                 "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample of usage:\n"
