@@ -236,21 +236,22 @@ def report_text(args, runs: dict, measures: dict, table: list[dict], on: dict) -
     images, size, seeds = first["images"], flags.autoencoder["sample_size"], ", ".join(map(str, args.seeds))
     losses = [{"loss": name, "in full": loss_in_words(of_seeds[0].flags)} for name, of_seeds in runs.items()]
     rows = f"\nRows of the picture, seed {args.seeds[0]}: images, {', '.join(runs)}.\n" if args.show_images else ""
-    return f"""# What perceptual and adversarial losses are worth: {Path(args.config).stem}
+    return f"""# What perceptual and adversarial losses are worth: {Path(args.dataset_name).name}
 
 `{on["command"]}`
 
 {on["device"]}; torch {on["torch"]}, diffusers {on["diffusers"]}.
 
-{flags.max_train_steps} steps of {flags.train_batch_size} images of {size} x {size}; seeds {seeds}; averaged weights,
-protocol `standard`. Mean ± standard deviation over the seeds.
+Config `{Path(args.config).stem}`, {flags.max_train_steps} steps of {flags.train_batch_size} images of {size} x {size};
+seeds {seeds}; averaged weights, protocol `standard`. Mean ± standard deviation over the seeds.
 
 {markdown_table(table)}
 PSNR, SSIM and the perceptual distance: means over {images["held_out"]} held-out images. The perceptual distance is of
 the kind that was trained with (all losses but the first); features of {args.extractor} were not. rFID: between
 {images["rfid"]} images of the training split and their own reconstructions. KID (times 1,000): of the held-out
 images' reconstructions from {images["kid"]} training images; `originals`: of the held-out images themselves,
-`above_originals`: the difference, 0 for a perfect autoencoder. Training time: seconds of all steps in units of the
+`above_originals`: the difference, 0 for a perfect autoencoder, which says little where the held-out images themselves
+are far from the training images. Training time: seconds of all steps in units of the
 first row's, the variants taking turns, without reading images.
 
 {markdown_table(losses)}{rows}"""
@@ -264,7 +265,7 @@ def write_loss_report(args, runs: dict) -> None:
     seconds, on = training_seconds(args, runs), machine(args.device)
     table = table_rows(runs, measures, seconds)
     details = {
-        run.folder.name: {"flags": run.words, **found}
+        run.folder.name: {"flags": [f"--config={Path(args.config).stem}", *run.words[1:]], **found}  # no path of ours
         for name, of_seeds in runs.items()
         for run, found in zip(of_seeds, measures[name], strict=True)
     }
