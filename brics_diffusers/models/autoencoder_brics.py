@@ -72,8 +72,8 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
             Whether a strided convolution from the image to the key code's logits (kernel = stride = `encoder_factor`)
             is added to the encoder's output before the sigmoid; with `"kl"`, to the means. It is ours, not the
             paper's: without it colour reaches the codes late, through the whole normalised encoder. On emoji, after
-            500 steps, PSNR is 24.9 dB with it and 22.6 without (three seeds, docs/measuring.md). A saved config without
-            this key means `False`.
+            500 steps, PSNR is 24.9 dB with it and 22.6 without (three seeds, docs/measuring.md). A saved config
+            without this key means `False`.
         interpolation_gamma (`float`, defaults to 1.0):
             Standard deviation of the noise towards which `"interpolate"` moves latents `2 * (z - 0.5)`, above 0.
 
