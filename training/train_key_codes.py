@@ -123,6 +123,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.set_defaults(lr_scheduler="cosine", output_dir="runs/pipeline")
     args = parse_arguments(parser, "train_key_codes", ("unet", "scheduler"), argv)
     check_class_arguments(parser, args)
+    if args.validation_metrics != "none" and args.streaming:
+        parser.error("--validation_metrics reads the whole collection, and --streaming does not; leave one out")
     if args.pretrained_model_name_or_path is not None:
         if args.changes:
             parser.error("--set changes new models; a pretrained pipeline keeps its own, so leave it out")

@@ -44,7 +44,7 @@ class KeyCodeValidation:
             Training images of each class. Samples that are measured have the classes' shares, others show all in turn.
 
     Raises:
-        `FileNotFoundError`, `ImportError`, `ValueError`: As [`SampleDistance`] does, and for a distance from a stream.
+        `FileNotFoundError`, `ImportError`, `ValueError`: As [`SampleDistance`] does.
     """
 
     def __init__(
@@ -62,11 +62,6 @@ class KeyCodeValidation:
         if held_out is not None:
             options = args.encode_batch_size, args.dataloader_num_workers
             self.loss = HeldOutLoss(accelerator, autoencoder, held_out, *options)
-        if args.validation_metrics != "none" and args.streaming:
-            raise ValueError(
-                "--validation_metrics compares samples with the whole collection, which --streaming does not read; "
-                "leave one of them out."
-            )
         if args.validation_metrics != "none":
             self.distance = SampleDistance(
                 args.validation_metrics,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data.key_codes import KeyCodeDataset
-from brics_diffusers.runs.classes import drop_labels, known_classes, spread_labels
+from brics_diffusers.runs.classes import drop_labels, frequent_labels, known_classes, spread_labels
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +155,12 @@ def test_validation_images_show_all_classes():
     assert spread_labels(4, 9) == [0, 2, 4, 6]
 
 
+def test_measured_images_have_the_classes_shares():
+    labels = frequent_labels(400, {"common": 30, "none": 0, "rare": 10})
+    assert labels == frequent_labels(400, {"common": 30, "none": 0, "rare": 10})
+    assert set(labels) == {0, 2} and 70 < labels.count(2) < 130  # 100 expected, deviation 8.7
+
+
 class TestFlags:
     @pytest.mark.parametrize(
         ("words", "sentence"),
@@ -163,6 +169,8 @@ class TestFlags:
             (["--balance_classes"], "--balance_classes need classes; add --class_conditional"),
             (["--class_conditional", "--class_dropout_prob", "1"], "must be from 0 to below 1, not 1"),
             (["--set", "unet.num_class_embeds=10"], "unet.num_class_embeds is 10; leave it out, --class_conditional"),
+            (["--class_conditional", "--streaming"], "--streaming does not; leave one out"),
+            (["--validation_metrics", "kid", "--streaming"], "--streaming does not; leave one out"),
         ],
     )
     def test_refusals(self, words, sentence, capsys):
