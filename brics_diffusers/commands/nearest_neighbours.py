@@ -1,7 +1,8 @@
-"""The training images nearest to generated ones, as a picture.
+"""The training images nearest to generated ones, as a picture, and the share of near copies.
 
-Distances are LPIPS, mean squared errors or squared distances between the features of an extractor. Training images
-pass by in batches: memory does not grow with their number.
+Distances are LPIPS, mean squared errors or squared distances between the features of an extractor. A near copy is
+nearer to a training image than that one is to any other training image. Training images pass by in batches, twice:
+memory does not grow with their number.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from accelerate import PartialState
 
 from ..data import evaluation_loader, image_name
 from ..metrics.image_features import common_image_size, to_uint8
-from ..metrics.nearest_neighbours import load_embedding, nearest_in_collection, neighbour_grid
+from ..metrics.nearest_neighbours import load_embedding, near_copies, nearest_in_collection, neighbour_grid
 from ..runs.arguments import positive
 from ..utils.reports import markdown_table
 from .generated import add_generated_arguments, load_generated, make_samples
@@ -49,21 +50,20 @@ def run(args: argparse.Namespace) -> None:
     generated, origin = load_generated(args, folder)
     resolution = common_image_size(generated)
     queries, rows = _read(generated, resolution)
-    distances, indices, unreadable = nearest_in_collection(
-        queries,
-        training,
-        embedding,
-        args.num_neighbours,
-        args.batch_size,
-        args.dataloader_num_workers,
-        device,
-    )
+    of_training = training, embedding
+    reading = args.batch_size, args.dataloader_num_workers, device
+    distances, indices, unreadable = nearest_in_collection(queries, *of_training, args.num_neighbours, *reading)
+    nearest = sorted(set(indices[:, 0].tolist()))
+    neighbours, _ = _read(training.select(nearest), resolution)
+    *of_neighbours, _ = nearest_in_collection(neighbours, *of_training, 2, *reading)
+    copies = near_copies(distances, indices, of_neighbours, nearest)
     names = [image_name(generated[row]["image"], row) for row in rows]
     result = {
         "distance": embedding.description,
+        "near_copies": sum(copies) / len(copies),
         "queries": [
-            {"image": name, "neighbours": _neighbours(training, *found)}
-            for name, *found in zip(names, indices.tolist(), distances.tolist(), strict=True)
+            {"image": name, "near_copy": copy, "neighbours": _neighbours(training, *found)}
+            for name, copy, *found in zip(names, copies, indices.tolist(), distances.tolist(), strict=True)
         ],
         "generated": origin | {"num_images": len(queries), "num_unreadable": len(generated) - len(queries)},
         "training": {
@@ -94,12 +94,15 @@ def _neighbours(dataset, indices: list[int], distances: list[float]) -> list[dic
 
 def _describe(result: dict) -> str:
     rows = []
-    for number, query in enumerate(result["queries"]):
+    for number, query in enumerate(result["queries"][:SHOWN]):
         cells = [f"{found['index']} ({found['distance']:.4g})" for found in query["neighbours"]]
-        rows.append({"generated": number} | {f"neighbour {rank}": cell for rank, cell in enumerate(cells, start=1)})
-    training = result["training"]
+        row = {"generated": number, "near copy": "yes" if query["near_copy"] else ""}
+        rows.append(row | {f"neighbour {rank}": cell for rank, cell in enumerate(cells, start=1)})
+    training, count = result["training"], len(result["queries"])
     return (
-        f"# Nearest training images\n\n{markdown_table(rows)}\n"
+        f"# Nearest training images\n\n{result['near_copies']:.1%} of {count} generated images are near copies: "
+        "nearer to a training image than that one is to any other.\n\n"
+        f"The first {len(rows)}:\n\n{markdown_table(rows)}\n"
         f"Index in the collection (distance): {result['distance']['definition']}. {training['num_images']} images of "
         f"{training['source']}, {training['num_unreadable']} unreadable ones left out; {training['resizing']}.\n"
     )

@@ -210,6 +210,28 @@ def nearest_in_collection(
     return *nearest_neighbours(vectors, read(), embedding, num_neighbours), unreadable
 
 
+def near_copies(distances: torch.Tensor, indices: torch.Tensor, of_neighbours: tuple, rows: list[int]) -> list[bool]:
+    r"""
+    Which generated images are nearer to a training image than that one is to any other of the training images.
+
+    Args:
+        distances (`torch.Tensor` of shape (Q, K)): Of the generated images to their neighbours, the smallest first.
+        indices (`torch.Tensor` of shape (Q, K)): Of these training images.
+        of_neighbours (`tuple`):
+            Distances and indices, of shape (M, 2), of the training images nearest to those in `rows`: themselves, if
+            no other is equal, and another.
+        rows (`list[int]`): M indices, each generated image's nearest neighbour among them.
+
+    Returns:
+        `list[bool]`: of length Q. Equal distances are no near copy.
+    """
+    to_others, found = of_neighbours
+    is_itself = found[:, 0] == torch.tensor(rows)
+    to_nearest_other = dict(zip(rows, torch.where(is_itself, to_others[:, 1], to_others[:, 0]).tolist(), strict=True))
+    nearest = zip(distances[:, 0].tolist(), indices[:, 0].tolist(), strict=True)
+    return [distance < to_nearest_other[index] for distance, index in nearest]
+
+
 def neighbour_grid(
     queries: torch.Tensor, neighbours: torch.Tensor, distances: torch.Tensor, smallest: int = 96
 ) -> Image.Image:

@@ -41,7 +41,9 @@ def test_copies_are_found(flags, tmp_path, image_folder):
     assert [query["neighbours"][0]["distance"] for query in result["queries"]] == [0, 0]
     assert [query["image"] for query in result["queries"]] == [str(generated / name) for name in ("07.png", "20.png")]
     assert result["generated"]["num_images"] == 2 and result["generated"]["num_unreadable"] == 1
-    assert "| 1 | 20 (0) |" in (tmp_path / "out/nearest-neighbours.md").read_text()
+    assert result["near_copies"] == 1 and all(query["near_copy"] for query in result["queries"])
+    text = (tmp_path / "out/nearest-neighbours.md").read_text()
+    assert "| 1 | yes | 20 (0) |" in text and "100.0% of 2 generated images are near copies" in text
 
 
 def test_errors(flags, tmp_path, monkeypatch):

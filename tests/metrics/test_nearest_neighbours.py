@@ -11,6 +11,7 @@ from brics_diffusers.metrics.nearest_neighbours import (
     PixelEmbedding,
     embed_images,
     load_embedding,
+    near_copies,
     nearest_in_collection,
     nearest_neighbours,
     neighbour_grid,
@@ -123,6 +124,25 @@ class TestNearestNeighbours:
         ]
         assert found[0][1][:, 0].tolist() == [3, 17] and found[0][0][:, 0].tolist() == [0, 0]
         assert torch.equal(found[0][1], found[1][1]) and found[0][2].count == 1
+
+
+def test_near_copies_equal_brute_force():
+    training, embedding = random_images(12), PixelEmbedding()
+    training[7] = training[3]  # equal images, of which none has a near copy
+    queries = random_images(9, seed=1)
+    for query, row in enumerate((0, 3, 5, 7)):
+        noise = torch.randint(0, (2, 40)[query % 2], queries[query].shape)
+        queries[query] = (training[row].long() + noise).clamp(max=255).to(torch.uint8)
+    vectors = embedding(training)
+    distances, indices = nearest_neighbours(embedding(queries), batches(training, [5, 7]), embedding, 2)
+    rows = sorted(set(indices[:, 0].tolist()))
+    of_neighbours = nearest_neighbours(vectors[rows], batches(training, [12]), embedding, 2)
+    among = ((training[:, None].double() - training.double()) / 255).square().mean(dim=(2, 3, 4))
+    among.fill_diagonal_(torch.inf)
+    to_others = among.min(dim=1).values
+    expected = [distance < to_others[row] for distance, row in zip(distances[:, 0], indices[:, 0], strict=True)]
+    found = near_copies(distances, indices, of_neighbours, rows)
+    assert found == expected and found[:4] == [True, False, True, False] and not all(found)
 
 
 def test_batches_of_queries_do_not_matter():
