@@ -4,21 +4,21 @@ For each interval of --guidance_intervals and each scale of --guidance_scales, -
 noise for each, and compared with those of --dataset_name. Samples are kept, in a folder each, so that an interrupted
 search goes on where it stopped; it runs on several processes as `generation-metrics` does. The smallest value is the
 best, and the best of many values is too good by chance: measure it again with another --seed. --save writes it into
-the pipeline's `model_index.json` as what calls take by default.
+the pipeline's folder as what calls take by default, together with --num_inference_steps and --scheduler.
 """
 
 import argparse
 import copy
+import inspect
 import itertools
 import json
 import math
-import os
 from pathlib import Path
 
 from accelerate import PartialState
 
 from ..metrics.generation import INCEPTION, KID_FEATURES, check_image_counts, generation_metrics, load_extractors
-from ..pipelines.sampling import load_samples
+from ..pipelines.sampling import load_pipeline, load_samples
 from ..runs.arguments import positive
 from ..utils.files import atomic_write, default_cache_dir
 from ..utils.reports import make_output_folder, markdown_table
@@ -77,8 +77,7 @@ def settings(args: argparse.Namespace) -> list[tuple[float, tuple[float, float]]
 def run(args: argparse.Namespace) -> None:
     """Makes the samples on all processes, compares on the first, and writes the report."""
     device, state = choose_device(args.device), PartialState()
-    index = Path(args.model) / "model_index.json"
-    if args.save and not index.is_file():
+    if args.save and not (Path(args.model) / "model_index.json").is_file():
         raise ValueError(f"--save needs a pipeline's folder to write into, and {args.model} is none; leave it out.")
     if state.is_main_process:  # what can fail does so before the samples are made
         cache_dir = make_output_folder(args.features_cache_dir or default_cache_dir(), "--features_cache_dir")
@@ -103,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         return
     best = min(rows, key=lambda row: row[name])
     if args.save:
-        save_defaults(index, best["guidance_scale"], (best["from"], best["to"]))
+        save_defaults(args, best["guidance_scale"], (best["from"], best["to"]))
     found = {"model": args.model, "dataset_name": args.dataset_name, "split": args.dataset_split, "metric": name}
     found |= {"num_samples": args.num_samples, "seed": args.seed, "values": rows, "best": best}
     text = f"# Guidance\n\n`{args.model}`, {args.num_samples} samples of seed {args.seed} for each line.\n\n"
@@ -112,9 +111,20 @@ def run(args: argparse.Namespace) -> None:
     publish(args, "guidance-search", found, text, dict, device)
 
 
-def save_defaults(index: str | os.PathLike, scale: float, times: tuple[float, float]) -> None:
-    """Writes what calls of a pipeline take by default into its index."""
-    content = json.loads(Path(index).read_text())
+def save_defaults(args: argparse.Namespace, scale: float, times: tuple[float, float]) -> None:
+    """Writes what calls of a pipeline take by default into its folder: this guidance, and the steps and scheduler."""
+    index = Path(args.model) / "model_index.json"
+    content = json.loads(index.read_text())
     content |= {"default_guidance_scale": scale, "default_guidance_interval": list(times)}
+    if args.num_inference_steps is not None:
+        content["default_num_inference_steps"] = args.num_inference_steps
+    if args.scheduler is not None or args.scheduler_options:
+        scheduler = load_pipeline(args.model, args.scheduler, args.scheduler_options).scheduler
+        # Loading would warn of what only the scheduler of training knows.
+        arguments = inspect.signature(type(scheduler).__init__).parameters
+        known = {name: value for name, value in scheduler.config.items() if name in arguments}
+        type(scheduler)(**known).save_pretrained(index.parent / "scheduler")
+        if args.scheduler is not None:
+            content["scheduler"] = ["diffusers", args.scheduler]
     with atomic_write(index) as file:
         file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())

@@ -65,7 +65,7 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, GuidanceMixin,
         guide: UNet2DModel | None = None,
         id2label: dict | None = None,
         default_guidance_scale: float = 1.0,
-        default_guidance_interval: tuple[float, float] | None = None,
+        default_guidance_interval: tuple[float, float] | list[float] | None = None,
         default_num_inference_steps: int = 250,
     ):
         super().__init__()

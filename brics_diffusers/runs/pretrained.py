@@ -5,6 +5,8 @@ import inspect
 import math
 from collections.abc import Mapping
 
+from diffusers import DDPMScheduler
+
 from ..data.image_modes import check_channels
 from ..models import BricsAutoencoder
 from ..models.loading import load_autoencoder
@@ -128,7 +130,8 @@ def load_key_code_pipeline(name_or_path: str) -> BricsKeyCodePipeline:
         name_or_path (`str`): Its folder, or its name on the Hub.
 
     Returns:
-        [`BricsKeyCodePipeline`]: in float32.
+        [`BricsKeyCodePipeline`]: in float32, with a `DDPMScheduler` of the same noise levels in place of a solver that
+        was made from the scheduler of a training.
 
     Raises:
         `FileNotFoundError`: If there is no pipeline.
@@ -140,6 +143,8 @@ def load_key_code_pipeline(name_or_path: str) -> BricsKeyCodePipeline:
             f"{name_or_path} is a {type(pipe).__name__}, but a BricsKeyCodePipeline is needed; name the output of "
             "stage two."
         )
+    if not hasattr(pipe.scheduler, "get_velocity") and pipe.scheduler.config.get("trained_betas"):
+        pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)  # of a solver: the same noise levels
     if not hasattr(pipe.scheduler, "get_velocity"):
         raise ValueError(
             f"{name_or_path} has a {type(pipe.scheduler).__name__}, which adds no noise in training; save the "

@@ -2,11 +2,13 @@ import json
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DPMSolverMultistepScheduler, UNet2DModel
+from diffusers.utils import logging as diffusers_logging
 from small_models import UNET
 
 from brics_diffusers import BricsKeyCodePipeline, CosineVariantScheduler
 from brics_diffusers.commands import main
+from brics_diffusers.runs.pretrained import load_key_code_pipeline
 
 
 @pytest.fixture
@@ -39,6 +41,38 @@ def test_the_smallest_value_becomes_the_default(class_pipe_folder, flags, run_co
     assert pipe.class_names == ["cat", "dog"] and "which the pipeline now has" in text
     index = json.loads((class_pipe_folder / "model_index.json").read_text())
     assert index["_class_name"] == "BricsKeyCodePipeline"
+    assert pipe.config.default_num_inference_steps == 4 and isinstance(pipe.scheduler, CosineVariantScheduler)
+
+
+def test_a_solver_is_saved_and_the_pipeline_can_still_be_trained(class_pipe_folder, flags, run_command, caplog):
+    before = BricsKeyCodePipeline.from_pretrained(class_pipe_folder).scheduler
+    words = [class_pipe_folder, *flags[: flags.index("--guidance_scales")], "--guidance_scales", 2, "--save"]
+    words += ["--guidance_intervals", "0:1", "--scheduler", "DPMSolverMultistepScheduler"]
+    words += ["--scheduler_options", '{"use_karras_sigmas": true, "algorithm_type": "sde-dpmsolver++"}']
+    run_command("guidance-search", *words, "--class_labels", "all")
+    diffusers_logging.enable_propagation()
+    try:
+        pipe = BricsKeyCodePipeline.from_pretrained(class_pipe_folder)
+    finally:
+        diffusers_logging.disable_propagation()
+    # What only the scheduler of training knows is left out.
+    assert "ignored" not in caplog.text and "Expected types" not in caplog.text
+    assert isinstance(pipe.scheduler, DPMSolverMultistepScheduler)
+    assert pipe.scheduler.config.use_karras_sigmas and pipe.scheduler.config.algorithm_type == "sde-dpmsolver++"
+    torch.testing.assert_close(pipe.scheduler.alphas_cumprod, before.alphas_cumprod)
+    assert pipe.scheduler.config.prediction_type == before.config.prediction_type
+    trained = load_key_code_pipeline(class_pipe_folder).scheduler
+    assert torch.equal(trained.alphas_cumprod, pipe.scheduler.alphas_cumprod) and hasattr(trained, "get_velocity")
+    expected = sampled_image(BricsKeyCodePipeline.from_pretrained(class_pipe_folder), before)
+    assert torch.equal(sampled_image(pipe), expected)
+
+
+def sampled_image(pipe, scheduler=None) -> torch.Tensor:
+    if scheduler is not None:
+        options = {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"}
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(class_labels="cat", generator=torch.Generator().manual_seed(0), output_type="pt").images
 
 
 def test_a_pipeline_without_classes_and_guide(saved_pipe, flags, tmp_path):
