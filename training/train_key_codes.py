@@ -206,7 +206,7 @@ def load_models(args) -> tuple[BricsAutoencoder, BricsKeyCodePipeline | None]:
     return autoencoder.requires_grad_(False).eval(), pipeline
 
 
-def build_pipeline(args, autoencoder, pretrained: BricsKeyCodePipeline | None, class_names) -> BricsKeyCodePipeline:
+def build_pipeline(args, autoencoder, pretrained: BricsKeyCodePipeline | None, class_images) -> BricsKeyCodePipeline:
     """The pipeline to train: the pretrained one with this autoencoder, or a new one."""
     if pretrained is not None:
         config = {
@@ -214,9 +214,13 @@ def build_pipeline(args, autoencoder, pretrained: BricsKeyCodePipeline | None, c
         }
         pipeline = BricsKeyCodePipeline(**pretrained.components | {"autoencoder": autoencoder}, **config)
     else:
-        unet = build_unet(args, autoencoder, class_names and len(class_names))
-        id2label = class_names and dict(enumerate(class_names))
-        pipeline = BricsKeyCodePipeline(autoencoder, unet, CosineVariantScheduler(**args.scheduler), id2label=id2label)
+        unet = build_unet(args, autoencoder, class_images and len(class_images))
+        classes = {}
+        if class_images:
+            classes["id2label"] = dict(enumerate(class_images))
+            shares = [1] * len(class_images) if args.balance_classes else list(class_images.values())
+            classes["default_class_weights"] = shares
+        pipeline = BricsKeyCodePipeline(autoencoder, unet, CosineVariantScheduler(**args.scheduler), **classes)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     return pipeline
@@ -269,7 +273,7 @@ def train(args, accelerator) -> None:
         dataset, held_out = load_images_to_encode(args, known_classes(args, pretrained))
     class_images = count_classes(dataset) if args.class_conditional else None
     class_names = class_images and list(class_images)
-    pipeline = build_pipeline(args, autoencoder, pretrained, class_names)  # before what else draws random numbers
+    pipeline = build_pipeline(args, autoencoder, pretrained, class_images)  # before what else draws random numbers
     validation = KeyCodeValidation(args, accelerator, autoencoder, dataset, held_out, class_images)
     unet, scheduler = pipeline.unet, pipeline.scheduler
     key_codes = encode_collection(args, accelerator, autoencoder, dataset)

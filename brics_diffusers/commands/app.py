@@ -5,15 +5,21 @@ brics-diffusers[app]`. The page is for this machine alone, unless --host or --sh
 """
 
 import argparse
+from pathlib import Path
 
 from ..pipelines.sampling import load_pipeline
 from .app_page import build_app, import_gradio, launch
 from .shared import add_device_argument, choose_device
 
 
+SHOWCASE = Path(__file__).parents[2] / "model_cards/brics-fluent-emoji-128"  # where the package is a clone's
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this subcommand."""
-    parser.add_argument("model", help="Pipeline: its folder, or its name on the Hub.")
+    parser.add_argument(
+        "model", nargs="?", help="Pipeline: its folder, or its name on the Hub. Default: the showcase of a clone."
+    )
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -32,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Serves the page until it is interrupted."""
     import_gradio()  # what is missing shows before a model is loaded
-    app = build_app(load_pipeline(args.model, device=choose_device(args.device)))
-    print(f"Serving {args.model} at {launch(app, args.host, args.port, args.share)}", flush=True)
+    model = args.model or str(SHOWCASE)
+    if args.model is None and not SHOWCASE.is_dir():
+        raise ValueError(f"No model is named, and {SHOWCASE} is not there; give a pipeline's folder or Hub name.")
+    app = build_app(load_pipeline(model, device=choose_device(args.device)))
+    print(f"Serving {model} at {launch(app, args.host, args.port, args.share)}", flush=True)
     app.block_thread()

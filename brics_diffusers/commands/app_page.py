@@ -16,7 +16,8 @@ from ..utils.sizes import size_text
 
 MAX_SEED = 2**53 - 1  # a browser rounds larger whole numbers
 MAX_IMAGES = 16
-USUAL_STEPS = {"DPM-Solver++": 20, "SDE-DPM-Solver++": 50, "DDIM": 50, "own": 250}
+USUAL_STEPS = {"DPM-Solver++": 20, "SDE-DPM-Solver++": 50, "DDIM": 50}  # the model's own says its config
+ANY_CLASS = "any"  # what no class of a pipeline is called, or it can't be chosen
 # Small pictures are enlarged, pixel by pixel; labels of single ones stand above them, not on them.
 STYLE = """
 .picture img, .pictures img { image-rendering: pixelated; object-fit: contain; width: 100%; height: 100%; }
@@ -49,10 +50,12 @@ def sample(
     num_inference_steps: int,
     sampler: str,
     num_images: int = 4,
+    class_label: str = ANY_CLASS,
     callback_on_step_end: Callable | None = None,
 ) -> list[Image.Image]:
     r"""
-    What the tab "Sample" shows: what `pipe(num_images, generator=torch.Generator().manual_seed(seed))` makes.
+    What the tab "Sample" shows: what `pipe(num_images, generator=torch.Generator().manual_seed(seed))` makes, with
+    `class_labels` if a class is chosen.
 
     Args:
         pipe ([`BricsKeyCodePipeline`]): The pipeline. Its scheduler stays as it is.
@@ -60,6 +63,7 @@ def sample(
         num_inference_steps (`int`): Denoising steps, in [1, `num_train_timesteps` of the pipeline's scheduler].
         sampler (`str`): `"DPM-Solver++"`, `"SDE-DPM-Solver++"`, `"DDIM"` or `"own"`, the scheduler of the pipeline.
         num_images (`int`, defaults to 4): Number of images, in [1, 16].
+        class_label (`str`, defaults to `"any"`): Name of a class, or what the pipeline does without one.
         callback_on_step_end (`Callable`, *optional*): As in the pipeline.
 
     Returns:
@@ -69,6 +73,8 @@ def sample(
         `ValueError`: If an argument is out of range.
     """
     pipe, options = _prepare(pipe, seed, num_inference_steps, sampler, callback_on_step_end)
+    if class_label != ANY_CLASS:
+        options["class_labels"] = class_label
     return pipe(_whole_number(num_images, "number of images", 1, MAX_IMAGES), **options).images
 
 
@@ -227,7 +233,7 @@ def build_app(pipe: BricsKeyCodePipeline):
                 settings = _settings(gr, pipe)
             with gr.Column(scale=3), gr.Tabs():
                 with gr.Tab("Sample", id="sample"):
-                    tab = _sample_tab(gr)
+                    tab = _sample_tab(gr, pipe.class_names)
                     _connect(pipe, sample, settings, *tab, one_at_a_time)
                 with gr.Tab("Reconstruct", id="reconstruct"):
                     tab = _reconstruct_tab(gr)
@@ -244,15 +250,17 @@ def _connect(pipe, function: Callable, settings: list, button, inputs: list, out
 
 def _settings(gr: ModuleType, pipe: BricsKeyCodePipeline) -> list:
     """Seed, steps and sampler, which all tabs share."""
-    own = "ancestral" if isinstance(pipe.scheduler, DDPMScheduler) else type(pipe.scheduler).__name__
+    ancestral, usual = isinstance(pipe.scheduler, DDPMScheduler), dict(USUAL_STEPS)
+    usual["own"] = pipe.config.default_num_inference_steps
+    own = "ancestral" if ancestral else type(pipe.scheduler).__name__
     labels = [(f"The model's own ({own})" if name == "own" else name, name) for name in SAMPLERS]
-    first = next(iter(SAMPLERS))
+    first = next(iter(SAMPLERS)) if ancestral else "own"  # the many steps of ancestral sampling are for who asks
     seed = gr.Number(0, label="Seed", info="The same seed gives the same pictures.", elem_id="seed")
     sampler = gr.Dropdown(labels, value=first, label="Sampler", elem_id="sampler")
     steps = gr.Slider(
         1,
         pipe.scheduler.config.num_train_timesteps,
-        USUAL_STEPS[first],
+        usual[first],
         step=1,
         precision=0,
         label="Steps",
@@ -260,7 +268,7 @@ def _settings(gr: ModuleType, pipe: BricsKeyCodePipeline) -> list:
         elem_id="steps",
     )
     # `change`: `input` fires as well when the field is left as it was, and would undo a choice of steps.
-    sampler.change(USUAL_STEPS.get, sampler, steps, queue=False, show_progress="hidden", api_visibility="private")
+    sampler.change(usual.get, sampler, steps, queue=False, show_progress="hidden", api_visibility="private")
     return [seed, steps, sampler]
 
 
@@ -280,10 +288,12 @@ def _gallery(gr: ModuleType, label: str, name: str):
     )
 
 
-def _sample_tab(gr: ModuleType) -> tuple:
-    count = gr.Slider(1, MAX_IMAGES, 4, step=1, precision=0, label="Images")
+def _sample_tab(gr: ModuleType, class_names: list[str] | None) -> tuple:
+    inputs = [gr.Slider(1, MAX_IMAGES, 4, step=1, precision=0, label="Images")]
+    if class_names:
+        inputs.append(gr.Dropdown([ANY_CLASS, *class_names], value=ANY_CLASS, label="Class", elem_id="class"))
     button = gr.Button("Make images", variant="primary", elem_id="sample-button")
-    return button, [count], [_gallery(gr, "Samples", "sample")]
+    return button, inputs, [_gallery(gr, "Samples", "sample")]
 
 
 def _picture(gr: ModuleType, label: str, name: str, **options):

@@ -84,6 +84,19 @@ class GuidanceMixin:
         """Images to make: one a label where a list is given and `batch_size` is left at 1."""
         return len(class_labels) if batch_size == 1 and isinstance(class_labels, (list, tuple)) else batch_size
 
+    def draw_classes(self, num_images: int, generator: list[torch.Generator] | None) -> list[int] | None:
+        """A class for each image by `default_class_weights` of the config, from its generator; `None` without them."""
+        weights = self.config.default_class_weights
+        if weights is None:
+            return None
+        weights = torch.tensor(weights, dtype=torch.float64)
+        draws = [
+            torch.rand((), generator=one, device=None if one is None else one.device, dtype=torch.float64)
+            for one in generator or [None] * num_images
+        ]
+        shares = weights.cumsum(0) / weights.sum()
+        return [min(int(torch.searchsorted(shares, draw.cpu(), right=True)), len(weights) - 1) for draw in draws]
+
     def prepare_guidance(
         self,
         num_images: int,
@@ -203,6 +216,19 @@ def check_id2label(id2label: Mapping | None, unet: UNet2DModel) -> dict[int, str
             "0, and let the UNet have one embedding more, for no class."
         )
     return dict(sorted(names.items()))
+
+
+def check_class_weights(weights: Sequence[float] | None, unet: UNet2DModel) -> list[float] | None:
+    """Weights of classes as a pipeline keeps them; a `ValueError` unless there is one a class, and one above 0."""
+    count = unet.config.num_class_embeds
+    if weights is None:
+        return None
+    if count is None or len(weights) != count - 1 or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+        raise ValueError(
+            f"default_class_weights is {weights}, but unet has num_class_embeds={count}; give one number for each "
+            "class, none below 0 and not all 0."
+        )
+    return [float(weight) for weight in weights]
 
 
 def check_guide(guide: UNet2DModel | None, unet: UNet2DModel) -> None:

@@ -14,7 +14,7 @@ from ..data.image_modes import MODES
 from ..models import BricsAutoencoder
 from ..utils.safe_loading import SafeLoadingMixin
 from .arguments import check_denoiser, check_images, check_scheduler, named_arguments, set_timesteps
-from .guidance import ClassLabels, Guidance, GuidanceMixin, check_guide, check_id2label
+from .guidance import ClassLabels, Guidance, GuidanceMixin, check_class_weights, check_guide, check_id2label
 from .image_processor import BricsImageProcessor
 from .key_code_editing import KeyCodeEditingMixin
 from .latents import generators_per_image, key_codes_to_latents, latents_to_key_codes
@@ -45,6 +45,8 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, GuidanceMixin,
         default_guidance_scale (`float`, defaults to 1.0): What a call takes for `guidance_scale`.
         default_guidance_interval (`tuple[float, float]`, *optional*): What a call takes for `guidance_interval`.
         default_num_inference_steps (`int`, defaults to 250): What a call takes for `num_inference_steps`.
+        default_class_weights (`list[float]`, *optional*):
+            How often each class is drawn where a call names none: as often as in training, say.
 
     Raises:
         `ValueError`: If the denoiser is another model of diffusers than a [`UNet2DModel`], its channels or size are
@@ -67,6 +69,7 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, GuidanceMixin,
         default_guidance_scale: float = 1.0,
         default_guidance_interval: tuple[float, float] | list[float] | None = None,
         default_num_inference_steps: int = 250,
+        default_class_weights: list[float] | None = None,
     ):
         super().__init__()
         check_denoiser(unet)
@@ -91,6 +94,7 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, GuidanceMixin,
             default_guidance_scale=default_guidance_scale,
             default_guidance_interval=default_guidance_interval,
             default_num_inference_steps=default_num_inference_steps,
+            default_class_weights=check_class_weights(default_class_weights, unet),
         )
         channels = autoencoder.config.in_channels
         self.image_processor = BricsImageProcessor(channels, do_resize=False, do_convert_rgb=channels in MODES)
@@ -277,7 +281,8 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, GuidanceMixin,
                 them ([`EulerDiscreteScheduler`]).
             class_labels (`int`, `str` or a list of them, *optional*):
                 The class of all images, or a list with one an image: numbers, names, or `None` for images of no class
-                in particular, which is the default.
+                in particular. By default drawn, if the config has `default_class_weights`, from the images' generators
+                before all noise; otherwise no class.
             guidance_scale (`float`, *optional*):
                 1 is no guidance, 2 goes twice as far from the prediction of `guide`, given the same class, or without
                 a guide from that of no class, as the model does. By default that of the pipeline's config.
@@ -305,12 +310,14 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, GuidanceMixin,
         tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         batch_size = self.count_images(batch_size, class_labels)
         self.check_inputs(batch_size, latents, output_type, tensor_inputs, height, width)
+        generator = generators_per_image(generator, batch_size)
+        if class_labels is None:
+            class_labels = self.draw_classes(batch_size, generator)
         guidance = self.prepare_guidance(batch_size, class_labels, guidance_scale, guidance_interval)
         if num_inference_steps is None:
             num_inference_steps = self.config.default_num_inference_steps
         set_timesteps(self.scheduler, num_inference_steps, timesteps, sigmas)
         device = self._execution_device
-        generator = generators_per_image(generator, batch_size)
         if latents is None:
             shape = (batch_size, *self.latents_shape(height, width))
             latents = randn_tensor(shape, generator=generator, device=device, dtype=self._latents_dtype)

@@ -293,7 +293,8 @@ def sample_images_to_folder(
         process_index (`int`, defaults to 0): Rank of this process; ranks take samples in turn.
         num_processes (`int`, defaults to 1): Number of processes.
         progress (`bool`, defaults to `True`): Whether to show a progress bar.
-        class_labels (`list` or `dict`, *optional*): The classes of samples, as in [`sample_label`].
+        class_labels (`list` or `dict`, *optional*):
+            The classes of samples, as in [`sample_label`]; by default those that the pipeline draws, or none.
         guidance: `guidance_scale` and `guidance_interval`, as in [`BricsKeyCodePipeline`].
 
     Raises:
@@ -305,6 +306,9 @@ def sample_images_to_folder(
             f"num_images is {num_images}, batch_size {batch_size}, num_inference_steps {num_inference_steps}, seed "
             f"{seed}; the first three must be at least 1, seed at least 0."
         )
+    weights = pipe.config.get("default_class_weights")
+    if class_labels is None and weights is not None:
+        class_labels = dict(enumerate(weights))
     settings = sampling_settings(pipe, num_inference_steps, seed)
     claim_sample_folder(folder, settings | guidance_settings(pipe, class_labels, guidance))
     share = range(process_index, num_images, num_processes)

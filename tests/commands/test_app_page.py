@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from PIL import Image
+from small_models import UNET
 
+from brics_diffusers import BricsKeyCodePipeline, CosineVariantScheduler
 from brics_diffusers.commands.app_page import MAX_SEED, USUAL_STEPS, build_app, interpolate, reconstruct, sample
 from brics_diffusers.data.images import center_crop_resize
 from brics_diffusers.pipelines.sampling import SAMPLERS
@@ -53,7 +55,7 @@ def test_samples_are_those_of_the_pipeline(pipe, sampler):
 
 def test_samplers_differ(pipe):
     made = {sampler: arrays(sample(pipe, 0, 4, sampler, 1)).tobytes() for sampler in SAMPLERS}
-    assert len(set(made.values())) == len(SAMPLERS) == 4 and USUAL_STEPS.keys() == SAMPLERS.keys()
+    assert len(set(made.values())) == len(SAMPLERS) == 4 and {*USUAL_STEPS, "own"} == SAMPLERS.keys()
 
 
 def test_requests_leave_the_pipeline_as_it_is(pipe, files):
@@ -145,3 +147,17 @@ def test_pipelines_of_other_classes(unet):
     pytest.importorskip("gradio", reason="the page needs gradio")
     with pytest.raises(ValueError, match="the model is a DDPMPipeline; the page needs a BricsKeyCodePipeline"):
         build_app(DDPMPipeline(unet, DDPMScheduler()))
+
+
+def test_a_class_is_chosen(autoencoder):
+    torch.manual_seed(1)
+    unet = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, num_class_embeds=3, **UNET).eval()
+    scheduler = DDIMScheduler.from_config(CosineVariantScheduler().config)
+    config = {"id2label": {0: "cat", 1: "dog"}, "default_num_inference_steps": 7}
+    pipe = BricsKeyCodePipeline(autoencoder, unet, scheduler, **config)
+    made = arrays(sample(pipe, 5, 4, "own", 2, "dog"))
+    assert (made == arrays(pipe(2, 4, class_labels="dog", generator=seeded(5)).images)).all()
+    assert (made != arrays(sample(pipe, 5, 4, "own", 2))).any()
+    parts = {part.elem_id: part for part in build_app(pipe).blocks.values()}
+    assert [name for name, _ in parts["class"].choices] == ["any", "cat", "dog"]
+    assert parts["sampler"].value == "own" and parts["steps"].value == 7

@@ -13,6 +13,7 @@ from brics_diffusers import BricsKeyCodePipeline, CosineVariantScheduler
 from brics_diffusers.hub.published_files import public_files
 from brics_diffusers.hub.remote_code import write_remote_code
 from brics_diffusers.pipelines.guidance import Guidance
+from brics_diffusers.pipelines.sampling import sample_images_to_folder
 
 
 NAMES = {0: "cat", 1: "dog, brown", 2: "bird"}
@@ -255,3 +256,48 @@ class TestSaving:
         class_pipe.scheduler = DPMSolverMultistepScheduler.from_config(class_pipe.scheduler.config)
         images = sample(class_pipe, class_labels="cat", guidance_scale=2.0, guidance_interval=(0.2, 0.8))
         assert images.isfinite().all()
+
+
+class TestDefaultClasses:
+    WEIGHTS = [1, 0, 3]
+
+    @pytest.fixture
+    def weighted_pipe(self, class_pipe):
+        pipeline = BricsKeyCodePipeline(**class_pipe.components, id2label=NAMES, default_class_weights=self.WEIGHTS)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def test_drawn_by_their_weights(self, weighted_pipe):
+        generators = [seeded(number) for number in range(2000)]
+        drawn = weighted_pipe.draw_classes(2000, generators)
+        assert drawn.count(1) == 0 and 0.7 < drawn.count(2) / 2000 < 0.8  # 0.75, with a deviation of 0.01
+        assert set(weighted_pipe.draw_classes(60, None)) == {0, 2}
+
+    def test_calls_without_classes_draw_them(self, weighted_pipe, monkeypatch):
+        monkeypatch.setattr(weighted_pipe, "draw_classes", lambda count, generator: [2, 0])
+        assert_same(sample(weighted_pipe, 2), sample(weighted_pipe, 2, class_labels=["bird", "cat"]))
+        assert not torch.allclose(sample(weighted_pipe, 2), sample(weighted_pipe, 2, class_labels=[None, None]))
+
+    def test_splits_of_a_batch_draw_alike(self, weighted_pipe):
+        generator = seeded(3)
+        whole = sample(weighted_pipe, 5, generator=seeded(3))
+        assert_same(torch.cat([sample(weighted_pipe, count, generator=generator) for count in (2, 3)]), whole)
+
+    def test_kept_by_saving_and_recorded_with_samples(self, weighted_pipe, tmp_path):
+        weighted_pipe.save_pretrained(tmp_path / "pipe")
+        loaded = BricsKeyCodePipeline.from_pretrained(tmp_path / "pipe")
+        assert loaded.config.default_class_weights == self.WEIGHTS
+        loaded.register_to_config(default_guidance_scale=2.0)
+        sample_images_to_folder(loaded, tmp_path / "samples", 2, num_inference_steps=2, progress=False)
+        settings = json.loads((tmp_path / "samples/samples.json").read_text())
+        assert settings["class_labels"] == {"0": 1.0, "1": 0.0, "2": 3.0} and settings["guidance_scale"] == 2
+
+    @pytest.mark.parametrize("weights", [[1, 2], [1, -1, 1], [0, 0, 0], [1, 1, float("inf")]])
+    def test_others_are_refused(self, class_pipe, weights):
+        with pytest.raises(ValueError, match="num_class_embeds=4; give one number for each class"):
+            BricsKeyCodePipeline(**class_pipe.components, default_class_weights=weights)
+
+    def test_unconditional_pipelines_have_none(self, pipe):
+        with pytest.raises(ValueError, match="num_class_embeds=None"):
+            BricsKeyCodePipeline(**pipe.components, default_class_weights=[1])
+        assert pipe.draw_classes(2, None) is None
