@@ -1,5 +1,6 @@
 """Shows what the trained model of this repository makes, then trains both stages small on crops of photographs that
-ship with scikit-image, and shows what comes out of that: held-out crops and the photographs, reconstructed.
+ship with scikit-image, and shows what comes out of that: held-out crops and the photographs, reconstructed. In the end
+samples of the trained model turn into one another.
 
 Run by `make demo`. Everything is written to one folder, which is named at the end.
 """
@@ -22,12 +23,11 @@ from torchvision.transforms.functional import pil_to_tensor
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data import evaluation_loader, load_collection
 from brics_diffusers.metrics.reconstruction import reconstruction_metrics
-from brics_diffusers.pipelines.sampling import SAMPLERS, with_scheduler
 from brics_diffusers.utils.image_grids import image_grid, side_by_side
 
 
 ROOT = Path(__file__).parent
-TRAINED = ROOT / "model_cards/brics-noto-emoji-64"
+TRAINED = ROOT / "model_cards/brics-fluent-emoji-128"
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle")
 CROPS = {"train": 160, "validation": 12}  # of each photograph
 SIZE = 64
@@ -73,18 +73,28 @@ def write_crops(folder: Path, seed: int = 0) -> None:
                 crop.save(folder / split / f"{name}-{index:03d}.png")
 
 
-def show_trained_model(output_dir: Path, seed: int) -> None:
-    """Samples of the model that ships with this repository, and photographs above its reconstructions of them."""
-    pipe = BricsKeyCodePipeline.from_pretrained(TRAINED)
-    generator = torch.Generator().manual_seed(seed)
-    solver = with_scheduler(pipe, *SAMPLERS["SDE-DPM-Solver++"])
-    samples = solver(batch_size=16, num_inference_steps=50, generator=generator, output_type="pt").images
+def show_trained_model(pipe: BricsKeyCodePipeline, output_dir: Path, seed: int) -> torch.Tensor:
+    """Samples of the model that ships with this repository, (16, 3, H, W) in [0, 1]; photographs above its
+    reconstructions of them."""
+    samples = pipe(batch_size=16, generator=torch.Generator().manual_seed(seed), output_type="pt").images
     image_grid(2 * samples - 1).save(output_dir / "emoji-samples.png")
     size = (pipe.autoencoder.config.sample_size,) * 2
     photographs = [ImageOps.fit(load_photograph(name), size, Image.Resampling.LANCZOS) for name in PHOTOGRAPHS]
     reconstructions = pipe.reconstruct(photographs, output_type="pt").images
     targets = pipe.image_processor.preprocess(photographs)
     side_by_side(targets, 2 * reconstructions - 1).save(output_dir / "emoji-reconstructions.png")
+    return samples
+
+
+def show_interpolations(
+    pipe: BricsKeyCodePipeline, samples: torch.Tensor, path: Path, seed: int, count: int = 4
+) -> None:
+    """An animation from the first of some images to the next, and back to the first."""
+    ring = [*samples[:4], samples[0]]
+    generator, frames = torch.Generator().manual_seed(seed), []
+    for pair in zip(ring, ring[1:], strict=False):
+        frames += pipe.interpolate(*pair, num_images=9, strength=0.3, generator=generator).images[:-1]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=150, loop=0)
 
 
 @torch.no_grad()
@@ -119,7 +129,8 @@ def main():
         claim_folder(output_dir)
     except ValueError as error:
         parser.error(str(error))
-    show_trained_model(output_dir, args.seed)
+    trained = BricsKeyCodePipeline.from_pretrained(TRAINED)
+    samples_of_trained = show_trained_model(trained, output_dir, args.seed)
     print(f"Samples and reconstructions of the trained model after {time.monotonic() - started:.0f} s: {output_dir}")
     write_crops(photos)
 
@@ -143,10 +154,12 @@ def main():
     with torch.no_grad():
         side_by_side(images, pipe.autoencoder(images).sample).save(output_dir / "reconstructions.png")
     show_photographs(pipe.autoencoder, output_dir / "photographs.png")
+    show_interpolations(trained, samples_of_trained, output_dir / "emoji-interpolations.webp", args.seed)
     print(f"\nHeld-out crops: PSNR {summary['psnr']:.2f} dB, SSIM {summary['ssim']:.3f} ({summary['images']} images)")
     print(
         f"After {summary['seconds']} s, {output_dir.resolve()} holds reconstructions of held-out crops and of the "
-        "photographs (photographs.png), samples and metrics"
+        "photographs (photographs.png), samples and metrics; of the trained model samples, and how they turn into one "
+        "another (emoji-interpolations.webp)"
     )
 
 

@@ -1,39 +1,33 @@
 #!/usr/bin/env bash
-# Makes model_cards/brics-noto-emoji-64 from the images, on one thread; run it again after an interruption. Text of the
-# card outside its generated parts, the pictures among it, stays.
+# Makes model_cards/brics-noto-emoji-64 from the images, on one GPU or, in a day, on a CPU; run it again after an
+# interruption. Text of the card outside its generated parts stays.
 #   bash model_cards/make_noto_emoji_64.sh PATH/TO/noto-emoji-64
 set -eu
 images=$(realpath "$1")
 cd "$(dirname "$0")/.."
 PATH=$PWD/.venv/bin:$PATH # the environment of `make`, if it was made
 runs=runs/noto-emoji-64
-card=model_cards/brics-noto-emoji-64
 train() {
-    local precision=$1 script=$2
-    shift 2
-    accelerate launch --num_processes 1 --num_machines 1 --dynamo_backend no --mixed_precision "$precision" \
-        "training/$script" --config training/configs/noto-emoji-64.yaml --dataset_name "$images" --seed 0 \
-        --resume_from_checkpoint latest "$@"
+    local script=$1
+    shift
+    python "training/$script" --config training/configs/noto-emoji-64.yaml --dataset_name "$images" --seed 0 \
+        --allow_tf32 --resume_from_checkpoint latest "$@"
 }
 
-# The autoencoder of the card is older than the shortcut and the rates that the config has now.
-train no train_autoencoder.py --output_dir $runs/autoencoder --learning_rate 2e-3 --encoder_learning_rate 2e-3 \
-    --lr_warmup_steps 0 --set autoencoder.encoder_shortcut=false autoencoder.min_resolution=4 \
-    "autoencoder.down_block_types=[DownEncoderBlock2D, DownEncoderBlock2D, AttnDownEncoderBlock2D]"
-train bf16 train_key_codes.py --autoencoder_name_or_path $runs/autoencoder --output_dir $runs/pipeline
+# Twice the batch and the widths of the config, which is made for CPU cores. The decoder is trained on by itself, with
+# an adversarial loss and more noise on the key codes, as generated codes are never exact.
+autoencoder=(--train_batch_size 16 --perceptual_network efficientnet-lite0 --perceptual_weight 2)
+train train_autoencoder.py "${autoencoder[@]}" --output_dir $runs/first --max_train_steps 1803 --lr_warmup_steps 36 \
+    --set "autoencoder.encoder_block_out_channels=[32,64,128]" "autoencoder.decoder_block_out_channels=[96,64]"
+train train_autoencoder.py "${autoencoder[@]}" --output_dir $runs/autoencoder --max_train_steps 1200 \
+    --pretrained_autoencoder_name_or_path $runs/first/autoencoder --train_decoder_only --key_noise_scale 0.02 \
+    --learning_rate 3e-3 --lr_warmup_steps 60 --ema_half_life_images 2000 --adversarial_weight 0.1 \
+    --discriminator_type patch --discriminator_learning_rate 2e-3 --discriminator_adam_beta1 0.9 \
+    --discriminator_start_step 1 --gan_start_step 240 --gan_warmup_steps 120 --gradient_penalty_weight 0.05 \
+    --set discriminator.base_channels=32
+train train_key_codes.py --mixed_precision bf16 --autoencoder_name_or_path $runs/autoencoder \
+    --output_dir $runs/pipeline --class_conditional --class_column category --min_class_images 10 \
+    --train_batch_size 128 --max_train_steps 5000 --learning_rate 6e-4 --lr_warmup_steps 150 \
+    --set "unet.block_out_channels=[96,160,224]" unet.dropout=0.1
 
-rm -rf $runs/generated $runs/neighbours # they may be of fewer steps
-brics-diffusers reconstruct-metrics $runs/pipeline --dataset_name "$images" --protocol standard --no_perceptual \
-    --output_dir $runs/pipeline/reports
-brics-diffusers generation-metrics --generated $runs/pipeline --dataset_name "$images" --num_samples 500 \
-    --scheduler DPMSolverMultistepScheduler \
-    --scheduler_options '{"use_karras_sigmas": true, "algorithm_type": "sde-dpmsolver++"}' \
-    --num_inference_steps 50 --feature_extractor random-conv --metrics fid precision-recall \
-    --output_dir $runs/generated
-cp $runs/generated/generation-metrics.json $runs/pipeline/reports
-brics-diffusers nearest-neighbours --generated $runs/pipeline --dataset_name "$images" --num_samples 16 \
-    --distance pixels --num_neighbours 4 --output_dir $runs/neighbours
-
-brics-diffusers card $runs/pipeline --hub_license apache-2.0 --export_dir $card
-python model_cards/pictures.py $runs/pipeline --dataset_name "$images" \
-    --neighbours $runs/neighbours/nearest-neighbours.json --output_dir $card
+bash model_cards/finish.sh $runs "$images" model_cards/brics-noto-emoji-64 apache-2.0 30

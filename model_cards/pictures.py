@@ -9,22 +9,21 @@ import json
 from pathlib import Path
 
 import torch
+from torchvision.transforms.functional import to_pil_image
 
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data import evaluation_loader, load_collection
-from brics_diffusers.pipelines.sampling import SAMPLERS, with_scheduler
 from brics_diffusers.utils.image_grids import image_grid
 
 
-STEPS = 250  # ancestral
-SOLVER_STEPS = 50  # of SDE-DPM-Solver++
 PICTURES = (
-    "ancestral_samples",
-    "solver_samples",
+    "samples",
+    "classes",
     "held_out_reconstructions",
     "nearest_neighbours",
     "vary",
     "interpolate",
+    "morph",
     "inpaint",
 )
 STRENGTHS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -35,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("pipeline", help="A trained pipeline.")
     add("--dataset_name", required=True, help="Its collection, with the splits `train` and `validation`.")
-    add("--neighbours", required=True, help="Report of `brics-diffusers nearest-neighbours` of this pipeline.")
+    add("--neighbours", required=True, help="Report of `brics-diffusers nearest-neighbours` of its samples.")
     add("--output_dir", required=True, help="Folder for the pictures.")
     add("--images", type=int, nargs="+", default=[3, 27, 51, 75, 99, 123], help="Held-out images to play with.")
     add("--seed", type=int, default=0, help="Seed of all noise.")
@@ -57,7 +56,7 @@ class Pictures:
     def noise(self) -> dict:
         """Arguments that every call shares."""
         generator = torch.Generator().manual_seed(self.args.seed)
-        return {"num_inference_steps": STEPS, "generator": generator, "output_type": "pt"}
+        return {"generator": generator, "output_type": "pt"}
 
     def read(self, dataset) -> torch.Tensor:
         """Images of a collection, (N, 3, H, W) in [0, 1]."""
@@ -71,20 +70,21 @@ class Pictures:
         """Every fourth held-out image, reconstructed."""
         return image_grid(2 * self.reconstruct(self.held_out[::4]) - 1)
 
-    def ancestral_samples(self):
-        """The first samples that there are, as the pipeline's own sampler makes them."""
+    def samples(self):
+        """The first that there are, with the pipeline's own sampler, steps, classes and guidance."""
         return image_grid(2 * self.pipe(batch_size=32, **self.noise).images - 1)
 
-    def solver_samples(self):
-        """The same number with fewer steps."""
-        pipe = with_scheduler(self.pipe, *SAMPLERS["SDE-DPM-Solver++"])
-        return image_grid(2 * pipe(batch_size=32, **self.noise | {"num_inference_steps": SOLVER_STEPS}).images - 1)
+    def classes(self, count: int = 8):
+        """A row for each class, the first samples that there are."""
+        names = self.pipe.class_names
+        labels = [name for name in names for _ in range(count)]
+        return image_grid(2 * self.pipe(class_labels=labels, **self.noise).images - 1, columns=count)
 
     def nearest_neighbours(self, count: int = 8):
         """Samples, each followed by its nearest training images, two samples a row."""
-        report = json.loads(Path(self.args.neighbours).read_text())
-        queries = report["queries"][:count]
-        samples = self.read(load_collection(str(Path(self.args.neighbours).parent / "samples")))[:count]
+        queries = json.loads(Path(self.args.neighbours).read_text())["queries"][:count]
+        folder = Path(queries[0]["image"]).parent
+        samples = self.read(load_collection(str(folder), max_images=count))
         training = load_collection(self.args.dataset_name, "train")
         indices = [[found["index"] for found in query["neighbours"]] for query in queries]
         rows = [
@@ -104,6 +104,15 @@ class Pictures:
         rows = [self.pipe.interpolate(*pair, num_images=8, strength=0.3, **self.noise).images for pair in pairs]
         return image_grid(2 * torch.cat(rows) - 1)
 
+    def morph(self, frames: int = 12):
+        """From one image to the next and back to the first, as frames of an animation."""
+        ring = [*self.chosen[:4], self.chosen[0]]
+        pairs = zip(ring, ring[1:], strict=False)
+        parts = [
+            self.pipe.interpolate(*pair, num_images=frames + 1, strength=0.3, **self.noise).images for pair in pairs
+        ]
+        return [to_pil_image(frame) for part in parts for frame in part[:-1]]
+
     def inpaint(self):
         """For each image: its reconstruction, that with the mask in grey, and the upper half made anew six times."""
         mask = torch.zeros(1, 1, *self.chosen.shape[2:])
@@ -121,7 +130,12 @@ def main():
     pictures, folder = Pictures(args), Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for name in args.pictures:
-        getattr(pictures, name)().save(folder / f"{name.replace('_', '-')}.png")
+        drawn = getattr(pictures, name)()
+        if isinstance(drawn, list):
+            options = {"save_all": True, "append_images": drawn[1:], "duration": 120, "loop": 0, "quality": 85}
+            drawn[0].save(folder / f"{name}.webp", **options)
+        else:
+            drawn.save(folder / f"{name.replace('_', '-')}.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The model that ships with the repository: what its card promises."""
+"""The models that ship with the repository: what their cards promise."""
 
 import json
 import re
@@ -12,62 +12,80 @@ from diffusers import DPMSolverMultistepScheduler
 from huggingface_hub import ModelCard
 from PIL import Image
 
+import demo
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data import evaluation_loader, load_collection
 from brics_diffusers.metrics.reconstruction import reconstruction_metrics
-from demo import show_trained_model
 
 
 ROOT = Path(__file__).parents[1]
-MODEL = ROOT / "model_cards/brics-noto-emoji-64"
-IMAGES = ROOT.parent / "shared/data/noto-emoji-64"
+SIZES = {"brics-noto-emoji-64": 64, "brics-fluent-emoji-128": 128}  # in pixels
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def model(request):
+    return ROOT / "model_cards" / request.param
 
 
 @pytest.fixture(scope="module")
-def trained():
-    pipe = BricsKeyCodePipeline.from_pretrained(MODEL)
+def images(model):
+    return ROOT.parent / "shared/data" / model.name.removeprefix("brics-")
+
+
+@pytest.fixture(scope="module")
+def trained(model):
+    pipe = BricsKeyCodePipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-@pytest.fixture(scope="module")
-def report():
-    return json.loads((MODEL / "reports/reconstruct-metrics-standard.json").read_text())
-
-
-def test_size():
-    sizes = {path.name: path.stat().st_size for path in MODEL.rglob("*") if path.is_file()}
-    assert sum(sizes.values()) <= 30e6 and max(sizes.values()) <= 15e6
+def test_size(model):
+    sizes = {path.name: path.stat().st_size for path in model.rglob("*") if path.is_file()}
+    assert sum(sizes.values()) <= {64: 30e6, 128: 60e6}[SIZES[model.name]] and max(sizes.values()) <= 15e6
     assert not [name for name in sizes if Path(name).suffix in (".bin", ".pt", ".ckpt", ".pkl", ".npy")]
 
 
-def test_samples(trained):
-    trained.scheduler = DPMSolverMultistepScheduler.from_config(trained.scheduler.config, use_karras_sigmas=True)
-    draw = {"num_inference_steps": 10, "output_type": "pt"}
+def test_samples(trained, model):
+    size, middle = SIZES[model.name], slice(SIZES[model.name] * 3 // 8, SIZES[model.name] * 5 // 8)
+    draw = {"num_inference_steps": 8, "output_type": "pt"}
     images, again = (trained(4, generator=torch.Generator().manual_seed(0), **draw).images for _ in range(2))
-    assert images.shape == (4, 3, 64, 64) and torch.equal(images, again)
+    assert images.shape == (4, 3, size, size) and torch.equal(images, again)
     # Emoji stand on white: the corners of most, and not their middle.
     corners = images[:, :, :4, :4].mean(dim=(1, 2, 3))
-    assert corners.median() > 0.9 and images[:, :, 24:40, 24:40].mean() < 0.85
+    assert corners.median() > 0.9 and images[:, :, middle, middle].mean() < 0.85
 
 
-def test_the_demo_begins_with_it(tmp_path):
-    show_trained_model(tmp_path, seed=0)
+def test_calls_take_a_solver_classes_and_guidance_by_themselves(trained):
+    assert isinstance(trained.scheduler, DPMSolverMultistepScheduler) and "Flags" in trained.class_names
+    assert trained.config.default_num_inference_steps <= 50 and trained.config.default_guidance_scale > 1
+    flags, faces = ["Flags"] * 4, ["Smileys & Emotion"] * 4
+    draw = {"num_inference_steps": 8, "output_type": "pt", "generator": torch.Generator().manual_seed(0)}
+    images = trained(class_labels=flags + faces, **draw).images
+    yellow = images[:, :2].mean(dim=(1, 2, 3)) - images[:, 2].mean(dim=(1, 2))
+    assert yellow[4:].mean() > yellow[:4].mean() + 0.05
+
+
+def test_the_demo_begins_with_the_showcase(tmp_path):
+    pipe = BricsKeyCodePipeline.from_pretrained(demo.TRAINED)
+    pipe.register_to_config(default_num_inference_steps=8)
+    made = demo.show_trained_model(pipe, tmp_path, seed=0)
     samples, photographs = (Image.open(tmp_path / f"emoji-{name}.png") for name in ("samples", "reconstructions"))
-    assert samples.size == (8 * 66 + 2, 2 * 66 + 2) and photographs.size == (5 * 66 + 2, 2 * 66 + 2)
-    corner = np.asarray(samples)[4:8, 4:8]  # of the first sample, which stands on white
-    assert corner.mean() > 230
+    assert samples.size == (8 * 130 + 2, 2 * 130 + 2) and photographs.size == (5 * 130 + 2, 2 * 130 + 2)
+    assert made.shape == (16, 3, 128, 128) and made[:, :, :4, :4].mean() > 0.9  # most stand on white
+    pipe.register_to_config(default_num_inference_steps=3)
+    demo.show_interpolations(pipe, made, tmp_path / "ring.webp", seed=0)
+    assert Image.open(tmp_path / "ring.webp").n_frames == 32
 
 
-def test_card():
-    card = ModelCard.load(MODEL / "README.md")
-    assert card.data.license == "apache-2.0" and card.data.library_name == "diffusers"
+def test_card(model):
+    card = ModelCard.load(model / "README.md")
+    assert card.data.license in ("apache-2.0", "mit") and card.data.library_name == "diffusers"
     assert card.data.pipeline_tag == "unconditional-image-generation"
     assert "arXiv preprint arXiv:2305.18601" in card.text and "| hours |" in card.text
     pictures = re.findall(r"\]\(([\w/-]+\.png)\)", card.text)
     assert len(pictures) >= 5
     for name in pictures:
-        width, height = Image.open(MODEL / name).size
+        width, height = Image.open(model / name).size
         assert width > 200 and height > 100
 
 
@@ -86,10 +104,12 @@ def test_tiled_encoding_loses_less_than_two_decibels(trained, name, size):
     assert whole > 18 and tiled > whole - 2
 
 
-@pytest.mark.skipif(not IMAGES.is_dir(), reason=f"{IMAGES.name} is not beside the repository")
-def test_reported_metrics_are_the_models(trained, report):
+def test_reported_metrics_are_the_models(trained, model, images):
+    if not images.is_dir():
+        pytest.skip(f"{images.name} is not beside the repository")
+    report = json.loads((model / "reports/reconstruct-metrics-standard.json").read_text())
     assert (report["split"], report["protocol"]) == ("validation", "standard")
-    loader = evaluation_loader(load_collection(IMAGES, "validation"), 64, batch_size=16)
+    loader = evaluation_loader(load_collection(images, "validation"), SIZES[model.name], batch_size=16)
     metrics = reconstruction_metrics(trained.autoencoder.eval(), loader)
     for name in ("psnr", "ssim"):
         assert metrics[name].mean().item() == pytest.approx(report["metrics"][name]["mean"], abs=0.01)

@@ -24,8 +24,9 @@ def test_a_card_names_a_picture(card):
     assert named_pictures(card) == {"a.png"}
 
 
-def test_the_shipped_card():
-    model = ROOT / "model_cards/brics-noto-emoji-64"
+@pytest.mark.parametrize("name", ["brics-noto-emoji-64", "brics-fluent-emoji-128"])
+def test_the_shipped_cards(name):
+    model = ROOT / "model_cards" / name
     shown = named_pictures(read_card(model))
     assert {"vary.png", "interpolate.png", "inpaint.png", "nearest-neighbours.png", "curves.png"} < shown
     assert shown < set(public_files(model))
