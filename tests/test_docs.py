@@ -23,7 +23,8 @@ from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVarian
 
 NOTEBOOK = "docs/notebooks/quickstart.ipynb"
 PAGES = [
-    *("README.md", "CONTRIBUTING.md", "model_cards/brics-noto-emoji-64/README.md", NOTEBOOK),
+    *("README.md", "CONTRIBUTING.md", NOTEBOOK),
+    *("model_cards/brics-noto-emoji-64/README.md", "model_cards/brics-fluent-emoji-128/README.md"),
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
 ]
 FENCE = re.compile(r"^(?:<!-- not run: (?P<reason>.+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
@@ -208,11 +209,14 @@ def workplace(tmp_path_factory):
     autoencoder = BricsAutoencoder(**AUTOENCODER)
     unet = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, **UNET)
     pipe = BricsKeyCodePipeline(autoencoder, unet, CosineVariantScheduler())
-    for name in ("model_cards/brics-noto-emoji-64", "runs/pipeline", "runs/notebook/pipeline", "user/model"):
+    for name in ("runs/pipeline", "runs/notebook/pipeline", "user/model"):
         pipe.save_pretrained(folder / name)
-    classes = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, num_class_embeds=3, **UNET)
-    pipe = BricsKeyCodePipeline(autoencoder, classes, CosineVariantScheduler(), id2label={0: "cat", 1: "dog"})
-    pipe.save_pretrained(folder / "runs/by-class")
+    names = ("cat", "dog", "Activities", "Animals & Nature", "Flags", "Food & Drink", "Smileys & Emotion")
+    classes = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, num_class_embeds=len(names) + 1, **UNET)
+    pipe = BricsKeyCodePipeline(autoencoder, classes, CosineVariantScheduler(), id2label=dict(enumerate(names)))
+    pipe.register_to_config(default_num_inference_steps=3)
+    for name in ("model_cards/brics-noto-emoji-64", "model_cards/brics-fluent-emoji-128", "runs/by-class"):
+        pipe.save_pretrained(folder / name)
     autoencoder.save_pretrained(folder / "runs/autoencoder/autoencoder")
     (folder / "path/to/images").mkdir(parents=True)
     for index, name in enumerate(("image.png", "other.png", "path/to/images/1.png", "path/to/images/2.png")):

@@ -57,10 +57,12 @@ def read_facts(folder: str | os.PathLike) -> dict:
     if not autoencoder:
         raise FileNotFoundError(f"{folder} has no autoencoder/config.json; name a finished run or a saved pipeline.")
     parts = ("autoencoder", "unet", *(["guide"] if (folder / "guide").is_dir() else []))
+    classes = _class_names(read_json(folder / "model_index.json").get("id2label"))
     facts = {
         "autoencoder": autoencoder,
         "parameters": {name: _count_parameters(folder / name) for name in parts},
-        "classes": _class_names(read_json(folder / "model_index.json").get("id2label")),
+        "classes": classes,
+        "example_classes": json.dumps(classes[:4], ensure_ascii=False),
         "is_pipeline": (folder / "model_index.json").is_file(),
         "config": read_json(folder / "training_config.json"),
         "summary": read_json(folder / "training_summary.json"),
