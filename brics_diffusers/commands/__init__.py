@@ -20,6 +20,7 @@ COMMANDS = (
     "cost",
     "generation_metrics",
     "guidance_search",
+    "class_accuracy",
     "nearest_neighbours",
     "card",
     "remote_code",
