@@ -279,6 +279,7 @@ compare_generation.main(sys.argv[1:])
 
 
 class TestInterruption:
+    @pytest.mark.slow
     def test_killed_it_goes_on_and_ends_alike(self, flags, result, tmp_path, monkeypatch):
         words = [*flags, "--output_dir", str(tmp_path), "--models", "BRICS", "--no-report"]
         paths = os.pathsep.join(str(ROOT / name) for name in ("benchmarks", "."))

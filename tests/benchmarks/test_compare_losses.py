@@ -166,6 +166,7 @@ class TestReport:
 
 
 class TestInterruption:
+    @pytest.mark.slow
     def test_it_goes_on_and_ends_alike(self, folder, flags, tmp_path, monkeypatch):
         words = [*flags, "--variants", NAMES[1], "--output_dir", str(tmp_path), "--no-report"]
         run = tmp_path / "runs/mse-perceptual-gan-0"
@@ -189,6 +190,7 @@ class TestInterruption:
         file = "autoencoder/diffusion_pytorch_model.safetensors"
         assert (run / file).read_bytes() == (folder / "runs/mse-perceptual-gan-0" / file).read_bytes()
 
+    @pytest.mark.slow
     def test_a_failure_names_the_log(self, flags, tmp_path):
         words = [*flags, "--variants", "mse", "--output_dir", str(tmp_path), "--pretrained_autoencoder_name_or_path"]
         with pytest.raises(RuntimeError, match="mse-0 ended early .*none.*; see .*train.log, and run the command aga"):

@@ -37,6 +37,7 @@ def test_a_second_command_in_a_folder_of_samples_is_refused(flags, tmp_path):
     assert list((tmp_path / "out/samples").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_report_of_one(flags, pipe, image_folder, tmp_path):
     one, two, real = tmp_path / "one", tmp_path / "two", tmp_path / "real"
     shutil.copytree(image_folder, real)

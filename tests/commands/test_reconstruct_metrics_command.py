@@ -33,6 +33,7 @@ def test_report(run_command, model_folder, image_folder, monkeypatch, protocol):
     assert Image.open(folder / f"{name}-images.png").width > 8 * 32
 
 
+@pytest.mark.slow
 def test_number_of_processes_does_not_matter(run_command, model_folder, image_folder, tmp_path):
     flags = [
         model_folder,
