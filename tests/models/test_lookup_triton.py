@@ -46,6 +46,8 @@ print("deterministic gradients are torch's")
 """
 
 COMPILE = """
+import sys
+
 import triton
 from triton.backends.compiler import GPUTarget
 
@@ -68,7 +70,8 @@ for kernel, tensors, extra in (
         constexprs={(names.index(name),): value for name, value in values.items()},
         attrs={(number,): [["tt.divisibility", 16]] for number in range(len(tensors))},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels.NUM_WARPS})
+    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": kernels.NUM_WARPS})
     print(len(compiled.asm["cubin"]), compiled.asm["ptx"].count("ld.global.v4"))
 """
 
@@ -82,8 +85,12 @@ def test_interpreted_kernels(run_python):
     ]
 
 
-def test_kernels_compile_for_a_hopper_gpu(run_python):
-    lines = run_python(COMPILE).splitlines()
+# Compute capabilities: Turing, Ampere, Ada Lovelace, Hopper, Blackwell.
+@pytest.mark.parametrize(
+    "capability", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (75, 80, 89, 120))]
+)
+def test_kernels_compile(run_python, capability):
+    lines = run_python(COMPILE, str(capability)).splitlines()
     (lookup_size, node_reads), (scatter_size, _) = (map(int, line.split()) for line in lines)
     assert lookup_size > 0 and scatter_size > 0
     assert node_reads >= 8  # each of the 8 corners is one read of 16 bytes

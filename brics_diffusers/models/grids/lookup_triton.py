@@ -2,7 +2,8 @@
 
 A program works on a block of points in one level of one group. Programs of a level follow one another, so that its
 table stays in the second-level cache. Corners are read straight from the grids: a node is one 16-byte read, and no
-table of all pixels (153 MB for the paper's 64x64x4 preset) has to be written first.
+table of all pixels (153 MB for the paper's 64x64x4 preset) has to be written first. Gradients are added up in float32
+whatever the type of the entries: every CUDA device adds float32 atomically, 16 bits only later ones.
 
 Bytes that must move, for n points, g groups, L levels and C_r channels of s bytes: forward `g * n * (4 * C_key + L *
 C_r * s)`, with slopes `g * n * L * C_r * C_key * 4` more, and each entry that is touched once; backward `g * n * (4 *
