@@ -93,7 +93,7 @@ def show_interpolations(
     ring = [*samples[:4], samples[0]]
     generator, frames = torch.Generator().manual_seed(seed), []
     for pair in zip(ring, ring[1:], strict=False):
-        frames += pipe.interpolate(*pair, num_images=9, strength=0.3, generator=generator).images[:-1]
+        frames += pipe.interpolate(*pair, num_images=9, strength=0.1, generator=generator).images[:-1]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=150, loop=0)
 
 
