@@ -146,6 +146,10 @@ def check_make(monkeypatch, words: list[str]) -> None:
     assert set(words) <= set(targets)
 
 
+def check_npm(monkeypatch, words: list[str]) -> None:
+    assert words[0] == "pack" and all(re.fullmatch(r"(@\w+/)?[\w-]+@[\d.]+", word) for word in words[1:])
+
+
 def check_pip(monkeypatch, words: list[str]) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert words[:2] == ["install", "-e"] and words[2].startswith(".")
@@ -158,6 +162,7 @@ PROGRAMS = {
     "python": check_python,
     ".venv/bin/python": check_python,
     "make": check_make,
+    "npm": check_npm,
     "pip": check_pip,
     "bash": lambda monkeypatch, words: (ROOT / words[0]).resolve(strict=True),
     "tensorboard": lambda monkeypatch, words: None,

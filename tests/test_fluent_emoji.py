@@ -2,18 +2,13 @@
 
 import io
 import json
-import sys
 import tarfile
 
+import fluent_emoji
 import numpy as np
 import pytest
 from datasets import load_dataset
 from PIL import Image
-from small_models import ROOT
-
-
-sys.path.append(str(ROOT / "model_cards"))
-import fluent_emoji
 
 
 EMOJI = [

@@ -58,7 +58,7 @@ class TestRun:
         summary = json.loads((output_dir / "training_summary.json").read_text())
         assert summary["class_images"] == {"even": 11, "odd": 11}
         card = (output_dir / "README.md").read_text()
-        assert "Classes: even, odd." in card and 'pipe(class_labels=["even", "odd"], ' in card
+        assert "Classes: even, odd." in card and 'pipe(class_labels=["even", "odd"])' in card
         images = pipe(2, 2, class_labels="odd", guidance_scale=2.0, output_type="pt").images
         assert images.isfinite().all()
         assert Image.open(output_dir / "samples.png").width > 32
