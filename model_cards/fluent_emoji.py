@@ -26,12 +26,12 @@ SPLITS = {0: "validation", 1: "test"}
 FEATURES = Features({"image": Image(), **dict.fromkeys(("code", "name", "category"), Value("string"))})
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path, help="The package @lobehub/fluent-emoji-3d as npm packs it.")
     parser.add_argument("emoji", type=Path, help="The package emoji-datasource as npm packs it.")
     parser.add_argument("output_dir", type=Path, help="Folder for the parquet files.")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def emoji_by_code(emoji: list[dict]) -> dict[str, dict]:

@@ -31,7 +31,7 @@ STRENGTHS = (0.0, 0.05, 0.1, 0.13, 0.17, 0.2, 0.25, 1.0)
 INTERPOLATION_STRENGTH = 0.1
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("pipeline", help="A trained pipeline.")
@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     add("--images", type=int, nargs="+", default=[3, 27, 51, 75, 99, 123], help="Held-out images to play with.")
     add("--seed", type=int, default=0, help="Seed of all noise.")
     add("--pictures", nargs="+", choices=PICTURES, default=PICTURES, help="What to draw.")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 class Pictures:
