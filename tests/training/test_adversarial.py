@@ -123,6 +123,7 @@ class TestAdaptiveWeight:
             assert finite and 0 < parts["adaptive_gan_weight"] < 1e4
         assert not torch.equal(trainer.bare.decoder.blocks[-1].to_rgb.weight, before)
 
+    @pytest.mark.slow
     def test_two_processes_equal_one_with_doubled_batch(self, tmp_path, image_folder, write_config):
         config = write_config({"autoencoder": {"regularization": "none"}})
         moves = []

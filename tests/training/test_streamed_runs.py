@@ -52,6 +52,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(flags, processes, tmp_pa
     assert [path.name for path in list_checkpoints(tmp_path / "broken")] == [f"checkpoint-{n}" for n in (3, 6, 9)]
 
 
+@pytest.mark.slow
 def test_stage_two(flags, stage_one, tmp_path, run_here):
     flags += ["--autoencoder_name_or_path", stage_one[0], "--output_dir", tmp_path, "--num_validation_images", 0]
     run_here(train_key_codes.main, *flags, "--max_train_steps", 1)
