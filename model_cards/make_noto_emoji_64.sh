@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes model_cards/brics-noto-emoji-64 from the images, on one GPU or, in a day, on a CPU; run it again after an
+# Makes model_cards/brics-noto-emoji-64 from the images, on one GPU; run it again after an
 # interruption. Text of the card outside its generated parts stays.
 #   bash model_cards/make_noto_emoji_64.sh PATH/TO/noto-emoji-64
 set -eu
@@ -14,7 +14,7 @@ train() {
         --allow_tf32 --resume_from_checkpoint latest "$@"
 }
 
-# Twice the batch and the widths of the config, which is made for CPU cores. The decoder is trained on by itself, with
+# A larger batch and wider models than the config's, which is made for CPU cores. The decoder is trained on by itself, with
 # an adversarial loss and more noise on the key codes, as generated codes are never exact.
 autoencoder=(--train_batch_size 16 --perceptual_network efficientnet-lite0 --perceptual_weight 2)
 train train_autoencoder.py "${autoencoder[@]}" --output_dir $runs/first --max_train_steps 1803 --lr_warmup_steps 36 \
