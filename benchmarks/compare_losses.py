@@ -26,8 +26,8 @@ import torch
 import yaml
 from loss_report import measure, write_loss_report
 
-from brics_diffusers.runs.arguments import FREE_FLAGS, flag_words, positive
-from brics_diffusers.runs.run import load_splits
+from brics_diffusers.training_utils.arguments import FREE_FLAGS, flag_words, positive
+from brics_diffusers.training_utils.run import load_splits
 
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"

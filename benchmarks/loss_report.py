@@ -26,7 +26,7 @@ from brics_diffusers.metrics.image_features import cached_features
 from brics_diffusers.metrics.perceptual import load_perceptual_network, perceptual_is_cached
 from brics_diffusers.metrics.reconstruction import image_batches, reconstruction_metrics
 from brics_diffusers.models.loading import load_autoencoder
-from brics_diffusers.runs.run import load_splits
+from brics_diffusers.training_utils.run import load_splits
 from brics_diffusers.utils.image_grids import image_grid
 from brics_diffusers.utils.plots import COLORS, new_figure
 from brics_diffusers.utils.reports import machine, markdown_table, write_report

@@ -21,8 +21,8 @@ from timing import interleaved, medians
 from brics_diffusers import BricsAutoencoder
 from brics_diffusers.data import ImageCollection, collate_images, load_collection, training_loader
 from brics_diffusers.models.presets import PRESETS
-from brics_diffusers.runs.losses import denoising_loss, reconstruction_loss
-from brics_diffusers.runs.optimization import build_optimizer
+from brics_diffusers.training_utils.losses import denoising_loss, reconstruction_loss
+from brics_diffusers.training_utils.optimization import build_optimizer
 from brics_diffusers.utils.reports import markdown_table
 
 

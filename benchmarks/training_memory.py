@@ -21,8 +21,8 @@ from torch.utils.flop_counter import flop_registry
 
 from brics_diffusers import BricsAutoencoder
 from brics_diffusers.metrics.perceptual import load_lpips
-from brics_diffusers.runs.adversarial import build_discriminator
-from brics_diffusers.runs.losses import DiscriminatorLoss, adversarial_loss, reconstruction_loss
+from brics_diffusers.training_utils.adversarial import build_discriminator
+from brics_diffusers.training_utils.losses import DiscriminatorLoss, adversarial_loss, reconstruction_loss
 
 
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"

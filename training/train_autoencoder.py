@@ -18,11 +18,11 @@ from brics_diffusers.data import UnreadableLog, evaluation_loader
 from brics_diffusers.data.streaming import StreamPosition
 from brics_diffusers.metrics.perceptual import PERCEPTUAL_NETWORKS, load_perceptual_network, perceptual_is_cached
 from brics_diffusers.metrics.reconstruction import reconstruction_metrics
-from brics_diffusers.runs.adversarial import DISCRIMINATOR_TYPES, Adversary
-from brics_diffusers.runs.arguments import add_common_arguments, parse_arguments, positive, run_settings
-from brics_diffusers.runs.augmentation import policy
-from brics_diffusers.runs.averaging import averaged_weights, ema_half_life_decay
-from brics_diffusers.runs.checkpoints import (
+from brics_diffusers.training_utils.adversarial import DISCRIMINATOR_TYPES, Adversary
+from brics_diffusers.training_utils.arguments import add_common_arguments, parse_arguments, positive, run_settings
+from brics_diffusers.training_utils.augmentation import policy
+from brics_diffusers.training_utils.averaging import averaged_weights, ema_half_life_decay
+from brics_diffusers.training_utils.checkpoints import (
     NO_BEST,
     RunState,
     TerminationSignal,
@@ -31,8 +31,8 @@ from brics_diffusers.runs.checkpoints import (
     naming_the_last_checkpoint,
     save_checkpoint,
 )
-from brics_diffusers.runs.losses import reconstruction_loss
-from brics_diffusers.runs.optimization import (
+from brics_diffusers.training_utils.losses import reconstruction_loss
+from brics_diffusers.training_utils.optimization import (
     build_lr_scheduler,
     build_optimizer,
     check_weights,
@@ -40,11 +40,11 @@ from brics_diffusers.runs.optimization import (
     set_adam,
     step_if_finite,
 )
-from brics_diffusers.runs.pretrained import build_autoencoder
-from brics_diffusers.runs.record import finish_run, summarize_run
-from brics_diffusers.runs.run import StepLog, count_steps, resume_run, start_run
-from brics_diffusers.runs.streams import image_loader, load_training_images
-from brics_diffusers.runs.tracking import log_histogram, log_image
+from brics_diffusers.training_utils.pretrained import build_autoencoder
+from brics_diffusers.training_utils.record import finish_run, summarize_run
+from brics_diffusers.training_utils.run import StepLog, count_steps, resume_run, start_run
+from brics_diffusers.training_utils.streams import image_loader, load_training_images
+from brics_diffusers.training_utils.tracking import log_histogram, log_image
 from brics_diffusers.utils.image_grids import side_by_side
 
 

@@ -31,15 +31,16 @@ from brics_diffusers.data.key_codes import (
 from brics_diffusers.metrics.generation import KID_FEATURES
 from brics_diffusers.models.loading import load_autoencoder
 from brics_diffusers.pipelines.pipeline_brics_key_code import key_codes_to_latents
-from brics_diffusers.runs.arguments import (
+from brics_diffusers.schedulers.min_snr import min_snr_weights
+from brics_diffusers.training_utils.arguments import (
     add_common_arguments,
     not_negative,
     parse_arguments,
     positive,
     run_settings,
 )
-from brics_diffusers.runs.averaging import averaged_weights
-from brics_diffusers.runs.checkpoints import (
+from brics_diffusers.training_utils.averaging import averaged_weights
+from brics_diffusers.training_utils.checkpoints import (
     NO_BEST,
     RunState,
     TerminationSignal,
@@ -49,29 +50,28 @@ from brics_diffusers.runs.checkpoints import (
     naming_the_last_checkpoint,
     save_checkpoint,
 )
-from brics_diffusers.runs.classes import (
+from brics_diffusers.training_utils.classes import (
     add_class_arguments,
     check_class_arguments,
     count_classes,
     drop_labels,
     known_classes,
 )
-from brics_diffusers.runs.guide import check_guide_step, keep_guide, load_guide
-from brics_diffusers.runs.key_code_validation import KeyCodeValidation
-from brics_diffusers.runs.losses import denoising_loss
-from brics_diffusers.runs.optimization import (
+from brics_diffusers.training_utils.guide import check_guide_step, keep_guide, load_guide
+from brics_diffusers.training_utils.key_code_validation import KeyCodeValidation
+from brics_diffusers.training_utils.losses import denoising_loss
+from brics_diffusers.training_utils.optimization import (
     build_lr_scheduler,
     build_optimizer,
     check_weights,
     count_skipped,
     step_if_finite,
 )
-from brics_diffusers.runs.pretrained import check_key_codes, check_resolution, load_key_code_pipeline
-from brics_diffusers.runs.record import finish_run, summarize_run
-from brics_diffusers.runs.run import StepLog, count_steps, resume_run, start_run
-from brics_diffusers.runs.sample_distance import DISTANCES
-from brics_diffusers.runs.streams import load_images_to_encode, stream_fingerprint
-from brics_diffusers.schedulers.min_snr import min_snr_weights
+from brics_diffusers.training_utils.pretrained import check_key_codes, check_resolution, load_key_code_pipeline
+from brics_diffusers.training_utils.record import finish_run, summarize_run
+from brics_diffusers.training_utils.run import StepLog, count_steps, resume_run, start_run
+from brics_diffusers.training_utils.sample_distance import DISTANCES
+from brics_diffusers.training_utils.streams import load_images_to_encode, stream_fingerprint
 from brics_diffusers.utils.files import weights_digest
 from brics_diffusers.utils.locks import locked_folder
 

@@ -5,7 +5,7 @@ import importlib
 import logging
 import sys
 
-from ..runs.run import quiet_libraries
+from ..training_utils.run import quiet_libraries
 from ..utils.reports import make_output_folder
 
 

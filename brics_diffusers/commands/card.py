@@ -11,7 +11,7 @@ from pathlib import Path
 from ..hub.card import read_facts, write_card
 from ..hub.published_files import export
 from ..hub.push import open_repository, push
-from ..runs.arguments import add_hub_arguments, add_license_argument
+from ..training_utils.arguments import add_hub_arguments, add_license_argument
 from ..utils.reports import make_output_folder
 
 

@@ -18,7 +18,7 @@ from ..metrics.feature_distances import collection_features
 from ..metrics.feature_extractors import load_feature_extractor
 from ..metrics.generation import KID_FEATURES
 from ..pipelines.sampling import load_pipeline, load_samples
-from ..runs.arguments import positive
+from ..training_utils.arguments import positive
 from ..utils.reports import make_output_folder, markdown_table
 from .generated import add_sampling_arguments, sample_to_folder
 from .shared import add_collection_arguments, add_run_arguments, choose_device, publish

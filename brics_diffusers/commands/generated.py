@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline
 
 from ..data import load_collection
 from ..pipelines.sampling import load_pipeline, load_samples, read_sample_settings, sample_images_to_folder
-from ..runs.arguments import positive
-from ..runs.record import SUMMARY
+from ..training_utils.arguments import positive
+from ..training_utils.record import SUMMARY
 from ..utils.locks import locked_folder
 from ..utils.reports import make_output_folder
 

@@ -19,7 +19,7 @@ from accelerate import PartialState
 
 from ..metrics.generation import INCEPTION, KID_FEATURES, check_image_counts, generation_metrics, load_extractors
 from ..pipelines.sampling import load_pipeline, load_samples
-from ..runs.arguments import positive
+from ..training_utils.arguments import positive
 from ..utils.files import atomic_write, default_cache_dir
 from ..utils.reports import make_output_folder, markdown_table
 from .generated import add_class_argument, add_solver_arguments, sample_to_folder

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from ..data import evaluation_loader, image_name
 from ..metrics.image_features import common_image_size, to_uint8
 from ..metrics.nearest_neighbours import load_embedding, near_copies, nearest_in_collection, neighbour_grid
-from ..runs.arguments import positive
+from ..training_utils.arguments import positive
 from ..utils.reports import markdown_table
 from .generated import add_generated_arguments, load_generated, make_samples
 from .shared import add_collection_arguments, add_run_arguments, choose_device, publish, read_collection

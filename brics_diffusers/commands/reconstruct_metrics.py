@@ -37,7 +37,7 @@ from ..metrics.reconstruction import (
     reconstruction_metrics,
     summarize_metrics,
 )
-from ..runs.arguments import positive
+from ..training_utils.arguments import positive
 from ..utils.image_grids import side_by_side
 from ..utils.reports import markdown_table
 from .shared import (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..hub.push import open_repository, push
 from ..hub.remote_code import write_remote_code
-from ..runs.arguments import add_hub_arguments
+from ..training_utils.arguments import add_hub_arguments
 
 
 BRANCH = "remote-code"

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ..data import read_image
 from ..pipelines.sampling import sample_path
-from ..runs.arguments import positive
+from ..training_utils.arguments import positive
 from ..utils.files import atomic_write
 from ..utils.image_grids import image_grid
 from .generated import add_sampling_arguments, sample_to_folder

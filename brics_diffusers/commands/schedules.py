@@ -14,9 +14,9 @@ from ..analysis.noise_levels import decode_noised, schedule_curves
 from ..analysis.plots import noised_plot, schedule_plot
 from ..data import UnreadableLog
 from ..metrics.reconstruction import image_batches
-from ..runs.arguments import positive
 from ..schedulers import CosineVariantScheduler
 from ..schedulers.scheduling_cosine_variant import GAMMA_SCHEDULES, PREDICTION_TYPES
+from ..training_utils.arguments import positive
 from ..utils.reports import markdown_table
 from .shared import (
     MODEL_HELP,

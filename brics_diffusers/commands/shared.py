@@ -14,8 +14,8 @@ from ..data import UnreadableLog, collection_fingerprint, evaluation_loader, loa
 from ..data.image_modes import MODES
 from ..models import BricsAutoencoder
 from ..models.loading import load_autoencoder
-from ..runs.arguments import not_negative, positive
-from ..runs.processes import check_world_size
+from ..training_utils.arguments import not_negative, positive
+from ..training_utils.processes import check_world_size
 from ..utils.reports import machine, write_report
 from ..utils.sizes import size_text
 

@@ -8,7 +8,7 @@ from small_models import UNET
 
 from brics_diffusers import BricsKeyCodePipeline, CosineVariantScheduler
 from brics_diffusers.commands import main
-from brics_diffusers.runs.pretrained import load_key_code_pipeline
+from brics_diffusers.training_utils.pretrained import load_key_code_pipeline
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from PIL import Image
 from brics_diffusers.commands.shared import add_collection_arguments, read_collection
 from brics_diffusers.data import load_collection
 from brics_diffusers.data.repositories import load_hub
-from brics_diffusers.runs.arguments import add_common_arguments
-from brics_diffusers.runs.run import load_splits
+from brics_diffusers.training_utils.arguments import add_common_arguments
+from brics_diffusers.training_utils.run import load_splits
 
 
 CARD = """---

@@ -21,7 +21,7 @@ from brics_diffusers.metrics.perceptual import (
     lpips_is_cached,
     perceptual_is_cached,
 )
-from brics_diffusers.runs.losses import reconstruction_loss
+from brics_diffusers.training_utils.losses import reconstruction_loss
 
 
 def test_missing_weights_are_named(monkeypatch, tmp_path):

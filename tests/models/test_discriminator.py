@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from brics_diffusers import BricsDiscriminator, PatchDiscriminator
 from brics_diffusers.models.discriminator import DiscriminatorBlock, EqualizedConv2d, minibatch_stddev
-from brics_diffusers.runs.losses import gradient_penalty
+from brics_diffusers.training_utils.losses import gradient_penalty
 
 
 SMALL = {"base_channels": 64, "max_channels": 8}

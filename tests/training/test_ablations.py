@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState
 from small_models import ROOT
 
 from brics_diffusers import BricsAutoencoder, CosineVariantScheduler
-from brics_diffusers.runs.optimization import build_optimizer
+from brics_diffusers.training_utils.optimization import build_optimizer
 
 
 # In the order of the tables, each once.

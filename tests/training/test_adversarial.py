@@ -10,8 +10,8 @@ from launching import CONFIG, assert_same_movement, launch, movement
 from test_train_autoencoder import read_log
 
 from brics_diffusers import BricsAutoencoder, BricsDiscriminator
-from brics_diffusers.runs.adversarial import adaptive_weight, last_layer_weight, lazy_correction
-from brics_diffusers.runs.losses import DiscriminatorLoss
+from brics_diffusers.training_utils.adversarial import adaptive_weight, last_layer_weight, lazy_correction
+from brics_diffusers.training_utils.losses import DiscriminatorLoss
 
 
 STYLE = {"decoder_block_out_channels": (16, 8)}

@@ -10,9 +10,14 @@ from launching import CONFIG, assert_same_movement
 
 from brics_diffusers import BricsAutoencoder
 from brics_diffusers.models.loading import load_autoencoder
-from brics_diffusers.runs.checkpoints import RunState
-from brics_diffusers.runs.optimization import build_lr_scheduler, check_weights, count_skipped, step_if_finite
-from brics_diffusers.runs.run import StepLog
+from brics_diffusers.training_utils.checkpoints import RunState
+from brics_diffusers.training_utils.optimization import (
+    build_lr_scheduler,
+    check_weights,
+    count_skipped,
+    step_if_finite,
+)
+from brics_diffusers.training_utils.run import StepLog
 from brics_diffusers.utils.image_grids import image_grid, side_by_side
 
 

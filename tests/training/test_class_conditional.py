@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data.key_codes import KeyCodeDataset
-from brics_diffusers.runs.classes import drop_labels, frequent_labels, known_classes, spread_labels
+from brics_diffusers.training_utils.classes import drop_labels, frequent_labels, known_classes, spread_labels
 
 
 @pytest.fixture(scope="module")

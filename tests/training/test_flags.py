@@ -15,12 +15,12 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from safetensors.torch import load_file
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline
-from brics_diffusers.runs import processes
-from brics_diffusers.runs.arguments import MAX_TRAIN_STEPS
-from brics_diffusers.runs.checkpoints import list_checkpoints
-from brics_diffusers.runs.curves import read_curves
-from brics_diffusers.runs.optimization import build_lr_scheduler, build_optimizer, scale_learning_rates
-from brics_diffusers.runs.pretrained import build_autoencoder, check_key_codes
+from brics_diffusers.training_utils import processes
+from brics_diffusers.training_utils.arguments import MAX_TRAIN_STEPS
+from brics_diffusers.training_utils.checkpoints import list_checkpoints
+from brics_diffusers.training_utils.curves import read_curves
+from brics_diffusers.training_utils.optimization import build_lr_scheduler, build_optimizer, scale_learning_rates
+from brics_diffusers.training_utils.pretrained import build_autoencoder, check_key_codes
 
 
 @pytest.fixture
@@ -175,7 +175,9 @@ class TestTrackers:
 
     def test_names(self, refusal, monkeypatch):
         assert parse().report_to == parse("--report_to", "none").report_to == []
-        monkeypatch.setattr("brics_diffusers.runs.tracking.get_available_trackers", lambda: ["tensorboard", "wandb"])
+        monkeypatch.setattr(
+            "brics_diffusers.training_utils.tracking.get_available_trackers", lambda: ["tensorboard", "wandb"]
+        )
         for names in ("all", "wandb", "wandb,tensorboard"):
             assert parse("--report_to", names).report_to == ["wandb"]
         assert "mlflow needs its package; install it" in refusal("--report_to", "wandb,mlflow")

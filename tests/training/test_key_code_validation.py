@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from small_models import AUTOENCODER
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline
-from brics_diffusers.runs.checkpoints import list_checkpoints
-from brics_diffusers.runs.curves import read_curves
+from brics_diffusers.training_utils.checkpoints import list_checkpoints
+from brics_diffusers.training_utils.curves import read_curves
 
 
 METRICS = ["--validation_metrics", "kid", "--feature_extractor", "random-conv", "--num_metric_samples", 4]

@@ -5,7 +5,7 @@ import train_autoencoder
 import train_key_codes
 from launching import launch
 
-from brics_diffusers.runs.processes import REFUSED_BACKENDS, WORLD_SIZES, check_world_size
+from brics_diffusers.training_utils.processes import REFUSED_BACKENDS, WORLD_SIZES, check_world_size
 from brics_diffusers.utils.locks import locked_folder
 
 

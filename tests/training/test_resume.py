@@ -15,7 +15,7 @@ from launching import assert_same_movement, command, environment, launch, moveme
 from safetensors.torch import load_file
 
 from brics_diffusers import BricsAutoencoder
-from brics_diffusers.runs.checkpoints import checkpoint_step, list_checkpoints
+from brics_diffusers.training_utils.checkpoints import checkpoint_step, list_checkpoints
 
 
 SCRIPTS = {"one": "train_autoencoder.py", "two": "train_key_codes.py"}

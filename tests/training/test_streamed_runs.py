@@ -11,7 +11,7 @@ from launching import launch
 
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data.key_codes import KeyCodeDataset
-from brics_diffusers.runs.checkpoints import list_checkpoints
+from brics_diffusers.training_utils.checkpoints import list_checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data import ImageCollection, load_collection
 from brics_diffusers.data.key_codes import KeyCodeDataset
-from brics_diffusers.runs.curves import read_curves
+from brics_diffusers.training_utils.curves import read_curves
 
 
 def test_a_whole_pipeline_is_saved(stage_two):

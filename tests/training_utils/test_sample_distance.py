@@ -9,8 +9,8 @@ from brics_diffusers.data import load_collection
 from brics_diffusers.metrics.feature_distances import frechet_distance
 from brics_diffusers.metrics.feature_extractors import load_feature_extractor
 from brics_diffusers.metrics.image_features import extract_features, to_uint8
-from brics_diffusers.runs import sample_distance
-from brics_diffusers.runs.sample_distance import SampleDistance
+from brics_diffusers.training_utils import sample_distance
+from brics_diffusers.training_utils.sample_distance import SampleDistance
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from small_models import AUTOENCODER
 
 from brics_diffusers import BricsAutoencoder
-from brics_diffusers.runs.optimization import build_optimizer
+from brics_diffusers.training_utils.optimization import build_optimizer
 
 
 PARTS = {"encoder": 1e-3, "decoder": 3e-3}

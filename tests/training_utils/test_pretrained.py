@@ -5,7 +5,7 @@ import train_autoencoder
 from small_models import AUTOENCODER
 
 from brics_diffusers import BricsAutoencoder
-from brics_diffusers.runs.pretrained import build_autoencoder
+from brics_diffusers.training_utils.pretrained import build_autoencoder
 
 
 @pytest.fixture(scope="module")

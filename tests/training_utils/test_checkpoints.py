@@ -7,7 +7,7 @@ import time
 import pytest
 from small_models import ROOT
 
-from brics_diffusers.runs.checkpoints import appearing_folder, clean_up, list_checkpoints
+from brics_diffusers.training_utils.checkpoints import appearing_folder, clean_up, list_checkpoints
 
 
 class TestAppearingFolder:
@@ -32,7 +32,7 @@ class TestAppearingFolder:
     def test_kill_at_any_moment(self, tmp_path, delay):
         code = (
             "import sys, itertools\n"
-            "from brics_diffusers.runs.checkpoints import appearing_folder\n"
+            "from brics_diffusers.training_utils.checkpoints import appearing_folder\n"
             "for number in itertools.count():\n"
             "    with appearing_folder(sys.argv[1] + f'/checkpoint-{number}') as folder:\n"
             "        for name in 'abcd':\n"

@@ -10,7 +10,7 @@ import torch
 from small_models import ROOT
 
 from brics_diffusers.data.images import only_the_parent_terminates
-from brics_diffusers.runs import processes
+from brics_diffusers.training_utils import processes
 
 
 # Modules that are not on Windows, for this package's own code alone, and functions that are on Linux only.
@@ -29,7 +29,7 @@ import train_autoencoder, train_key_codes
 import brics_diffusers.commands, importlib
 for name in brics_diffusers.commands.COMMANDS:
     importlib.import_module(f"brics_diffusers.commands.{name}")
-from brics_diffusers.runs.processes import default_num_workers, peak_memory
+from brics_diffusers.training_utils.processes import default_num_workers, peak_memory
 assert peak_memory(torch.device("cpu")) is None and default_num_workers(torch.device("cpu"), 1) == 0
 """
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from brics_diffusers import BricsDiscriminator
 from brics_diffusers.metrics.perceptual import load_lpips
-from brics_diffusers.runs.losses import (
+from brics_diffusers.training_utils.losses import (
     DiscriminatorLoss,
     adversarial_loss,
     adversarial_ramp,

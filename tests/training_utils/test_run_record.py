@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from brics_diffusers.runs.record import SUMMARY, finish_run, summarize_run
+from brics_diffusers.training_utils.record import SUMMARY, finish_run, summarize_run
 
 
 REPORT = {"protocol": "standard", "images": 1, "dataset_name": "a", "split": "b", "metrics": {}}

@@ -4,8 +4,8 @@ import pytest
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from brics_diffusers.runs.curves import read_curves, training_plot
-from brics_diffusers.runs.record import draw_curves
+from brics_diffusers.training_utils.curves import read_curves, training_plot
+from brics_diffusers.training_utils.record import draw_curves
 
 
 def log(folder, steps, start, value):

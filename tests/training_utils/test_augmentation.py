@@ -3,7 +3,7 @@ import argparse
 import pytest
 import torch
 
-from brics_diffusers.runs.augmentation import augment, color, cutout, policy, translation
+from brics_diffusers.training_utils.augmentation import augment, color, cutout, policy, translation
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from brics_diffusers.data import ImageCollection, load_collection
-from brics_diffusers.runs import held_out_loss
-from brics_diffusers.runs.held_out_loss import HeldOutLoss
+from brics_diffusers.training_utils import held_out_loss
+from brics_diffusers.training_utils.held_out_loss import HeldOutLoss
 
 
 TRAIN_STEPS = 1000
