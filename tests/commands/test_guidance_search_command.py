@@ -1,15 +1,18 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 from safetensors import safe_open
 from small_models import UNET
 
 from brics_diffusers import BricsKeyCodePipeline, CosineVariantScheduler
 from brics_diffusers.commands import main
+from brics_diffusers.pipelines.sampling import sample_generator
 from brics_diffusers.training_utils.checkpoints import RunState
 from brics_diffusers.training_utils.post_hoc_ema import SNAPSHOTS, PowerEMA, load_average
 from brics_diffusers.training_utils.pretrained import load_key_code_pipeline
@@ -77,6 +80,20 @@ def sampled_image(pipe, scheduler=None) -> torch.Tensor:
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe(class_labels="cat", generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+
+def test_a_guide_without_classes(pipe, flags, run_command, tmp_path):
+    torch.manual_seed(2)
+    narrow = UNET | {"block_out_channels": (8, 16), "attention_head_dim": 8}
+    pipe.register_modules(guide=UNet2DModel(sample_size=8, in_channels=4, out_channels=4, **narrow))
+    pipe.save_pretrained(tmp_path / "pipe")
+    result, _, folder = run_command("guidance-search", tmp_path / "pipe", *flags, "--guidance_intervals", "0:1")
+    assert [row["guidance_scale"] for row in result["values"]] == [1, 3]
+    guided, plain = (np.array(Image.open(folder / f"samples-{scale}-0-1/0000000.png")) for scale in (3, 1))
+    assert (guided != plain).any()
+    pipe.register_modules(guide=None)
+    expected = pipe(1, 4, generator=[sample_generator(0, 0)], output_type="pil").images[0]
+    assert np.abs(plain.astype(int) - np.array(expected)).max() <= 2  # scale 1 is the pipeline without its guide
 
 
 def test_averages_of_some_lengths(pipe, flags, run_command, tmp_path):
