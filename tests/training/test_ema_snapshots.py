@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import train_key_codes
+from launching import launch
 from safetensors.torch import load_file
 
 from brics_diffusers import BricsKeyCodePipeline
@@ -39,15 +40,29 @@ def test_snapshots_change_nothing_else_and_a_resumed_run_has_the_same(stage_two,
         assert path.read_bytes() == other.read_bytes()
     assert len(list((resumed / SNAPSHOTS).glob("superseded-*"))) == 2
 
-    pipe = BricsKeyCodePipeline.from_pretrained(whole)
+    assert_by_definition(whole, 4)
+
+
+def assert_by_definition(folder, steps: int) -> None:
+    """Snapshots are averages of the weights of all steps, which checkpoints have."""
+    pipe = BricsKeyCodePipeline.from_pretrained(folder)
     for length, power in ((0.05, 17.9722), (0.1, 7.9372)):  # of a step's share of those until it, exponent + 1
-        assert load_average(pipe.unet, whole / SNAPSHOTS, length) < 1e-6
+        assert load_average(pipe.unet, folder / SNAPSHOTS, length) < 1e-6
         for name, weight in pipe.unet.named_parameters():
-            steps = [load_file(whole / f"checkpoint-{step}/model.safetensors")[name] for step in range(1, 5)]
-            average = sum(
-                ((step / 4) ** power - ((step - 1) / 4) ** power) * value for step, value in enumerate(steps, 1)
-            )
+            weights = [
+                load_file(folder / f"checkpoint-{step}/model.safetensors")[name] for step in range(1, steps + 1)
+            ]
+            shares = [(step / steps) ** power - ((step - 1) / steps) ** power for step in range(1, steps + 1)]
+            average = sum(share * value for share, value in zip(shares, weights, strict=True))
             torch.testing.assert_close(weight.data, average, rtol=0, atol=5e-7)  # steps are of up to 8e-5
+
+
+@pytest.mark.slow
+def test_two_processes(flags, tmp_path):
+    launch("train_key_codes.py", *flags, "--output_dir", tmp_path, "--ema_snapshot_steps", 2, processes=2)
+    assert [int(path.stem) for path in snapshot_files(tmp_path / SNAPSHOTS)] == [2, 4]
+    assert list((tmp_path / SNAPSHOTS).glob(".*")) == []
+    assert_by_definition(tmp_path, 4)
 
 
 def test_averages_begin_with_the_first_step(stage_one, stage_two, flags, tmp_path, run_here):
