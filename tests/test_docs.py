@@ -214,7 +214,7 @@ def workplace(tmp_path_factory):
     autoencoder = BricsAutoencoder(**AUTOENCODER)
     unet = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, **UNET)
     pipe = BricsKeyCodePipeline(autoencoder, unet, CosineVariantScheduler())
-    for name in ("runs/pipeline", "runs/notebook/pipeline", "user/model"):
+    for name in ("runs/pipeline", "runs/guide", "runs/notebook/pipeline", "user/model"):
         pipe.save_pretrained(folder / name)
     names = ("cat", "dog", "Activities", "Animals & Nature", "Flags", "Food & Drink", "Smileys & Emotion")
     classes = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, num_class_embeds=len(names) + 1, **UNET)

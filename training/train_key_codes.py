@@ -67,6 +67,7 @@ from brics_diffusers.training_utils.optimization import (
     count_skipped,
     step_if_finite,
 )
+from brics_diffusers.training_utils.post_hoc_ema import PowerEMA
 from brics_diffusers.training_utils.pretrained import check_key_codes, check_resolution, load_key_code_pipeline
 from brics_diffusers.training_utils.record import finish_run, summarize_run
 from brics_diffusers.training_utils.run import StepLog, count_steps, resume_run, start_run
@@ -101,6 +102,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--snr_gamma", type=float, help="Min-SNR weighting with this limit, 5 in the paper; none by default.")
     add("--ema_max_decay", type=float, default=0.9999, help="Decay of the averaged weights after its warm-up.")
     add("--guide_step", type=positive, help="Keep the averaged weights of this step as the pipeline's guide.")
+    add("--ema_snapshot_steps", type=positive, help="Save averages every so many steps, to choose their length later.")
     add("--num_validation_images", type=int, default=16, help="Images sampled at each validation, of all processes.")
     add("--num_inference_steps", type=positive, default=20, help="DPM-Solver++ steps of these samples.")
     add("--validation_split", help="Split for the loss on held-out key codes; default: `validation`, if there is one.")
@@ -287,11 +289,14 @@ def train(args, accelerator) -> None:
     state = RunState(run_settings(args, accelerator, len(key_codes)), **NO_BEST, validation=None)
     unet, optimizer = accelerator.prepare(unet, optimizer)  # the schedule would advance once a process
     accelerator.register_for_checkpointing(ema, lr_scheduler, state)
+    bare = accelerator.unwrap_model(unet, keep_torch_compile=False)
+    power_ema = args.ema_snapshot_steps and PowerEMA(accelerator, bare, output_dir, args.ema_snapshot_steps)
     set_seed(args.seed, device_specific=True)  # dropout, where the UNet has it, differs between processes
     resume_run(args, accelerator, state, ema, lr_scheduler, [optimizer])
     check_guide_step(args, state)
+    if power_ema:
+        power_ema.check_resumed(state.global_step)
 
-    bare = accelerator.unwrap_model(unet, keep_torch_compile=False)
     start = state.images_seen // (args.train_batch_size * accelerator.num_processes)
     loader = training_loader(
         key_codes,
@@ -355,6 +360,8 @@ def train(args, accelerator) -> None:
         validates = validation and (last or (step % args.validation_steps == 0 and not stop))
         if saves or validates:
             check_weights([bare], state, output_dir)
+        if power_ema:
+            power_ema.step(state, last)
         if validates:
             with naming_the_last_checkpoint(output_dir, "the validation"):
                 validation(pipeline, ema, state, held_out_loss)

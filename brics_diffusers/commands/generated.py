@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -10,7 +11,13 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 from ..data import load_collection
-from ..pipelines.sampling import load_pipeline, load_samples, read_sample_settings, sample_images_to_folder
+from ..pipelines.sampling import (
+    load_pipeline,
+    load_samples,
+    read_sample_settings,
+    sample_images_to_folder,
+    sample_label,
+)
 from ..training_utils.arguments import positive
 from ..training_utils.record import SUMMARY
 from ..utils.locks import locked_folder
@@ -147,7 +154,12 @@ def make_samples(args: argparse.Namespace, state: PartialState, device: torch.de
 
 
 def sample_to_folder(
-    args: argparse.Namespace, name_or_path: str, folder: Path, state: PartialState, device: torch.device
+    args: argparse.Namespace,
+    name_or_path: str,
+    folder: Path,
+    state: PartialState,
+    device: torch.device,
+    change: Callable[[DiffusionPipeline], None] | None = None,
 ) -> Path:
     r"""
     Makes what samples are missing, on all processes, with a bar for the samples and one for the steps of a batch.
@@ -159,6 +171,7 @@ def sample_to_folder(
         folder (`Path`): Where the samples go.
         state (`PartialState`): The processes of `accelerate launch`, or the only one.
         device (`torch.device`): Where the pipeline works.
+        change (`Callable`, *optional*): Changes the pipeline, for instance its weights, before it makes samples.
 
     Returns:
         `Path`: The folder.
@@ -166,6 +179,8 @@ def sample_to_folder(
     guidance = {"guidance_scale": args.guidance_scale, "guidance_interval": args.guidance_interval}
     with locked_folder(folder, "--samples_dir", state.is_main_process):
         pipe = load_pipeline(name_or_path, args.scheduler, args.scheduler_options, device)
+        if change is not None:
+            change(pipe)
         pipe.set_progress_bar_config(disable=not state.is_main_process, desc="Denoising", leave=False)
         sample_images_to_folder(
             pipe,
@@ -201,3 +216,38 @@ def load_generated(args: argparse.Namespace, folder: Path) -> tuple[datasets.Dat
     else:
         dataset = load_samples(folder, args.num_samples)
     return dataset, {"source": args.generated, "folder": str(folder), "sampling": read_sample_settings(folder)}
+
+
+def class_names(args: argparse.Namespace) -> dict[int, str]:
+    r"""
+    Names of the classes of `--generated` by number, where samples will be of known classes.
+
+    Args:
+        args (`argparse.Namespace`): Flags of [`add_generated_arguments`].
+
+    Raises:
+        `ValueError`: If it has none, or its samples are of no class in particular.
+    """
+    config = {} if is_image_folder(args) else DiffusionPipeline.load_config(args.generated)
+    if not config.get("id2label"):
+        raise ValueError(f"--by_class needs a pipeline with classes, and {args.generated} is none; leave it out.")
+    if args.class_labels is None and config.get("default_class_weights") is None:
+        raise ValueError("--by_class needs samples of known classes; give --class_labels all, or training, or names.")
+    return {int(number): name for number, name in config["id2label"].items()}
+
+
+def sample_classes(sampling: dict, num_samples: int, names: dict[int, str]) -> list[str | None]:
+    r"""
+    The class of each sample.
+
+    Args:
+        sampling (`dict`): Result of [`read_sample_settings`], of samples with classes.
+        num_samples (`int`): Number of samples.
+        names (`dict[int, str]`): Result of [`class_names`].
+
+    Returns:
+        `list[str]`: names, `None` for no class in particular.
+    """
+    known = {None: None} | {name: name for name in names.values()}
+    labels = [sample_label(sampling["class_labels"], sampling["seed"], index) for index in range(num_samples)]
+    return [known[label] if label in known else names[int(label)] for label in labels]  # JSON's keys are strings

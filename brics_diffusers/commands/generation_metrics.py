@@ -17,6 +17,9 @@ x 224 as clean-fid does (Pillow's bicubic filter, rounded to uint8).
 KID: unbiased squared MMD with the kernel (x.y / d + 1)^3, times 1,000, of all images of both sets (no subsets);
 x and y are d = 1280 means over the pixels of efficientnet-lite2's last features (images resized to 128 x 128, bicubic,
 antialiased). Its name always has the features.
+
+--by_class compares the images of each class of a class-conditional pipeline by themselves too, where there are at
+least 10 generated and 10 real ones: all but IS, and Fréchet distances only of more images than features.
 """
 
 import argparse
@@ -24,10 +27,11 @@ from importlib import metadata
 
 from accelerate import PartialState
 
-from ..data import evaluation_loader
+from ..data import evaluation_loader, load_collection
 from ..metrics.generation import (
     INCEPTION,
     KID_FEATURES,
+    LEAST_OF_CLASS,
     METRICS,
     NEIGHBOURS,
     SPLITS,
@@ -38,7 +42,14 @@ from ..metrics.generation import (
 from ..utils.files import default_cache_dir
 from ..utils.image_grids import image_grid
 from ..utils.reports import machine, make_output_folder, markdown_table
-from .generated import add_generated_arguments, is_image_folder, load_generated, make_samples
+from .generated import (
+    add_generated_arguments,
+    class_names,
+    is_image_folder,
+    load_generated,
+    make_samples,
+    sample_classes,
+)
 from .shared import add_collection_arguments, add_run_arguments, choose_device, publish, read_collection
 
 
@@ -86,6 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"For KID. Default: {KID_FEATURES}, of the extra learned-features.",
     )
+    add("--by_class", action="store_true", help="Compare the images of each class by themselves too.")
+    add("--class_column", help="Column that holds the classes of real images, as in stage two.")
     add("--features_cache_dir", help="Folder for features of real images; ~/.cache/brics_diffusers by default.")
 
 
@@ -94,7 +107,10 @@ def run(args: argparse.Namespace) -> None:
     device, state = choose_device(args.device), PartialState()
     if state.is_main_process:  # what can fail does so before the samples are made
         cache_dir = make_output_folder(args.features_cache_dir or default_cache_dir(), "--features_cache_dir")
-        real = read_collection(args)
+        names = class_names(args) if args.by_class else None
+        real, real_classes = read_collection(args), None
+        if names is not None:
+            real_classes = read_classes_of(args)
         if not is_image_folder(args):
             check_image_counts(args.metrics, args.num_samples, len(real))
         extractors = load_extractors(
@@ -108,6 +124,9 @@ def run(args: argparse.Namespace) -> None:
     if not state.is_main_process:
         return
     generated, origin = load_generated(args, folder)
+    classes = None
+    if names is not None:
+        classes = sample_classes(origin["sampling"], len(generated), names), real_classes
     result = generation_metrics(
         generated,
         real,
@@ -116,6 +135,7 @@ def run(args: argparse.Namespace) -> None:
         args.dataloader_num_workers,
         device,
         cache_dir,
+        classes,
     )
     result["input1"] |= origin
     result["input2"] |= {"source": args.dataset_name, "split": args.dataset_split}
@@ -128,6 +148,14 @@ def run(args: argparse.Namespace) -> None:
         return {name: picture for name, picture in pictures.items() if picture is not None}
 
     publish(args, "generation-metrics", result, _describe(result), draw)
+
+
+def read_classes_of(args: argparse.Namespace) -> list[str]:
+    """The class of each image of the collection, in its order."""
+    options = {"config_name": args.dataset_config_name, "with_labels": True, "class_column": args.class_column}
+    options |= {"max_images": args.max_images}
+    dataset = load_collection(args.dataset_name, args.dataset_split, args.image_column, args.cache_dir, **options)
+    return [dataset.features["label"].names[label] for label in dataset["label"]]
 
 
 def _picture(dataset, resolution: int):
@@ -149,7 +177,11 @@ def _describe(result: dict) -> str:
     columns = ("what", "source", "num_images", "num_unreadable", "resolution", "resizing")
     inputs = [{"input": name} | {column: result[name][column] for column in columns} for name in ("input1", "input2")]
     extractors = [{"metric": metric} | facts for metric, facts in _extractor_rows(result).items()]
-    parts = ["# Generation metrics", markdown_table(values), markdown_table(inputs), markdown_table(extractors)]
+    parts = ["# Generation metrics", markdown_table(values)]
+    if "by_class" in result:
+        parts += [markdown_table(_class_rows(result["by_class"]))]
+        parts += [f"Too few: fewer than {LEAST_OF_CLASS} images of a kind. Figures of small classes vary most."]
+    parts += [markdown_table(inputs), markdown_table(extractors)]
     parts += [f"Not computed: {metric} ({reason})." for metric, reason in result["not_computed"].items()]
     parts += result["remarks"]
     sampling = result["input1"]["sampling"]
@@ -166,6 +198,16 @@ def _describe(result: dict) -> str:
     parts.append(f"{PRECISION_RECALL} {pictures}" if "precision-recall" in result["extractors"] else pictures)
     parts.append(f"{result['machine']['device']}, torch-fidelity {result['machine']['torch-fidelity']}.")
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _class_rows(by_class: dict) -> list[dict]:
+    metrics = dict.fromkeys(metric for found in by_class.values() for metric in found["metrics"])
+    return [
+        {"class": name, "generated": found["generated"], "real": found["real"]}
+        | {_title(metric): found["metrics"].get(metric) for metric in metrics}
+        | {"remark": "too few" if found["too_few"] else None}
+        for name, found in by_class.items()
+    ]
 
 
 def _extractor_rows(result: dict) -> dict:

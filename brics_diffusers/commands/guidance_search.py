@@ -5,21 +5,31 @@ noise for each, and compared with those of --dataset_name. Samples are kept, in 
 search goes on where it stopped; it runs on several processes as `generation-metrics` does. The smallest value is the
 best, and the best of many values is too good by chance: measure it again with another --seed. --save writes it into
 the pipeline's folder as what calls take by default, together with --num_inference_steps and --scheduler.
+
+--ema_lengths tries averages of the weights of these lengths besides, from the folder of a training with
+--ema_snapshot_steps; --guidance_scales 1 tries nothing else. --save puts the best average in place of the weights.
 """
 
 import argparse
 import copy
+import functools
 import inspect
 import itertools
 import json
 import math
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
 
 from ..metrics.generation import INCEPTION, KID_FEATURES, check_image_counts, generation_metrics, load_extractors
 from ..pipelines.sampling import load_pipeline, load_samples
 from ..training_utils.arguments import positive
+from ..training_utils.checkpoints import appearing_folder
+from ..training_utils.post_hoc_ema import SNAPSHOTS, load_average, power_exponent
+from ..training_utils.record import SUMMARY, write_summary
 from ..utils.files import atomic_write, default_cache_dir
 from ..utils.reports import make_output_folder, markdown_table
 from .generated import add_class_argument, add_solver_arguments, sample_to_folder
@@ -53,6 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LOW:HIGH",
         help="Times in [0, 1] between which to guide; 1 is noise. Default: 0:1 0:0.6 0.2:0.8.",
     )
+    add(
+        "--ema_lengths",
+        type=float,
+        nargs="+",
+        default=[None],
+        metavar="LENGTH",
+        help="Lengths of averages to try, relative to the training, at most 0.28. Default: the saved weights only.",
+    )
     add("--metric", choices=("kid", "fid", "clip-fid"), default="kid", help="Default: %(default)s.")
     add(
         "--feature_extractor",
@@ -68,10 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, seed="the samples", output_dir="runs/guidance")
 
 
-def settings(args: argparse.Namespace) -> list[tuple[float, tuple[float, float]]]:
-    """Scales and intervals to try; without guidance only once."""
-    pairs = itertools.product(args.guidance_scales, args.guidance_intervals)
-    return list(dict.fromkeys((scale, ALWAYS if scale == 1 else times) for scale, times in pairs))
+def settings(args: argparse.Namespace) -> list[tuple[float | None, float, tuple[float, float]]]:
+    """Lengths, scales and intervals to try; without guidance only one interval."""
+    found = itertools.product(args.ema_lengths, args.guidance_scales, args.guidance_intervals)
+    return list(dict.fromkeys((length, scale, ALWAYS if scale == 1 else times) for length, scale, times in found))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -79,6 +97,9 @@ def run(args: argparse.Namespace) -> None:
     device, state = choose_device(args.device), PartialState()
     if args.save and not (Path(args.model) / "model_index.json").is_file():
         raise ValueError(f"--save needs a pipeline's folder to write into, and {args.model} is none; leave it out.")
+    for length in args.ema_lengths:
+        if length is not None:
+            power_exponent(length)  # refuses one that there is not
     if state.is_main_process:  # what can fail does so before the samples are made
         cache_dir = make_output_folder(args.features_cache_dir or default_cache_dir(), "--features_cache_dir")
         real = read_collection(args)
@@ -88,27 +109,51 @@ def run(args: argparse.Namespace) -> None:
             [args.metric], features or INCEPTION, kid_extractor=features or KID_FEATURES, device=device
         )
     rows = []
-    for scale, (low, high) in settings(args):
+    for length, scale, (low, high) in settings(args):
         options = copy.copy(args)
         options.guidance_scale, options.guidance_interval = scale, (low, high)
-        folder = make_output_folder(Path(args.output_dir) / f"samples-{scale:g}-{low:g}-{high:g}")
-        sample_to_folder(options, args.model, folder, state, device)
+        label, average, tried = f"samples-{scale:g}-{low:g}-{high:g}", None, {}
+        if length is not None:
+            label += f"-ema-{length:g}"
+            average = functools.partial(take_average, tried, args.model, length)
+        folder = make_output_folder(Path(args.output_dir) / label)
+        sample_to_folder(options, args.model, folder, state, device, average)
         if state.is_main_process:
             reading = args.batch_size, args.dataloader_num_workers, device, cache_dir
             result = generation_metrics(load_samples(folder, args.num_samples), real, extractors, *reading)
             ((name, value),) = result["metrics"].items()
-            rows.append({"guidance_scale": scale, "from": low, "to": high, name: value})
+            rows.append(tried | {"guidance_scale": scale, "from": low, "to": high, name: value})
     if not state.is_main_process:
         return
     best = min(rows, key=lambda row: row[name])
     if args.save:
         save_defaults(args, best["guidance_scale"], (best["from"], best["to"]))
+        if "ema_length" in best:
+            save_average(args.model, best["ema_length"])
     found = {"model": args.model, "dataset_name": args.dataset_name, "split": args.dataset_split, "metric": name}
     found |= {"num_samples": args.num_samples, "seed": args.seed, "values": rows, "best": best}
     text = f"# Guidance\n\n`{args.model}`, {args.num_samples} samples of seed {args.seed} for each line.\n\n"
-    text += f"{markdown_table(rows)}\nThe best is guidance_scale {best['guidance_scale']:g} at times "
+    average = f"an average of length {best['ema_length']:g} with " if "ema_length" in best else ""
+    text += f"{markdown_table(rows)}\nThe best is {average}guidance_scale {best['guidance_scale']:g} at times "
     text += f"{best['from']:g} to {best['to']:g}{', which the pipeline now has' if args.save else ''}.\n"
     publish(args, "guidance-search", found, text, dict, device)
+
+
+def take_average(tried: dict, model: str, length: float, pipe: DiffusionPipeline) -> None:
+    """Gives the pipeline an average of the weights, and notes its length and how far its profile is off."""
+    tried |= {"ema_length": length, "profile_error": load_average(pipe.unet, Path(model) / SNAPSHOTS, length)}
+
+
+def save_average(model: str, length: float) -> None:
+    """Puts an average in place of a pipeline's weights, in numbers of the same type."""
+    folder, pipe = Path(model), load_pipeline(model)
+    load_average(pipe.unet, folder / SNAPSHOTS, length)
+    with safe_open(next((folder / "unet").glob("*.safetensors")), "pt") as file:
+        dtype = file.get_tensor(next(iter(file.keys()))).dtype
+    with appearing_folder(folder / "unet") as partial:
+        torch.nn.Module.to(pipe.unet, dtype).save_pretrained(partial)  # diffusers' own `to` warns of any type
+    if (folder / SUMMARY).is_file():
+        write_summary(folder, json.loads((folder / SUMMARY).read_text()) | {"ema_length": length})
 
 
 def save_defaults(args: argparse.Namespace, scale: float, times: tuple[float, float]) -> None:

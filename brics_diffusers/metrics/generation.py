@@ -1,17 +1,18 @@
 """How close generated images are to real ones: FID, inception score, precision and recall, CLIP-FID, KID."""
 
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import datasets
 import torch
 from torch import nn
 
-from ..data import collection_fingerprint
+from ..data import collection_fingerprint, image_name
 from ..utils.files import default_cache_dir
 from .feature_distances import KID_SCALE, check_count, frechet_distance, kernel_distance, name_with_features
 from .feature_extractors import CLIP_FID, extractor_description, load_feature_extractor
-from .image_features import cached_features, common_image_size, extract_features
+from .image_features import ImageFeatures, cached_features, common_image_size, extract_features
 
 
 METRICS = ("fid", "inception-score", "precision-recall", "clip-fid", "kid")
@@ -26,6 +27,7 @@ USUAL = {
 }
 NEIGHBOURS = 3  # Kynkäänniemi et al. 2019, torch-fidelity's default
 SPLITS = 10  # Salimans et al. 2016, torch-fidelity's default
+LEAST_OF_CLASS = 10  # images of a class, generated and real: figures of fewer are mostly chance
 ROWS_AT_ONCE = 10_000  # torch-fidelity's default: distances of so many images to all are in memory
 
 
@@ -146,6 +148,7 @@ def generation_metrics(
     num_workers: int = 0,
     device: str | torch.device = "cpu",
     cache_dir: str | os.PathLike | None = None,
+    classes: tuple[Sequence[str | None], Sequence[str | None]] | None = None,
 ) -> dict:
     r"""
     Compares generated images (torch-fidelity's `input1`) with real ones (`input2`). Generated images are taken as they
@@ -159,12 +162,17 @@ def generation_metrics(
         num_workers (`int`, defaults to 0): Processes that read images.
         device (`str` or `torch.device`, defaults to `"cpu"`): Where the extractors are.
         cache_dir (`str`, *optional*): Folder for the real images' features; `default_cache_dir()` by default.
+        classes (`tuple[Sequence[str], Sequence[str]]`, *optional*):
+            The class of each generated and of each real image, `None` for none: compares each class by itself too.
 
     Returns:
         `dict`: `"metrics"` (`"fid"`, `"inception_score"`, `"inception_score_std"`, `"precision"`, `"recall"`, `"f1"`,
         `"clip_fid"`, and `"kid_efficientnet_lite2"`, times 1,000), `"not_computed"` (metric to reason), `"remarks"`,
         `"extractors"`, `"input1"` and `"input2"`.
-        With other features than are usual, a metric's name says which, for instance `"fid_random_conv"`.
+        With other features than are usual, a metric's name says which, for instance `"fid_random_conv"`. With classes
+        also `"by_class"`: `"generated"` and `"real"` (numbers of images), `"too_few"` (fewer than 10 of either) and
+        `"metrics"` of each, without the inception score, which is about all classes, and without Fréchet distances
+        where images are no more than features.
 
     Raises:
         `ValueError`: If generated images differ in size, or there are fewer images than a metric needs.
@@ -173,6 +181,7 @@ def generation_metrics(
     resolution = common_image_size(generated)
     options = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
     result = {"metrics": {}, "not_computed": {}, "remarks": [], "extractors": {}}
+    result |= {} if classes is None else {"by_class": {}}
     for extractor in dict.fromkeys(extractors.values()):
         metrics = [metric for metric, module in extractors.items() if module is extractor]
         name = extractor_description(extractor)["name"]
@@ -184,9 +193,44 @@ def generation_metrics(
         for metric in metrics:
             result["extractors"][metric] = extractor_description(extractor) | {"real_features_cached": hit}
             _add_metric(result, metric, name, first, second, device)
+        if classes is not None:
+            labels = _readable(generated, first, classes[0]), _readable(real, second, classes[1])
+            _add_classes(result["by_class"], metrics, name, (first, second), labels, device)
         result["input1"] = _input_facts("generated", generated, first, resolution, "none: used as they are")
         result["input2"] = _input_facts("real", real, second, resolution, "central square, then Pillow's Lanczos")
     return result
+
+
+def _readable(dataset: datasets.Dataset, found: ImageFeatures, labels: Sequence[str | None]) -> list[str | None]:
+    """The labels of the images that have features."""
+    if len(found.features) == len(labels):
+        return list(labels)
+    rows = (row for row in range(len(dataset)) if image_name(dataset[row]["image"], row) not in found.unreadable)
+    kept = [labels[row] for row in rows]
+    if len(kept) != len(found.features):
+        raise ValueError(
+            f"{len(found.unreadable)} images can't be read and have other names in the cache of features, so that the "
+            "rest can't be told by class; remove them, or name another --features_cache_dir."
+        )
+    return kept
+
+
+def _add_classes(by_class: dict, metrics: list[str], name: str, sets: tuple, labels: tuple, device) -> None:
+    """The metrics of one extractor for each class; `sets` are the [`ImageFeatures`] of both kinds of images."""
+    counts = [Counter(some) for some in labels]
+    for label in sorted({*labels[0], *labels[1]} - {None}):
+        generated, real = (count[label] for count in counts)
+        facts = {"generated": generated, "real": real, "too_few": min(generated, real) < LEAST_OF_CLASS, "metrics": {}}
+        entry = by_class.setdefault(label, facts)
+        if entry["too_few"]:
+            continue
+        chosen = [torch.tensor([other == label for other in some]) for some in labels]
+        parts = [ImageFeatures(found.features[rows], None, []) for found, rows in zip(sets, chosen, strict=True)]
+        for metric in metrics:
+            is_frechet = metric in ("fid", "clip-fid")
+            if metric == "inception-score" or (is_frechet and min(generated, real) <= parts[0].features.shape[1]):
+                continue
+            _add_metric(entry, metric, name, *parts, device)
 
 
 def _add_metric(result: dict, metric: str, name: str, generated, real, device) -> None:

@@ -78,11 +78,7 @@ def finish_run(args: argparse.Namespace, summary: dict) -> None:
         `OSError`: If the push fails; says how to push the finished run.
     """
     output_dir = Path(args.output_dir)
-    summary = summary | {"weights": _weights_digest(output_dir)}
-    path = output_dir / SUMMARY
-    if not path.is_file() or json.loads(path.read_text()).get("weights") != summary["weights"]:
-        _set_reports_aside(output_dir)
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+    write_summary(output_dir, summary)
     stage_two = hasattr(args, "autoencoder_name_or_path")
     draw_curves(output_dir, args.autoencoder_name_or_path if stage_two else None, stage_two)
     write_card(output_dir, args.hub_license)
@@ -95,6 +91,15 @@ def finish_run(args: argparse.Namespace, summary: dict) -> None:
             f"the run in {output_dir} is complete, but not pushed: {first_line(error)}; the command is "
             f"`brics-diffusers card {output_dir} --push_to_hub --hub_model_id {args.hub_model_id}`."
         ) from error
+
+
+def write_summary(output_dir: Path, summary: dict) -> None:
+    """Writes the summary with a digest of the weights; reports of metrics of other weights are set aside."""
+    summary = summary | {"weights": _weights_digest(output_dir)}
+    path = output_dir / SUMMARY
+    if not path.is_file() or json.loads(path.read_text()).get("weights") != summary["weights"]:
+        _set_reports_aside(output_dir)
+    path.write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def _weights_digest(output_dir: Path) -> str:

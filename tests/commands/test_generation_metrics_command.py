@@ -6,12 +6,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 from launching import launch_subcommand
 from PIL import Image
-from small_models import ROOT
+from small_models import ROOT, UNET
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from brics_diffusers import BricsKeyCodePipeline, CosineVariantScheduler
 from brics_diffusers.commands import main
+from brics_diffusers.hub.card import make_card
 from brics_diffusers.metrics import feature_extractors
 from brics_diffusers.metrics.generation import INCEPTION, NEIGHBOURS, SPLITS
 from brics_diffusers.pipelines.sampling import sample_path
@@ -110,6 +113,69 @@ def test_kid(flags, tmp_path):
     result = json.loads((tmp_path / "out/generation-metrics.json").read_text())
     assert set(result["metrics"]) == {"kid_random_conv"} and result["extractors"]["kid"]["name"] == "random-conv"
     assert "| KID x 1,000 (random-conv) |" in (tmp_path / "out/generation-metrics.md").read_text()
+
+
+@pytest.fixture
+def class_flags(autoencoder, image_folder, tmp_path):
+    """A pipeline with the classes cat, dog and owl, and images of cats and dogs."""
+    torch.manual_seed(1)
+    unet = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, num_class_embeds=4, **UNET)
+    names = {0: "cat", 1: "dog", 2: "owl"}
+    BricsKeyCodePipeline(autoencoder, unet, CosineVariantScheduler(), id2label=names).save_pretrained(
+        tmp_path / "by-class"
+    )
+    for index in range(24):
+        folder = tmp_path / "real" / ("cat" if index < 14 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image_folder / f"{index:02d}.png", folder)
+    words = [
+        "generation-metrics",
+        "--generated",
+        tmp_path / "by-class",
+        "--dataset_name",
+        tmp_path / "real",
+        "--by_class",
+    ]
+    words += ["--num_inference_steps", 2, "--metrics", "kid", "--kid_extractor", "random-conv", "--num_samples", 24]
+    return [*map(str, [*words, "--features_cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out"])]
+
+
+def test_by_class(class_flags, tmp_path):
+    main([*class_flags, "--class_labels", "cat", "cat", "1", "2"])  # in turn: half cats
+    result = json.loads((tmp_path / "out/generation-metrics.json").read_text())
+    counts = {name: (found["generated"], found["real"]) for name, found in result["by_class"].items()}
+    assert counts == {"cat": (12, 14), "dog": (6, 10), "owl": (6, 0)}
+    assert [found["too_few"] for found in result["by_class"].values()] == [False, True, True]
+    assert set(result["by_class"]["cat"]["metrics"]) == {"kid_random_conv"} == set(result["metrics"])
+    text = (tmp_path / "out/generation-metrics.md").read_text()
+    assert "| class | generated | real | KID x 1,000 (random-conv) | remark |" in text
+    assert "| owl | 6 | 0 |  | too few |" in text and "fewer than 10 images of a kind" in text
+    shutil.copytree(tmp_path / "out", tmp_path / "by-class/reports")
+    card = make_card(tmp_path / "by-class")
+    value = result["by_class"]["cat"]["metrics"]["kid_random_conv"]
+    assert f"\n| cat | 12 | 14 | kid_random_conv {value:.4g} |\n| dog | 6 | 10 | too few |\n" in card
+
+
+def test_classes_are_drawn_as_in_training(class_flags, tmp_path):
+    index = json.loads((tmp_path / "by-class/model_index.json").read_text())
+    (tmp_path / "by-class/model_index.json").write_text(json.dumps(index | {"default_class_weights": [0, 1, 0]}))
+    main(class_flags)
+    found = json.loads((tmp_path / "out/generation-metrics.json").read_text())["by_class"]
+    assert found["dog"]["generated"] == 24 and found["dog"]["metrics"] and "owl" not in found
+
+
+def test_what_by_class_needs(class_flags, saved_pipe, image_folder, tmp_path):
+    for changes, message in (
+        ([], "--by_class needs samples of known classes; give --class_labels all, or training, or names"),
+        (
+            ["--generated", str(saved_pipe)],
+            "--by_class needs a pipeline with classes, and .* is none; leave",
+        ),
+        (["--generated", str(image_folder)], "--by_class needs a pipeline with classes, and .* is none; leave it"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main([*class_flags, *changes])
+    assert not list(tmp_path.glob("out/samples/*.png"))
 
 
 def test_errors_come_before_the_samples(flags, tmp_path, monkeypatch):

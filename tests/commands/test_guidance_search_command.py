@@ -1,13 +1,20 @@
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from safetensors import safe_open
 from small_models import UNET
 
 from brics_diffusers import BricsKeyCodePipeline, CosineVariantScheduler
 from brics_diffusers.commands import main
+from brics_diffusers.pipelines.sampling import sample_generator
+from brics_diffusers.training_utils.checkpoints import RunState
+from brics_diffusers.training_utils.post_hoc_ema import SNAPSHOTS, PowerEMA, load_average
 from brics_diffusers.training_utils.pretrained import load_key_code_pipeline
 
 
@@ -73,6 +80,63 @@ def sampled_image(pipe, scheduler=None) -> torch.Tensor:
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe(class_labels="cat", generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+
+def test_a_guide_without_classes(pipe, flags, run_command, tmp_path):
+    torch.manual_seed(2)
+    narrow = UNET | {"block_out_channels": (8, 16), "attention_head_dim": 8}
+    pipe.register_modules(guide=UNet2DModel(sample_size=8, in_channels=4, out_channels=4, **narrow))
+    pipe.save_pretrained(tmp_path / "pipe")
+    result, _, folder = run_command("guidance-search", tmp_path / "pipe", *flags, "--guidance_intervals", "0:1")
+    assert [row["guidance_scale"] for row in result["values"]] == [1, 3]
+    guided, plain = (np.array(Image.open(folder / f"samples-{scale}-0-1/0000000.png")) for scale in (3, 1))
+    assert (guided != plain).any()
+    pipe.register_modules(guide=None)
+    expected = pipe(1, 4, generator=[sample_generator(0, 0)], output_type="pil").images[0]
+    assert np.abs(plain.astype(int) - np.array(expected)).max() <= 2  # scale 1 is the pipeline without its guide
+
+
+def test_averages_of_some_lengths(pipe, flags, run_command, tmp_path):
+    pipe.unet.half()
+    pipe.save_pretrained(tmp_path / "pipe")
+    before = UNet2DModel.from_pretrained(tmp_path / "pipe/unet").state_dict()
+    (tmp_path / "pipe/training_summary.json").write_text('{"steps": 4}')
+    accelerator = SimpleNamespace(
+        is_main_process=True, register_save_state_pre_hook=id, register_load_state_pre_hook=id
+    )
+    power_ema = PowerEMA(accelerator, pipe.unet.float(), tmp_path / "pipe", every=2)
+    torch.manual_seed(0)
+    for step in range(1, 5):
+        for weight in pipe.unet.parameters():
+            weight.data += 0.1 * torch.randn_like(weight)
+        power_ema.step(RunState({}, global_step=step), last=step == 4)
+    words = [tmp_path / "pipe", *flags[: flags.index("--guidance_scales")], "--guidance_scales", 1]
+    words += ["--ema_lengths", 0.05, 0.15, "--save"]
+    result, text, folder = run_command("guidance-search", *words)
+    assert [row["ema_length"] for row in result["values"]] == [0.05, 0.15]
+    assert result["values"][0]["profile_error"] < 1e-6 < result["values"][1]["profile_error"] < 0.3
+    values = [row["kid_random_conv"] for row in result["values"]]
+    assert values[0] != values[1] and result["best"]["kid_random_conv"] == min(values)
+    assert (folder / "samples-1-0-1-ema-0.15/0000002.png").is_file()
+    length = result["best"]["ema_length"]
+    assert f"an average of length {length:g} with guidance_scale 1" in text
+    load_average(pipe.unet, tmp_path / "pipe" / SNAPSHOTS, length)
+    saved = UNet2DModel.from_pretrained(tmp_path / "pipe/unet", torch_dtype=torch.float16)
+    for name, weight in pipe.unet.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], weight.half())
+    assert any(not torch.equal(before[name], weight) for name, weight in saved.float().state_dict().items())
+    with safe_open(next((tmp_path / "pipe/unet").glob("*.safetensors")), "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
+    summary = json.loads((tmp_path / "pipe/training_summary.json").read_text())
+    assert summary["ema_length"] == length and summary["steps"] == 4 and len(summary["weights"]) == 64
+
+
+def test_averages_that_there_are_not(saved_pipe, flags, tmp_path):
+    words = ["guidance-search", saved_pipe, *flags, "--output_dir", tmp_path / "out", "--ema_lengths"]
+    with pytest.raises(SystemExit, match="the length of an average is 0.5; give one above 0 and at most 0.28"):
+        main([*map(str, [*words, 0.1, 0.5])])
+    with pytest.raises(SystemExit, match="ema_snapshots has no snapshots of averages; train with --ema_snapshot_st"):
+        main([*map(str, [*words, 0.1])])
 
 
 def test_a_pipeline_without_classes_and_guide(saved_pipe, flags, tmp_path):

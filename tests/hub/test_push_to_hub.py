@@ -25,6 +25,8 @@ MODEL_FILES = {
     "autoencoder/diffusion_pytorch_model.safetensors",
     "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors",
+    "guide/config.json",
+    "guide/diffusion_pytorch_model.safetensors",
     "scheduler/scheduler_config.json",
 }
 CODE_FILES = {"pipeline.py", "autoencoder/autoencoder_brics.py", "scheduler/scheduling_cosine_variant.py"}
@@ -39,7 +41,8 @@ torch.set_num_threads(int(os.environ.get("BRICS_TEST_THREADS", "1")))
 
 def sample(pipe):
     pipe.set_progress_bar_config(disable=True)
-    return pipe(2, 3, generator=torch.Generator().manual_seed(0), output_type="np").images
+    options = {"class_labels": ["dog", "cat"], "guidance_scale": 2.0}  # away from the guide
+    return pipe(2, 3, generator=torch.Generator().manual_seed(0), output_type="np", **options).images
 """
 # What a process without the package sees.
 HIDE_PACKAGE = """
@@ -144,20 +147,23 @@ def client(hub, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A saved pipeline, in a folder with what a run leaves besides, and its samples."""
+    """A saved pipeline with classes and a guide, in a folder with what a run leaves besides, and its samples."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     autoencoder = BricsAutoencoder(**AUTOENCODER)
     torch.nn.init.normal_(autoencoder.grids.entries)
-    unet = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, **UNET)
-    BricsKeyCodePipeline(autoencoder, unet, CosineVariantScheduler()).save_pretrained(folder)
+    options = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "num_class_embeds": 3} | UNET
+    unet, guide = UNet2DModel(**options), UNet2DModel(**options)
+    parts = {"autoencoder": autoencoder, "unet": unet, "scheduler": CosineVariantScheduler(), "guide": guide}
+    BricsKeyCodePipeline(**parts, id2label={0: "cat", 1: "dog"}).save_pretrained(folder)
     pipe = BricsKeyCodePipeline.from_pretrained(folder)
     pipe.save_pretrained(folder)  # now the configs say where the models come from
     for name in NOT_PUBLIC:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("private")
     pipe.set_progress_bar_config(disable=True)
-    return folder, pipe(2, 3, generator=torch.Generator().manual_seed(0), output_type="np").images
+    options = {"class_labels": ["dog", "cat"], "guidance_scale": 2.0}
+    return folder, pipe(2, 3, generator=torch.Generator().manual_seed(0), output_type="np", **options).images
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ from brics_diffusers.metrics.efficientnet import efficientnet_is_installed
 from brics_diffusers.metrics.feature_extractors import ClipFidFeatures, RandomConvFeatures, load_feature_extractor
 from brics_diffusers.metrics.generation import (
     METRICS,
+    _readable,
     check_image_counts,
     generation_metrics,
     inception_score,
     load_extractors,
     precision_recall,
 )
+from brics_diffusers.metrics.image_features import ImageFeatures
 
 
 def random_features(count, width, seed, spread=1.0, shift=0.0):
@@ -240,3 +243,29 @@ def test_emoji_are_nearer_to_emoji_than_to_photographs(tmp_path):
         found.append(generation_metrics(emoji, real, extractors, cache_dir=tmp_path)["metrics"])
     assert found[0]["fid_random_conv"] < found[1]["fid_random_conv"]
     assert found[0]["precision_random_conv"] > found[1]["precision_random_conv"]
+
+
+def test_by_class(image_folder, tmp_path):
+    """Each class has the figures of its images alone; a file that can't be read does not shift the classes."""
+    names = ["even", "odd"] * 12
+    for index in range(22):
+        shutil.copy(image_folder / f"{index:02d}.png", tmp_path / f"{index:02d}.png")
+        Image.open(tmp_path / f"{index:02d}.png").crop((8, 0, 40, 32)).rotate(90).save(tmp_path / f"{index:02d}.png")
+    real, generated = load_collection(image_folder), load_collection(tmp_path)
+    assert len(real) == 25  # one of them is broken, and is the last
+    real = real.select([24, *range(24)])
+    extractors = load_extractors(["fid", "precision-recall", "kid"], "random-conv", kid_extractor="random-conv")
+    classes = ["rare", "rare", *names[2:21], None], ["even", *names]
+    options = {"cache_dir": tmp_path / "cache"}
+    result = generation_metrics(generated, real, extractors, classes=classes, **options)
+    by_class = result.pop("by_class")
+    assert result["metrics"] == generation_metrics(generated, real, extractors, **options)["metrics"]
+    counts = {name: (found["generated"], found["real"], found["too_few"]) for name, found in by_class.items()}
+    assert counts == {"even": (10, 12, False), "odd": (9, 12, True), "rare": (2, 0, True)}
+    assert by_class["odd"]["metrics"] == by_class["rare"]["metrics"] == {}
+    alone = generation_metrics(generated.select(range(2, 22, 2)), real.select(range(1, 25, 2)), extractors, **options)
+    assert by_class["even"]["metrics"].keys() == alone["metrics"].keys() - {"fid_random_conv"}  # 32 features
+    for name, value in by_class["even"]["metrics"].items():
+        assert value == pytest.approx(alone["metrics"][name], rel=1e-4)
+    with pytest.raises(ValueError, match="1 images can't be read and have other names in the cache of features, so"):
+        _readable(real, ImageFeatures(torch.zeros(24, 3), None, ["elsewhere/broken.png"]), classes[1])

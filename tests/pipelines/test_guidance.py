@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
 from PIL import Image
 from small_models import UNET
 
@@ -114,6 +114,17 @@ class TestLabels:
         assert pipe.num_classes is None and pipe.labels == {}
         assert torch.equal(sample(pipe), sample(pipe, guidance_scale=1.0))
 
+    def test_unconditional_samples_are_the_plain_loops(self, pipe):
+        """To the bit: nothing of classes and guidance touches them."""
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        latents = torch.randn(2, 4, 8, 8, generator=seeded())
+        found = sample(pipe, 2, latents=latents)
+        pipe.scheduler.set_timesteps(3)
+        with torch.no_grad():
+            for timestep in pipe.scheduler.timesteps:
+                latents = pipe.scheduler.step(pipe.unet(latents, timestep).sample, timestep, latents).prev_sample
+        assert torch.equal(found, latents)
+
     @pytest.mark.parametrize("names", [{0: "a", 1: "b"}, {0: "a", 1: "b", 3: "c"}, {0: "a", 1: "b", 2: "a"}])
     def test_names_must_be_the_models(self, autoencoder, names):
         with pytest.raises(ValueError, match=r"id2label names \d classes, but unet has num_class_embeds=4; number"):
@@ -182,11 +193,13 @@ class TestGuidance:
         class_pipe.unet = guided_pipe.guide
         assert_same(zero, sample(class_pipe, class_labels="cat", guidance_scale=1.0))
 
-    def test_splits_of_a_batch(self, class_pipe):
+    @pytest.mark.parametrize("kind", ["class_pipe", "guided_pipe"])
+    def test_splits_of_a_batch(self, kind, request):
+        pipe = request.getfixturevalue(kind)
         options = {"guidance_scale": 2.0, "guidance_interval": (0.2, 0.9)}
         labels, generator = ["cat", "bird", None, "cat"], seeded()
-        whole = sample(class_pipe, 4, class_labels=labels, **options)
-        parts = [sample(class_pipe, 2, class_labels=labels[i : i + 2], generator=generator, **options) for i in (0, 2)]
+        whole = sample(pipe, 4, class_labels=labels, **options)
+        parts = [sample(pipe, 2, class_labels=labels[i : i + 2], generator=generator, **options) for i in (0, 2)]
         assert_same(whole, torch.cat(parts))
 
     @pytest.mark.parametrize("method", ["vary", "interpolate", "inpaint"])
