@@ -186,20 +186,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple[str, ...], argv=None):
-    r"""
-    Parses flags, with defaults from a config file.
-
-    Args:
-        parser (`argparse.ArgumentParser`): Parser with all flags of the script, `--config` among them.
-        section (`str`): Section of the file that holds this script's flags.
-        models (`tuple[str]`): Sections that hold keyword arguments of models; they become attributes of the result.
-        argv (`list[str]`, *optional*): Command line.
-
-    Returns:
-        `argparse.Namespace`: flags, and one `dict` for each of `models`, empty where the file has no such section.
-
-    Raises:
-        `SystemExit`: If the file can't be read or names an unknown flag, or `--set` one of another section's models.
+    """
+    Parses flags, with defaults from the `section` of a config file, whose sections `models` become attributes too:
+    keyword arguments, empty where the file has no such section. Exits if the file can't be read or names an unknown
+    flag, or `--set` one of another section's models.
     """
     argv = sys.argv[1:] if argv is None else argv
     typed = parser.parse_known_args(argv)[0]

@@ -66,18 +66,9 @@ def check_class_arguments(parser: argparse.ArgumentParser, args: argparse.Namesp
 
 
 def known_classes(args: argparse.Namespace, pipeline: BricsKeyCodePipeline | None) -> list[str] | None:
-    r"""
-    The classes of a pretrained pipeline.
-
-    Args:
-        args (`argparse.Namespace`): Flags of the run.
-        pipeline ([`BricsKeyCodePipeline`], *optional*): The pipeline to go on from.
-
-    Returns:
-        `list[str]`: Names in the order of their numbers; `None` without a pipeline or without classes.
-
-    Raises:
-        `ValueError`: If one of the two, pipeline and run, has classes and the other has none.
+    """
+    Names of the classes of a pipeline to go on from, in the order of their numbers; `None` without a pipeline or
+    without classes. A `ValueError` if one of the two, pipeline and run, has classes and the other has none.
     """
     if pipeline is None:
         return None
@@ -102,23 +93,11 @@ def drop_labels(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> torch.Tensor:
-    r"""
-    Replaces a random share of a batch's labels by "no class" (Ho and Salimans, arXiv 2207.12598).
+    """
+    Replaces a random share of a process's labels (B,) of a batch by `no_class` (Ho and Salimans, arXiv 2207.12598).
 
     What is replaced follows from the seed and the number of the batch, as noise does: several processes replace what
     one process with their batches together does.
-
-    Args:
-        labels (`torch.Tensor` of shape (B,)): A process's share of a batch, on the CPU.
-        no_class (`int`): The label that says so.
-        probability (`float`): Share, in [0, 1].
-        seed (`int`): Seed of the run.
-        batch (`int`): Number of the batch.
-        process_index (`int`, defaults to 0): Rank of this process.
-        num_processes (`int`, defaults to 1): Number of processes.
-
-    Returns:
-        `torch.Tensor` of shape (B,).
     """
     # A third number: other draws than those of noise, which has two.
     random = np.random.default_rng((seed, batch, 1)).random(len(labels) * num_processes)
