@@ -93,16 +93,9 @@ def load_split(args: argparse.Namespace, split: str, max_images: int | None = No
 
 
 def open_collection(args: argparse.Namespace, autoencoder: BricsAutoencoder, rows: slice = slice(None)):
-    r"""
-    The collection of a command line and its loader.
-
-    Args:
-        args (`argparse.Namespace`): Flags of [`add_collection_arguments`].
-        autoencoder ([`BricsAutoencoder`]): The model, which says how large its images are and of what channels.
-        rows (`slice`, defaults to all): The rows to read.
-
-    Returns:
-        `tuple`: `datasets.Dataset`, and a `DataLoader` over its rows.
+    """
+    The `datasets.Dataset` of a command line, and a `DataLoader` over some of its rows, of images as the model takes
+    them.
     """
     dataset = read_collection(args)
     rows = range(len(dataset))[rows]
@@ -140,16 +133,9 @@ def origin_sentence(result: dict) -> str:
 def publish(
     args: argparse.Namespace, name: str, result: dict, text: str, draw: Callable[[], dict], device="cpu"
 ) -> None:
-    r"""
-    Writes a report with the machine it comes from, and prints its text.
-
-    Args:
-        args (`argparse.Namespace`): Flags of [`add_run_arguments`].
-        name (`str`): Name of the report.
-        result (`dict`): What goes into the JSON file; with `"machine"`, if it has more to say of it.
-        text (`str`): The Markdown file.
-        draw (`Callable`): Returns the figures by name. If matplotlib is missing, the rest is written without them.
-        device (`torch.device`, defaults to `"cpu"`): What did the work.
+    """
+    Writes a report with the machine that it comes from, and prints its text; `result` has `"machine"` if it has more
+    to say of it. `draw` returns the figures by name: if matplotlib is missing, the rest is written without them.
     """
     try:
         figures = draw()
