@@ -6,7 +6,7 @@ import torch
 import train_autoencoder
 from accelerate import Accelerator
 from diffusers import VQModel
-from launching import CONFIG, assert_same_movement
+from launching import CONFIG, assert_same_movement, train_here
 
 from brics_diffusers import BricsAutoencoder
 from brics_diffusers.models.loading import load_autoencoder
@@ -170,12 +170,12 @@ def test_pictures():
     assert image_grid(targets, columns=2).size == (2 * 6 + 2, 2 * 6 + 2)
 
 
-def test_no_file_of_the_validation_set_is_readable(tmp_path, image_folder, write_config, run_here):
+def test_no_file_of_the_validation_set_is_readable(tmp_path, image_folder, write_config):
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "validation").mkdir()
     for file in list(image_folder.glob("0*.png")):
         (tmp_path / "data" / "train" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "data" / "validation" / "bad.png").write_text("no image")
     flags = ["--config", str(write_config()), "--dataset_name", str(tmp_path / "data"), "--output_dir"]
-    run_here(train_autoencoder.main, *flags, tmp_path / "run", "--max_train_steps", 1)
+    train_here(train_autoencoder.main, *flags, tmp_path / "run", "--max_train_steps", 1)
     assert (tmp_path / "run" / "autoencoder" / "config.json").exists()

@@ -3,16 +3,16 @@ import torch
 import train_autoencoder
 from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
-from launching import CONFIG
+from launching import CONFIG, train_here
 from safetensors.torch import load_file
 from test_train_autoencoder import read_log
 
 
-def test_bfloat16_run(tmp_path, image_folder, write_config, run_here):
+def test_bfloat16_run(tmp_path, image_folder, write_config):
     flags = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", tmp_path]
     # The discriminator of two steps makes images worse at first: what is learnt before it comes is what counts.
     flags += ["--mixed_precision", "bf16", "--learning_rate", 5e-3, "--gan_start_step", 32, "--max_train_steps", 34]
-    run_here(train_autoencoder.main, *flags)
+    train_here(train_autoencoder.main, *flags)
     events = read_log(tmp_path)
     assert events.Scalars("train/skipped_steps")[-1].value == 0
     losses = [event.value for event in events.Scalars("train/mse")]
