@@ -1,6 +1,7 @@
 """Classes in stage two: flags, the share of images that train without theirs, and the classes of validation images."""
 
 import argparse
+import functools
 from collections import Counter
 
 import datasets
@@ -21,10 +22,9 @@ def probability(text: str) -> float:
 def add_class_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of class-conditional training."""
     add = parser.add_argument
-    add(
+    flag = functools.partial(add, action=argparse.BooleanOptionalAction, default=False)
+    flag(
         "--class_conditional",
-        action=argparse.BooleanOptionalAction,
-        default=False,
         help="Train with the classes of the images: a column, a metadata file, or the folders that they lie in.",
     )
     add(
@@ -37,12 +37,7 @@ def add_class_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.1,
         help="Share of images that train without their class, which classifier-free guidance needs.",
     )
-    add(
-        "--balance_classes",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="Draw all classes equally often, the images of rare ones repeatedly.",
-    )
+    flag("--balance_classes", help="Draw all classes equally often, the images of rare ones repeatedly.")
     add("--min_class_images", type=positive, default=1, help="Leave out the images of classes with fewer images.")
 
 
