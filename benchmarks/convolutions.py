@@ -1,4 +1,4 @@
-"""Ways to compute the decoder's modulated convolutions: what it takes, beside what it could have taken.
+"""The decoder's modulated convolutions computed in several ways, and how long each takes.
 
 A style scales the input channels of a convolution. `one image at a time` scales the weights for every image;
 `activations` scales the activations of the whole batch instead; `grouped` makes weights for each image and convolves
