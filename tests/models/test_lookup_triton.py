@@ -21,11 +21,11 @@ from test_lookup import TOLERANCES, compare, make_case, run
 from brics_diffusers.models.grids import lookup_triton
 from brics_diffusers.models.grids.feature_grids import FeatureGrids
 
-# Small ones of the cases for torch: dense, tiled and hashed levels that share entries, the last two with two keys as
-# well, and levels that share none in 16 bits. Interpreted casts to 16 bits cut off: an ulp more.
-cases = [(seed, torch.float32) for seed in (2, 6, 10, 15, 25)] + [(0, torch.float16), (22, torch.bfloat16)]
-for seed, dtype in cases:
-    compare("triton", *make_case(seed, torch.float32, dtype), [2 * limit for limit in TOLERANCES[dtype]])
+# Interpreted casts to 16 bits cut off: an ulp more.
+for case in sys.argv[1:]:
+    seed, _, dtype = case.partition(":")
+    dtype = getattr(torch, dtype)
+    compare("triton", *make_case(int(seed), torch.float32, dtype), [2 * limit for limit in TOLERANCES[dtype]])
 print("random shapes agree")
 
 torch.manual_seed(0)
@@ -76,8 +76,15 @@ for kernel, tensors, extra in (
 """
 
 
-def test_interpreted_kernels(run_python):
-    assert run_python(INTERPRET).splitlines() == [
+# Small ones of the cases for torch: levels that share entries, hashed for one key and tiled for two, and levels that
+# share none in 16 bits; then dense, tiled and hashed ones the other way round.
+FEW = ["10:float32", "15:float32", "0:float16"]
+MORE = ["2:float32", "6:float32", "25:float32", "22:bfloat16"]
+
+
+@pytest.mark.parametrize("cases", [FEW, pytest.param(MORE, marks=pytest.mark.slow)], ids=["few", "more"])
+def test_interpreted_kernels(run_python, cases):
+    assert run_python(INTERPRET, *cases).splitlines() == [
         "random shapes agree",
         "three blocks agree",
         "empty batches agree",

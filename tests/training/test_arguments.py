@@ -140,13 +140,6 @@ def test_step_log_averages_and_keeps_rare_losses():
     assert 0 <= logged[2]["train/data_wait_share"] < logged[4]["train/data_wait_share"] <= 1
 
 
-def test_missing_autoencoder_is_named(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match="nowhere provides no config.json .*; name the folder of a saved BricsAutoencoder"
-    ):
-        load_autoencoder(str(tmp_path / "nowhere"))
-
-
 def test_other_models_are_no_autoencoder(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "pipe")
     VQModel(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vq")

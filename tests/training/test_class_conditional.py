@@ -120,7 +120,6 @@ class TestRun:
 def test_key_codes_of_other_classes_are_others(trained, flags, tmp_path):
     flags = [*flags, "--key_codes_dir", trained[0] / "key_codes", "--output_dir", tmp_path, "--random_flip"]
     flags[flags.index("--class_conditional")] = "--no-class_conditional"
-    del flags[flags.index("--min_class_images") :][:2]
     flags = [flag for flag in flags if flag not in ("--min_class_images", 3)]
     with pytest.raises(ValueError, match="holds key codes of another .* or classes; delete it or name another folder"):
         train_here(train_key_codes.main, *flags)
@@ -184,8 +183,3 @@ class TestFlags:
             known_classes(args, pipe)
         args.class_conditional = False
         assert known_classes(args, pipe) is None is known_classes(args, None)
-
-
-def test_the_configuration_is_kept(trained):
-    config = json.loads((trained[0] / "training_config.json").read_text())
-    assert config["class_conditional"] and config["min_class_images"] == 3

@@ -122,17 +122,8 @@ def test_two_processes_measure_what_one_does(flags, tmp_path):
     for processes in (1, 2):
         output_dir = tmp_path / str(processes)
         # So few samples that one process has none of those that are shown; the weights stay, since dropout differs.
-        more = [
-            *METRICS,
-            "--max_train_steps",
-            1,
-            "--learning_rate",
-            1e-9,
-            "--num_validation_images",
-            1,
-            "--train_batch_size",
-            4 // processes,
-        ]
+        more = [*METRICS, "--max_train_steps", 1, "--learning_rate", 1e-9, "--num_validation_images", 1]
+        more += ["--train_batch_size", 4 // processes]
         launch("train_key_codes.py", *flags, *more, "--output_dir", output_dir, processes=processes)
         metrics.append(json.loads((output_dir / "training_summary.json").read_text())["validation"])
         assert (output_dir / "pipeline-best").is_dir()

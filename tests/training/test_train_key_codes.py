@@ -1,5 +1,6 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,6 +75,18 @@ def test_same_key_codes_are_not_made_again(stage_one, stage_two, image_folder, w
         train_here(train_key_codes.main, *flags, "--output_dir", tmp_path / "other")
 
 
+def test_processes_draw_what_one_draws():
+    def draw(batch, seed, count, index, processes):
+        accelerator = SimpleNamespace(device="cpu", process_index=index, num_processes=processes)
+        return train_key_codes.draw_noise((count, 4, 8, 8), seed, batch, accelerator, 1000)
+
+    whole = draw(3, 0, 4, 0, 1)
+    for parts, expected in zip(zip(*(draw(3, 0, 2, index, 2) for index in (0, 1)), strict=True), whole, strict=True):
+        assert torch.equal(torch.cat(parts), expected)
+    assert not any(torch.equal(whole[0], draw(*other, 4, 0, 1)[0]) for other in ((4, 0), (3, 1)))
+
+
+@pytest.mark.slow
 def test_two_processes_equal_one_with_doubled_batch(tmp_path, image_folder, write_config, stage_one):
     moves = []
     for processes in (1, 2):
