@@ -1,4 +1,4 @@
-"""Distances between two sets of images by learned features, and those features of an autoencoder's reconstructions."""
+"""Fréchet and kernel distances, which make FID and KID, between features of images, or of reconstructions."""
 
 import itertools
 import re

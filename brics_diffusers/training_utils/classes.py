@@ -1,4 +1,4 @@
-"""Classes in stage two: flags, the share of images that train without theirs, and the classes of validation images."""
+"""Class-conditional training of stage two: flags, labels that are dropped, and the classes of validation images."""
 
 import argparse
 import functools

@@ -1,4 +1,4 @@
-"""Checks before training: backends that can't be used, processes that don't know of each other; workers, memory."""
+"""The processes of a training: launchers that are refused, the number of those that read data, and their memory."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The images of both stages and what brings them: a collection on this machine, or a stream of shards."""
+"""Training and held-out images of both stages, and their loaders: of a collection on this machine or of a stream."""
 
 import argparse
 import hashlib

@@ -1,4 +1,4 @@
-"""Images of other channels as the RGB that people, and networks trained on photographs, see."""
+"""Gray images and images with transparency as the RGB that people, and networks trained on photographs, see."""
 
 import torch
 
