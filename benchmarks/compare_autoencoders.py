@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 
 import torch
-from comparing import add_collection_arguments, add_report_arguments, check_settings
-from comparison_models import DEFAULT_MODELS, PRESETS, VARIANTS, Variant, folder_name, reconstruct, search_variants
-from comparison_report import write_comparison
+from autoencoder_models import DEFAULT_MODELS, PRESETS, VARIANTS, Variant, folder_name, reconstruct, search_variants
+from autoencoder_report import write_comparison
+from comparison import add_collection_arguments, add_report_arguments, check_settings
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 

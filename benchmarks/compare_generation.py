@@ -22,7 +22,8 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from comparing import (
+from autoencoder_models import folder_name
+from comparison import (
     BATCH_SIZE,
     add_collection_arguments,
     add_report_arguments,
@@ -30,7 +31,6 @@ from comparing import (
     config_path,
     training_rows,
 )
-from comparison_models import folder_name
 from diffusers.training_utils import EMAModel
 from generation_models import (
     SCHEDULES,
@@ -59,7 +59,7 @@ from brics_diffusers.training_utils.run import load_splits
 from brics_diffusers.utils.files import atomic_write, weights_digest
 
 
-import train_key_codes  # isort: skip  (comparing says where it is)
+import train_key_codes  # isort: skip  (comparison.py says where it is)
 
 
 DEFAULT_MODELS = [

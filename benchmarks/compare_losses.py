@@ -24,14 +24,14 @@ from pathlib import Path
 
 import torch
 import yaml
-from comparing import TRAINING, add_report_arguments, check_settings, config_path
+from comparison import TRAINING, add_report_arguments, check_settings, config_path
 from loss_report import measure, write_loss_report
 
 from brics_diffusers.training_utils.arguments import FREE_FLAGS, flag_words, positive
 from brics_diffusers.training_utils.run import load_splits
 
 
-import train_autoencoder  # isort: skip  (comparing says where it is)
+import train_autoencoder  # isort: skip  (comparison.py says where it is)
 
 
 # Flags of training, the same for all variants.

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from comparing import BATCH_SIZE, reconstructions, training_rows
-from comparison_models import CLASSES, decode, encode
+from autoencoder_models import CLASSES, decode, encode
+from comparison import BATCH_SIZE, reconstructions, training_rows
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 
 from brics_diffusers import BricsAutoencoder, CosineVariantScheduler

@@ -4,8 +4,8 @@ import statistics
 from pathlib import Path
 
 import torch
-from comparing import BATCH_SIZE, line_colors, origin, spread
-from comparison_models import latent_deviation
+from autoencoder_models import latent_deviation
+from comparison import BATCH_SIZE, line_colors, origin, spread
 
 from brics_diffusers.data import evaluation_loader
 from brics_diffusers.metrics.feature_distances import (

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from comparing import BATCH_SIZE, line_colors, origin, reconstructions, spread, training_rows
+from comparison import BATCH_SIZE, line_colors, origin, reconstructions, spread, training_rows
 from timing import interleaved, medians
 
 from brics_diffusers.data import evaluation_loader

@@ -3,13 +3,13 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import autoencoder_models
 import compare_autoencoders
-import comparison_models
 import pytest
 import torch
-from comparing import spread
-from comparison_models import CLASSES, DEFAULT_MODELS, PRESETS, RELATIVE_NOISE, VARIANTS, NoisyAutoencoderKL
-from comparison_report import NOISES, model_costs, noise_curve, seconds_until, table_row
+from autoencoder_models import CLASSES, DEFAULT_MODELS, PRESETS, RELATIVE_NOISE, VARIANTS, NoisyAutoencoderKL
+from autoencoder_report import NOISES, model_costs, noise_curve, seconds_until, table_row
+from comparison import spread
 from diffusers import VQModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -22,7 +22,7 @@ from brics_diffusers.metrics.perceptual import load_lpips
 from brics_diffusers.metrics.reconstruction import image_metrics
 
 
-PEER = comparison_models.SMALL_PEER | {"block_out_channels": (8, 8, 16), "sample_size": 32}
+PEER = autoencoder_models.SMALL_PEER | {"block_out_channels": (8, 8, 16), "sample_size": 32}
 SMALL = {
     "train_batch_size": 2,
     "max_train_steps": 4,
@@ -50,7 +50,7 @@ def compare(image_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
         patch.setitem(PRESETS, "noto-emoji-64", SMALL)
-        patch.setattr("comparison_report.DECODING_ROUNDS", 1)
+        patch.setattr("autoencoder_report.DECODING_ROUNDS", 1)
         yield run
 
 
@@ -68,7 +68,7 @@ def images():
 
 def make_model(class_name: str, **changes):
     torch.manual_seed(0)
-    return CLASSES[class_name](**comparison_models.Variant(class_name).arguments(SMALL) | changes)
+    return CLASSES[class_name](**autoencoder_models.Variant(class_name).arguments(SMALL) | changes)
 
 
 def values(result):
@@ -219,7 +219,7 @@ class TestRuns:
         assert not torch.equal(*batches[0].chunk(2))  # of the two seeds
 
     def test_search(self, compare, monkeypatch, tmp_path):
-        search_variants = comparison_models.search_variants
+        search_variants = autoencoder_models.search_variants
 
         def first_and_last(names):
             trials = list(search_variants(["BRICS", "VQModel"]).items())
@@ -240,11 +240,11 @@ class TestModels:
     def test_peers_decode_more_expensively_and_with_latents_as_large(self, config):
         costs, latents = {}, {}
         for name in CLASSES:
-            model = comparison_models.Variant(name).build(PRESETS[config])
+            model = autoencoder_models.Variant(name).build(PRESETS[config])
             costs[name] = model_costs(model)
             size = model.config.sample_size
             with torch.no_grad():
-                latents[name] = comparison_models.encode(model, torch.zeros(1, 3, size, size))
+                latents[name] = autoencoder_models.encode(model, torch.zeros(1, 3, size, size))
             parameters = sum(value for key, value in costs[name].items() if key.endswith(" M"))
             assert parameters == pytest.approx(model.num_parameters() / 1e6)
         cost = {name: costs[name]["decoder G"] for name in costs}
@@ -266,7 +266,7 @@ class TestModels:
         assert VARIANTS[NOISY].changes == {"relative_noise": RELATIVE_NOISE}
 
     def test_every_class_is_searched_as_much(self):
-        trials = comparison_models.search_variants(DEFAULT_MODELS[:3])
+        trials = autoencoder_models.search_variants(DEFAULT_MODELS[:3])
         of_class = {}
         for name, variant in trials.items():
             of_class.setdefault(name.partition(":")[0], []).append(variant)
@@ -283,7 +283,7 @@ class TestModels:
 
     def test_regularizers(self, images):
         models = {name: make_model(name) for name in CLASSES}
-        parts = {name: comparison_models.reconstruct(model, images)[1] for name, model in models.items()}
+        parts = {name: autoencoder_models.reconstruct(model, images)[1] for name, model in models.items()}
         for name in ("AutoencoderKL", "NoisyAutoencoderKL"):
             posterior = models[name].encode(images).latent_dist
             variance, mean = posterior.var, posterior.mean
@@ -299,14 +299,14 @@ class TestModels:
     @torch.no_grad()
     def test_exact_latents_make_the_models_own_reconstruction(self, name, images):
         model = make_model(name).eval()
-        sample = comparison_models.decode(model, comparison_models.encode(model, images))
+        sample = autoencoder_models.decode(model, autoencoder_models.encode(model, images))
         torch.testing.assert_close(sample, model(images).sample, rtol=1e-4, atol=1e-5)
 
     def test_latent_deviation(self):
         noise = torch.randn(64, 2, 16, 16, generator=torch.Generator().manual_seed(0))
         scale, offset = torch.tensor([3.0, 1.0]).view(1, 2, 1, 1), torch.tensor([5.0, -50.0]).view(1, 2, 1, 1)
         # Where a channel lies is none of its deviation. 16,384 draws a channel: 1% is two standard errors.
-        assert comparison_models.latent_deviation(scale * noise + offset).item() == pytest.approx(5**0.5, rel=0.02)
+        assert autoencoder_models.latent_deviation(scale * noise + offset).item() == pytest.approx(5**0.5, rel=0.02)
 
 
 def as_run(model, batch_size=4):
@@ -326,10 +326,10 @@ class TestReport:
         batch = next(iter(evaluation_loader(dataset, 32, 25)))["pixel_values"]
         with torch.no_grad():
             plain = image_metrics(model(batch).sample, batch)["psnr"].mean().item()
-            latents = comparison_models.encode(model, batch)
+            latents = autoencoder_models.encode(model, batch)
         assert len(curve["psnr"]) == len(NOISES) and NOISES[0] == 0
         assert curve["psnr"][0] == pytest.approx(plain, abs=1e-3)
-        assert curve["deviation"] == pytest.approx(comparison_models.latent_deviation(latents).item(), rel=1e-4)
+        assert curve["deviation"] == pytest.approx(autoencoder_models.latent_deviation(latents).item(), rel=1e-4)
         assert len(set(curve["psnr"])) > 1  # noise reaches the images
         # An image's noise does not depend on its batch. A codebook's choice may turn on rounding.
         assert other["psnr"] == pytest.approx(curve["psnr"], abs=0.05 if name == "VQModel" else 1e-3)
@@ -349,7 +349,7 @@ class TestReport:
         ("psnr", "expected"), [((20, 20), "0.75 ± 0.35"), ((20, 9), "with 1 of 2 seeds"), ((9, 9), "never")]
     )
     def test_time_until_the_firsts_psnr(self, monkeypatch, psnr, expected):
-        monkeypatch.setattr("comparison_report.training_psnr", lambda run, dataset: 10.0)
+        monkeypatch.setattr("autoencoder_report.training_psnr", lambda run, dataset: 10.0)
 
         def run(name, seconds, last):
             curve = [{"seconds": seconds, "psnr": last, "ssim": 0.5}]

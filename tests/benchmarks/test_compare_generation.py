@@ -12,9 +12,9 @@ import generation_report
 import pytest
 import torch
 import yaml
+from autoencoder_models import CLASSES, SMALL_PEER, encode, folder_name
 from compare_generation import Run
-from comparing import spread
-from comparison_models import CLASSES, SMALL_PEER, encode, folder_name
+from comparison import spread
 from diffusers import UNet2DModel
 from generation_models import LatentSpace, build_scheduler, denoise, load_saved_autoencoder, starting_noise
 from launching import CONFIG, environment

@@ -3,8 +3,8 @@
 import statistics
 
 import torch
-from comparing import origin, spread
-from comparison_models import decode, encode, latent_deviation
+from autoencoder_models import decode, encode, latent_deviation
+from comparison import origin, spread
 from diffusers import VQModel
 from timing import interleaved, medians
 
