@@ -169,7 +169,10 @@ def test_two_processes_equal_one_with_doubled_batch(tmp_path, image_folder, writ
         flags += ["--train_batch_size", 4 // processes, "--gradient_penalty_interval", 1]
         flags += ["--max_train_steps", 2, "--checkpointing_steps", 1, "--num_validation_images", 0]
         flags += ["--config", config, "--dataset_name", image_folder, "--output_dir", output_dir]
-        launch("train_autoencoder.py", *flags, processes=processes)
+        if processes == 1:
+            train_here(train_autoencoder.main, *flags)
+        else:
+            launch("train_autoencoder.py", *flags, processes=processes)
         moves.append(movement(output_dir, 1, 2, ("model", "model_1")))
     assert_same_movement(*moves)
 
@@ -188,6 +191,17 @@ def test_cache_of_resized_images(tmp_path, image_folder, write_config, monkeypat
         weights.append((tmp_path / name / "autoencoder/diffusion_pytorch_model.safetensors").read_bytes())
     assert weights[0] == weights[1] == weights[2]
     assert set(reads) == {str(image_folder / "broken.png")}
+
+
+def test_no_file_of_the_validation_set_is_readable(tmp_path, image_folder, write_config):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "validation").mkdir()
+    for file in list(image_folder.glob("0*.png")):
+        (tmp_path / "data" / "train" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "data" / "validation" / "bad.png").write_text("no image")
+    flags = ["--config", str(write_config()), "--dataset_name", str(tmp_path / "data"), "--output_dir"]
+    train_here(train_autoencoder.main, *flags, tmp_path / "run", "--max_train_steps", 1)
+    assert (tmp_path / "run" / "autoencoder" / "config.json").exists()
 
 
 @pytest.fixture(scope="module")
