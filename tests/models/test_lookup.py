@@ -213,6 +213,7 @@ class TestMemory:
             grids(keys.detach())  # frozen encoder: no slopes
         assert sum(kept.values()) == keys.numel() * 4
 
+
 class TestChoice:
     def test_torch_on_the_cpu(self):
         grids, keys = make_case(0)
