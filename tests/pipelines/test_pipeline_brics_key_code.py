@@ -84,7 +84,7 @@ class TestCall:
         assert [timestep for _, timestep, _ in steps] == pipe.scheduler.timesteps.tolist()
         assert latents.abs().max() == 0
 
-    @pytest.mark.parametrize("steps", [1000, 250, 50])
+    @pytest.mark.parametrize("steps", [pytest.param(1000, marks=pytest.mark.slow), 250, 50])
     def test_step_counts(self, pipe, steps):
         calls = []
         pipe.unet.register_forward_hook(lambda *_: calls.append(1))
