@@ -215,6 +215,13 @@ class TestPush:
         assert set(hub.repositories) == names  # nothing came of the refused ones
 
 
+@pytest.fixture(scope="module")
+def without_package(online, client, tmp_path_factory):
+    """Loads what is on the Hub, in a process that has no such package; a folder with its samples, and the output."""
+    folder = tmp_path_factory.mktemp("without-package")
+    return folder, client(HIDE_PACKAGE + SAMPLE + LOAD_CODE, folder / "online")
+
+
 class TestLoad:
     def test_with_the_package(self, online, saved):
         for index in (0, 1):
@@ -228,20 +235,19 @@ class TestLoad:
             assert np.array_equal(np.load(tmp_path / f"result-{index}.npy"), saved[1])
         assert len(hub.calls) == calls
 
-    def test_without_the_package(self, hub, online, saved, client, tmp_path):
-        printed = client(HIDE_PACKAGE + SAMPLE + LOAD_CODE, tmp_path / "online")
+    def test_without_the_package(self, without_package, saved):
+        folder, printed = without_package
         assert "Pass `trust_remote_code=True`" in printed and "(1, 32, 32, 3)" in printed
         assert "Expected types" not in printed and "might require" not in printed  # nothing that diffusers frowns at
         for index in (0, 1):
-            assert np.array_equal(np.load(tmp_path / f"online-{index}.npy"), saved[1])
+            assert np.array_equal(np.load(f"{folder}/online-{index}.npy"), saved[1])
 
     @pytest.mark.slow
-    def test_without_the_package_offline(self, hub, online, saved, client, tmp_path):
-        client(HIDE_PACKAGE + SAMPLE + LOAD_CODE, tmp_path / "online")
-        calls = len(hub.calls)
-        client(HIDE_PACKAGE + SAMPLE + LOAD_CODE, tmp_path / "offline", HF_HUB_OFFLINE="1")
+    def test_without_the_package_offline(self, hub, without_package, saved, client):
+        calls, (folder, _) = len(hub.calls), without_package
+        client(HIDE_PACKAGE + SAMPLE + LOAD_CODE, folder / "offline", HF_HUB_OFFLINE="1")
         assert len(hub.calls) == calls
-        assert np.array_equal(np.load(tmp_path / "offline-1.npy"), saved[1])
+        assert np.array_equal(np.load(folder / "offline-1.npy"), saved[1])
 
     def test_pickles(self, hub, online):
         lines = [line for line in online[1].splitlines() if re.match(r"\w+Error: ", line)]
