@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 
 import torch
-from comparison_models import DEFAULT_MODELS, PRESETS, VARIANTS, Variant, folder_name, reconstruct, search_variants
-from comparison_report import write_comparison
+from autoencoder_models import DEFAULT_MODELS, PRESETS, VARIANTS, Variant, folder_name, reconstruct, search_variants
+from autoencoder_report import write_comparison
+from comparison import add_collection_arguments, add_report_arguments, check_settings
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
@@ -45,13 +46,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config", choices=sorted(PRESETS), default="noto-emoji-64", help="Models, batch size and steps.")
-    add("--dataset_name", required=True, help="Any collection that training/train_autoencoder.py takes.")
-    add("--dataset_config_name", help="Configuration of a data set that has several.")
-    add("--image_column", help="Column that holds the images; default: `image`, or the only one.")
-    add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")
-    add("--max_train_samples", type=positive, help="Use the first images only.")
-    add("--num_validation_images", type=positive, default=256, help="Held-out images to use at most.")
-    add("--output_dir", default="runs/comparison", help="Folder for the report, and for states to go on from.")
+    add_collection_arguments(parser)
+    add_report_arguments(parser, "runs/comparison")
     add(
         "--models",
         nargs="+",
@@ -62,19 +58,6 @@ def parse_args(argv=None) -> argparse.Namespace:
         f"first {len(DEFAULT_MODELS)}.",
     )
     add("--search", action="store_true", help="Train each model with several learning rates, betas and warm-ups.")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds of weights, data order and noise.")
-    add(
-        "--show_images",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="Held-out images above their reconstructions in the picture; not for those that must not be passed on.",
-    )
-    add(
-        "--report",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="Write the report at the end; --no-report for processes that train a part.",
-    )
     add("--max_train_steps", type=positive, help="Steps of each model; default: the config's.")
     add("--validation_steps", type=positive, default=250, help="Steps from one validation to the next.")
     add("--train_batch_size", type=positive, help="Images in a step; default: the config's.")
@@ -85,8 +68,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name in ("train_batch_size", "max_train_steps"):
         setattr(args, name, getattr(args, name) or args.preset[name])
     args.variants = search_variants(args.models) if args.search else {name: VARIANTS[name] for name in args.models}
-    # What is held out, if the collection has no split for it, is the same for all seeds.
-    args.dataset_split, args.validation_split, args.seed = "train", None, 0
     return args
 
 
@@ -133,12 +114,7 @@ class Run:
         if not (self.folder / "state").exists():
             return
         state = torch.load(self.folder / "state/state.pt", map_location=self.args.device, weights_only=True)
-        for name, value in self.settings.items():
-            if state["settings"].get(name) != value:
-                raise ValueError(
-                    f"{self.folder} was trained with {name} {state['settings'].get(name)}, not {value}; give the same "
-                    "flags as before, or another --output_dir."
-                )
+        check_settings(self.folder, state["settings"], self.settings)
         for name, part in self.stateful.items():
             part.load_state_dict(state[name])
         self.ema.to(self.args.device)

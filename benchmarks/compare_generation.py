@@ -17,14 +17,20 @@ and other --models, --schedules or --seeds, before one command with all of them 
 import argparse
 import json
 import logging
-import sys
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from compare_losses import TRAINING, config_path
-from comparison_models import folder_name
+from autoencoder_models import folder_name
+from comparison import (
+    BATCH_SIZE,
+    add_collection_arguments,
+    add_report_arguments,
+    check_settings,
+    config_path,
+    training_rows,
+)
 from diffusers.training_utils import EMAModel
 from generation_models import (
     SCHEDULES,
@@ -37,7 +43,6 @@ from generation_models import (
     starting_noise,
 )
 from generation_report import write_generation_report
-from loss_report import BATCH_SIZE, training_rows
 from tqdm.auto import tqdm
 
 from brics_diffusers.data import collection_fingerprint, training_loader
@@ -54,9 +59,7 @@ from brics_diffusers.training_utils.run import load_splits
 from brics_diffusers.utils.files import atomic_write, weights_digest
 
 
-sys.path.insert(0, str(TRAINING))  # for whoever runs this file
-
-import train_key_codes  # noqa: E402
+import train_key_codes  # isort: skip  (comparison.py says where it is)
 
 
 DEFAULT_MODELS = [
@@ -72,17 +75,12 @@ DEFAULT_MODELS = [
 def parse_args(argv=None) -> argparse.Namespace:
     """Flags of this script, and in `flags` those that a training of key codes has by the config."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add = parser.add_argument
     add("--autoencoders", required=True, type=Path, help="Folder `models` that compare_autoencoders.py has written.")
     add("--config", type=config_path, default="noto-emoji-64", help="A YAML file, or the name of training/configs'.")
     add("--set", nargs="+", default=[], metavar="SECTION.NAME=VALUE", help="Changes to its unet and scheduler.")
-    add("--dataset_name", required=True, help="The collection that the autoencoders were trained on.")
-    add("--dataset_config_name", help="Configuration of a data set that has several.")
-    add("--image_column", help="Column that holds the images; default: `image`, or the only one.")
-    add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")
-    add("--max_train_samples", type=positive, help="Use the first images only.")
-    add("--num_validation_images", type=positive, default=256, help="Held-out images at most, as the autoencoders'.")
-    add("--output_dir", default="runs/generation", help="Folder for the report, and for states to go on from.")
+    add_collection_arguments(parser)  # those that the autoencoders were trained on
+    add_report_arguments(parser, "runs/generation")
     add(
         "--models",
         nargs="+",
@@ -92,7 +90,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     add("--autoencoder_seed", type=int, default=0, help="The seed of which each autoencoder is taken.")
     add("--schedules", nargs="+", choices=list(SCHEDULES), default=["b"], help="Those of Table 4.")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds of the UNet, data order and noise.")
     add("--max_train_steps", type=positive, default=4000, help="Steps of each UNet.")
     add("--validation_steps", type=positive, default=1000, help="Steps from one validation to the next.")
     add("--checkpointing_steps", type=positive, default=500, help="Steps from one saved state to the next.")
@@ -102,20 +99,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--num_inference_steps", type=positive, default=25, help="DPM-Solver++ steps of these.")
     add("--extractor", default=KID_FEATURES, help="Network whose features judge.")
     add("--num_reference_images", type=positive, default=3000, help="Training images to compare with, at most.")
-    add(
-        "--show_images",
-        action=switch,
-        default=True,
-        help="Training images beside samples in a picture; not for those that must not be passed on.",
-    )
-    add("--report", action=switch, default=True, help="Write the report; --no-report for a share of the work.")
     args = parser.parse_args(argv)
     words = [f"--config={args.config}", f"--dataset_name={args.dataset_name}", "--autoencoder_name_or_path=each"]
     for name in ("max_train_steps", "train_batch_size", "learning_rate"):
         words += flag_words(name, getattr(args, name))
     args.flags = train_key_codes.parse_args(words + (["--set", *args.set] if args.set else []))
-    # As in compare_autoencoders.py: what is held out, if the collection has no split for it, is the same for all.
-    args.dataset_split, args.validation_split, args.seed = "train", None, 0
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return args
 
@@ -152,12 +140,7 @@ class Run:
         if not path.exists():
             return
         progress = json.loads(path.read_text())
-        for name, value in self.settings.items():
-            if progress["settings"].get(name) != value:
-                raise ValueError(
-                    f"{self.folder} was trained with {name} {progress['settings'].get(name)}, not {value}; give the "
-                    "same flags as before, or another --output_dir."
-                )
+        check_settings(self.folder, progress["settings"], self.settings)
         self.step, self.seconds, self.curve = (progress[name] for name in ("step", "seconds", "curve"))
 
     def train(self, accelerator, references: torch.Tensor, extractor) -> None:

@@ -24,16 +24,14 @@ from pathlib import Path
 
 import torch
 import yaml
+from comparison import TRAINING, add_report_arguments, check_settings, config_path
 from loss_report import measure, write_loss_report
 
 from brics_diffusers.training_utils.arguments import FREE_FLAGS, flag_words, positive
 from brics_diffusers.training_utils.run import load_splits
 
 
-TRAINING = Path(__file__).resolve().parents[1] / "training"
-sys.path.insert(0, str(TRAINING))  # for whoever runs this file
-
-import train_autoencoder  # noqa: E402
+import train_autoencoder  # isort: skip  (comparison.py says where it is)
 
 
 # Flags of training, the same for all variants.
@@ -84,25 +82,15 @@ OF_DISCRIMINATOR = {
 }
 
 
-def config_path(name: str) -> str:
-    """Type of a flag: path of a YAML file, or name of one in training/configs."""
-    known = TRAINING / "configs" / f"{name}.yaml"
-    path = known if known.is_file() else Path(name)
-    if not path.is_file():
-        names = ", ".join(sorted(path.stem for path in known.parent.glob("*.yaml")))
-        raise argparse.ArgumentTypeError(f"must be a YAML file or one of {names}, not {name}")
-    return str(path)
-
-
 def parse_args(argv=None) -> argparse.Namespace:
     """Flags of this script, those for training in `extra`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add = parser.add_argument
     add("--config", type=config_path, default="noto-emoji-64", help="A YAML file, or the name of training/configs'.")
     add("--dataset_name", required=True, help="Any collection that training/train_autoencoder.py takes.")
-    add("--output_dir", default="runs/losses", help="Folder for the report, and for runs to go on from.")
+    add_report_arguments(parser, "runs/losses")
     add(
         "--variants",
         nargs="+",
@@ -119,19 +107,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="One more: the third with other flags, for instance `weak adversarial_weight=0.02 "
         "discriminator.max_channels=64`.",
     )
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds of weights, data order and noise.")
     add("--max_train_steps", type=positive, help="Steps of each run; default: the config's.")
     add("--extractor", default="efficientnet-lite2", help="Network whose features judge; not one of a loss.")
     add("--num_reference_images", type=positive, default=3000, help="Training images for rFID, at most.")
     add("--num_curve_images", type=positive, default=500, help="So many of them for the curve of rFID.")
     add("--num_kid_images", type=positive, default=1500, help="Training images that KID compares with, at most.")
-    add(
-        "--show_images",
-        action=switch,
-        default=True,
-        help="Held-out images and reconstructions in a picture; not for those that must not be passed on.",
-    )
-    add("--report", action=switch, default=True, help="Write the report; --no-report for a share of the work.")
     args, args.extra = parser.parse_known_args(argv)
     if any("=" not in change for _, *changes in args.add_variant for change in changes):
         parser.error("--add_variant needs a name, then changes such as adversarial_weight=0.02")
@@ -194,12 +174,10 @@ class Run:
     def check(self) -> None:
         """A `ValueError` if the folder has a run of other settings."""
         path = self.folder / "settings.json"
-        for name, value in json.loads(path.read_text()).items() if path.exists() else ():
-            if self.settings.get(name) != value:
-                raise ValueError(
-                    f"{self.folder} was trained with {name} {value}, not {self.settings.get(name)}; give the same "
-                    "flags as before, or another --output_dir."
-                )
+        if path.exists():
+            before = json.loads(path.read_text())
+            # Flags that are newer than the run are not compared.
+            check_settings(self.folder, before, {name: self.settings.get(name) for name in before})
 
     def train(self) -> None:
         """All steps that are left, with what the script prints in train.log."""

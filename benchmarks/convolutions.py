@@ -1,4 +1,4 @@
-"""Ways to compute the decoder's modulated convolutions: what it takes, beside what it could have taken.
+"""The decoder's modulated convolutions computed in several ways, and how long each takes.
 
 A style scales the input channels of a convolution. `one image at a time` scales the weights for every image;
 `activations` scales the activations of the whole batch instead; `grouped` makes weights for each image and convolves
@@ -82,16 +82,9 @@ def measure(
     device: str = "cpu", batch_sizes: tuple[int, ...] = (1, 4), rounds: int = 2, layers: dict | None = None
 ) -> dict:
     """
-    Runs everything and returns the numbers: in float32 on a CPU, in bfloat16 on a GPU.
-
-    Args:
-        device (`str`, defaults to `"cpu"`): Where to compute.
-        batch_sizes (`tuple[int]`, defaults to `(1, 4)`): Images at once.
-        rounds (`int`, defaults to 2): Turns of every way, after one to warm up.
-        layers (`dict`, *optional*): Channels in and out and pixels a side by name; `LAYERS` by default.
-
-    Returns:
-        `dict`: `"dtype"` and `"rows"`, one of every layer and batch size with the seconds of every way.
+    Runs everything and returns the numbers: `"dtype"`, float32 on a CPU and bfloat16 on a GPU, and `"rows"`, one of
+    every layer and batch size with the seconds of every way; after one turn of each to warm up. `layers` are as
+    `LAYERS`.
     """
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

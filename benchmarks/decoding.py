@@ -62,19 +62,9 @@ def measure(
     peers: dict | None = None,
 ) -> dict:
     """
-    Runs everything and returns the numbers: in float32 on a CPU, in bfloat16 on a GPU.
-
-    Args:
-        device (`str`, defaults to `"cpu"`): Where to decode.
-        batch_rounds (`tuple`, *optional*):
-            Batch sizes, each with its number of rounds after the warm-up, as in `time_and_memory`; those of
-            `BATCH_ROUNDS` by default.
-        config (`dict`, *optional*): Arguments of [`BricsAutoencoder`]; those of `PRESET` by default.
-        peers (`dict`, *optional*): Arguments of `peer_autoencoder` by name; `PEERS` by default.
-
-    Returns:
-        `dict`: `"dtype"` and one dictionary a batch size: of every decoder `"seconds"`, `"peak_mb"`,
-        `"images_per_second"` and `"ours / it"`.
+    Runs everything and returns the numbers: `"dtype"`, float32 on a CPU and bfloat16 on a GPU, and one dictionary a
+    batch size: of every decoder `"seconds"`, `"peak_mb"`, `"images_per_second"` and `"ours / it"`. Rounds are as in
+    `time_and_memory`, `peers` as `PEERS`, `config` holds arguments of [`BricsAutoencoder`].
     """
     device, peers = torch.device(device), peers or PEERS
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

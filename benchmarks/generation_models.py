@@ -8,9 +8,9 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from comparison_models import CLASSES, decode, encode
+from autoencoder_models import CLASSES, decode, encode
+from comparison import BATCH_SIZE, reconstructions, training_rows
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
-from loss_report import BATCH_SIZE, reconstructions, training_rows
 
 from brics_diffusers import BricsAutoencoder, CosineVariantScheduler
 from brics_diffusers.data import collection_fingerprint, evaluation_loader

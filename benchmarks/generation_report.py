@@ -1,13 +1,11 @@
 """What compare_generation.py measures of finished runs, and its report: table, curves, samples, nearest images."""
 
-import itertools
 import statistics
 from pathlib import Path
 
 import torch
-from comparison_models import latent_deviation
-from comparison_report import spread
-from loss_report import BATCH_SIZE
+from autoencoder_models import latent_deviation
+from comparison import BATCH_SIZE, line_colors, origin, spread
 
 from brics_diffusers.data import evaluation_loader
 from brics_diffusers.metrics.feature_distances import (
@@ -26,7 +24,7 @@ from brics_diffusers.metrics.nearest_neighbours import (
     squared_distances,
 )
 from brics_diffusers.utils.image_grids import image_grid
-from brics_diffusers.utils.plots import COLORS, new_figure
+from brics_diffusers.utils.plots import new_figure
 from brics_diffusers.utils.reports import machine, markdown_table, write_report
 
 
@@ -93,7 +91,7 @@ def plot_curves(args, by_variant: dict, extractor):
     kid = name_with_features("kid", extractor)
     kinds = {kid: "training images", f"{kid}_from_reconstructions": "own reconstructions"}
     figure, axes = new_figure(len(args.schedules), len(kinds), width=5.5, height=4.0)
-    colors = dict(zip(args.models, itertools.cycle((*COLORS, *(f"C{index}" for index in (5, 7, 8, 9, 6))))))
+    colors = line_colors(args.models)
     for (key, of_what), row in zip(kinds.items(), axes, strict=True):
         for plot in row[1:]:
             plot.sharey(row[0])
@@ -145,9 +143,7 @@ def report_text(args, table: list[dict], result: dict, extractor) -> str:
     shown = f"Rows of nearest training images, first sample each: {nearest}.\n" if args.show_images else ""
     return f"""# What latents are worth to a diffusion model: {Path(args.config).stem}
 
-`{on["command"]}`
-
-{on["device"]}; torch {on["torch"]}, diffusers {on["diffusers"]}.
+{origin(on)}
 
 One UNet of {result["parameters"] / 1e6:.1f} M parameters, {flags.max_train_steps} steps of {flags.train_batch_size}
 latents out of {counts["latents"]}, {args.flags.scheduler.get("prediction_type", "v_prediction")}, the same noise,

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import itertools
 import json
 import statistics
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from comparison_report import spread
+from comparison import BATCH_SIZE, line_colors, origin, reconstructions, spread, training_rows
 from timing import interleaved, medians
 
 from brics_diffusers.data import evaluation_loader
@@ -24,15 +23,14 @@ from brics_diffusers.metrics.feature_distances import (
 from brics_diffusers.metrics.feature_extractors import load_feature_extractor
 from brics_diffusers.metrics.image_features import cached_features
 from brics_diffusers.metrics.perceptual import load_perceptual_network, perceptual_is_cached
-from brics_diffusers.metrics.reconstruction import image_batches, reconstruction_metrics
+from brics_diffusers.metrics.reconstruction import reconstruction_metrics
 from brics_diffusers.models.loading import load_autoencoder
 from brics_diffusers.training_utils.run import load_splits
 from brics_diffusers.utils.image_grids import image_grid
-from brics_diffusers.utils.plots import COLORS, new_figure
+from brics_diffusers.utils.plots import new_figure
 from brics_diffusers.utils.reports import machine, markdown_table, write_report
 
 
-BATCH_SIZE = 32  # of measurements
 TIMING_ROUNDS = 5
 ENLARGED_SIDE = 128  # pixels; smaller images are enlarged twice in the picture
 
@@ -40,17 +38,6 @@ ENLARGED_SIDE = 128  # pixels; smaller images are enlarged twice in the picture
 def saved_steps(folder: Path) -> list[int]:
     """Steps at which a run has kept its averaged weights."""
     return sorted(int(path.name.removeprefix("autoencoder-")) for path in folder.glob("autoencoder-[0-9]*"))
-
-
-def reconstructions(model, loader):
-    """Batches as a loader's, with reconstructions in place of the images."""
-    for images, rows in image_batches(loader, next(model.parameters()).device, least=0, progress=False):
-        yield {"pixel_values": model(images).sample.float(), "index": rows, "unreadable": []}
-
-
-def training_rows(count: int) -> list[int]:
-    """Rows of the training images in an order of chance, the same for all runs, so that any number may be taken."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def measure(args, run, train_set, validation_set) -> dict:
@@ -167,7 +154,7 @@ def plot_curves(runs: dict, measures: dict):
     first = next(iter(measures.values()))[0]
     names = [name for name in first["curve"][-1] if name not in ("step", "ssim")]
     figure, (row,) = new_figure(len(names), width=5.5, height=4.2)
-    colors = dict(zip(runs, itertools.cycle((*COLORS, *(f"C{index}" for index in (5, 7, 8, 9, 6)))), strict=False))
+    colors = line_colors(runs)
     for axes, name in zip(row, names, strict=True):
         for variant, of_seeds in measures.items():
             for found in of_seeds:
@@ -238,9 +225,7 @@ def report_text(args, runs: dict, measures: dict, table: list[dict], on: dict) -
     rows = f"\nRows of the picture, seed {args.seeds[0]}: images, {', '.join(runs)}.\n" if args.show_images else ""
     return f"""# What perceptual and adversarial losses are worth: {Path(args.dataset_name).name}
 
-`{on["command"]}`
-
-{on["device"]}; torch {on["torch"]}, diffusers {on["diffusers"]}.
+{origin(on)}
 
 Config `{Path(args.config).stem}`, {flags.max_train_steps} steps of {flags.train_batch_size} images of {size} x {size};
 seeds {seeds}; averaged weights, protocol `standard`. Mean ± standard deviation over the seeds.

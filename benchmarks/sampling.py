@@ -109,21 +109,10 @@ def measure(
     unet: dict | None = None,
 ) -> dict:
     """
-    Runs everything and returns the numbers.
-
-    Args:
-        device (`str`, defaults to `"cpu"`): Where to sample.
-        rounds (`int`, defaults to 1): Batches of every sampler.
-        batch_size (`int`, defaults to 2): Images in a batch.
-        samplers (`tuple`, defaults to `SAMPLERS`): What to compare; times are given in units of the last one's.
-        pipeline (`str`, *optional*): Folder of a trained pipeline; a small one of random weights by default.
-        dataset_name (`str`, *optional*): The images it was trained on, for the quality of its samples.
-        num_images (`int`, defaults to 64): Samples whose quality is measured.
-        compiled (`bool`, defaults to `False`): Whether to time `torch.compile`, which takes minutes on a CPU.
-        autoencoder, unet (`dict`, *optional*): Arguments of the models of random weights.
-
-    Returns:
-        `dict`: `"samplers"` (rows), `"pipeline"` (its name), `"batch"`, and `"compiled"` (ratios) where asked for.
+    Runs everything and returns the numbers: `"samplers"` (rows), `"pipeline"` (its name), `"batch"`, and `"compiled"`
+    (ratios) where asked for, which takes minutes on a CPU. Times are given in units of the last sampler's. Without a
+    trained pipeline a small one of random weights is measured, with models of `autoencoder` and `unet`; quality needs
+    its images, `dataset_name`.
     """
     device = torch.device(device)
     dataset = load_collection(dataset_name) if pipeline and dataset_name else None

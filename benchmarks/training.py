@@ -151,18 +151,9 @@ def measure(
     unet_batch_size: int = 32,
 ) -> dict:
     """
-    Runs everything and returns the numbers.
-
-    Args:
-        device (`str`, defaults to `"cpu"`): Where to train.
-        rounds (`int`, defaults to 3): Steps of everything; one more warms up.
-        batch_size (`int`, defaults to 2): Images in a step of stage one.
-        autoencoder, unet (`dict`, *optional*): Arguments of the models; `AUTOENCODER` and `SMALL_UNET` by default.
-        unet_batch_size (`int`, defaults to 32): Key codes in a step of stage two.
-
-    Returns:
-        `dict`: `"images_per_second"` by model, `"VQModel / BRICS"` (time of a step), `"data_share"`,
-        `"optimizer_share"` (of our step), `"adam"` (rows, in seconds) and `"batch"`.
+    Runs everything and returns the numbers: `"images_per_second"` by model, `"VQModel / BRICS"` (time of a step),
+    `"data_share"`, `"optimizer_share"` (of our step), `"adam"` (rows, in seconds) and the sizes. One more step of
+    everything warms up; the models' arguments are `AUTOENCODER` and `SMALL_UNET` by default.
     """
     device, autoencoder = torch.device(device), autoencoder or AUTOENCODER
     torch.manual_seed(0)

@@ -1,10 +1,16 @@
-"""Runs the training scripts and subcommands on several processes as a user does, on small models."""
+"""Runs the training scripts and subcommands on small models: in this process, or on several as a user does."""
 
+import contextlib
+import io
+import logging
 import os
+import signal
 import subprocess
 import sys
+from unittest import mock
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from small_models import AUTOENCODER, ROOT, UNET
 
@@ -33,6 +39,28 @@ CONFIG = {
 
 def environment(cpu: bool = True) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": str(THREADS), "ACCELERATE_USE_CPU": str(cpu).lower()}
+
+
+def train_here(main, *flags, **variables: str) -> str:
+    """
+    Calls a training script's `main` with flags in this process, which takes a tenth of the time of one that has to
+    import everything first; returns what it printed to standard error. `variables` are those of the environment.
+    """
+    handler, root, printed = signal.getsignal(signal.SIGTERM), logging.getLogger(), io.StringIO()
+    handlers, level = list(root.handlers), root.level
+    variables = {"ACCELERATE_USE_CPU": "true"} | variables
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    try:
+        with mock.patch.dict(os.environ, variables), contextlib.redirect_stderr(printed):
+            main(list(map(str, flags)))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        signal.signal(signal.SIGTERM, handler)
+        root.handlers[:], root.level = handlers, level
+        torch.set_flush_denormal(False)
+    return printed.getvalue()
 
 
 def launcher_words(processes: int) -> list[str]:

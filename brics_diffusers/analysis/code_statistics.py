@@ -17,15 +17,9 @@ NORMAL_NODES = torch.linspace(-8, 8, 257, dtype=torch.float64)
 
 
 def sigmoid_precision(mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    r"""
+    """
     Standard deviation of sigmoid(mean + std * n), n ~ N(0, 1): the precision of a KL-regularised code (App. D.1).
-
-    Args:
-        mean (`torch.Tensor` of any shape): Means of the logits.
-        std (`torch.Tensor` of the same shape): Standard deviations of the logits.
-
-    Returns:
-        `torch.Tensor` of the same shape, float64, in [0, 1/2].
+    `mean` and `std` are those of the logits, of any one shape; the result has it too, float64, in [0, 1/2].
     """
     mean, std = mean.double(), std.double()
     center = torch.sigmoid(mean)  # squares of differences from here on: no cancellation when std is tiny
@@ -39,13 +33,9 @@ def sigmoid_precision(mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
 
 
 class RunningHistogram:
-    r"""
-    Histogram, mean and standard deviation of each channel, batch by batch.
-
-    Args:
-        num_channels (`int`): Number of channels.
-        low (`float`): Lower end of the histogram.
-        high (`float`): Upper end; values outside count in the outer bins.
+    """
+    Histogram, mean and standard deviation of each channel, batch by batch; values outside [low, high] count in the
+    outer bins.
     """
 
     def __init__(self, num_channels: int, low: float, high: float):
@@ -68,19 +58,14 @@ class RunningHistogram:
 
 @torch.no_grad()
 def key_code_statistics(autoencoder: BricsAutoencoder, batches: Iterable[tuple]) -> dict:
-    r"""
-    Distribution of the key codes of a collection, without perturbation.
+    """
+    Distribution of the key codes of a collection, without perturbation, from batches of `image_batches`.
 
-    Args:
-        autoencoder ([`BricsAutoencoder`]): The model, in eval mode.
-        batches (`Iterable[tuple]`): Result of `image_batches`, with at least one image.
-
-    Returns:
-        `dict`: `"channels"`, for each channel its `"mean"`, `"std"`, `"near_zero"` and `"near_one"` (shares of codes
-        within 1/256), and with KL regularisation `"precision"` (mean sigma of the codes drawn in training);
-        `"histogram"` (C, 256) counts of [0, 1]; `"relaxed_precision"`, 1 / (4 N_max) of Sec. 3.4;
-        and with KL regularisation `"precision"`, of all codes: `"mean"`, `"min"`, `"max"`, `"above_relaxed"` (share of
-        codes less exact than the relaxed ones) and `"histogram"` (C, 256) counts of log10(sigma) in [-6, 0].
+    The result has `"channels"`, for each channel its `"mean"`, `"std"`, `"near_zero"` and `"near_one"` (shares of
+    codes within 1/256), and with KL regularisation `"precision"` (mean sigma of the codes drawn in training);
+    `"histogram"` (C, 256) counts of [0, 1]; `"relaxed_precision"`, 1 / (4 N_max) of Sec. 3.4; and with KL
+    regularisation `"precision"`, of all codes: `"mean"`, `"min"`, `"max"`, `"above_relaxed"` (share of codes less
+    exact than the relaxed ones) and `"histogram"` (C, 256) counts of log10(sigma) in [-6, 0].
     """
     num_channels = autoencoder.config.key_channels
     codes, edges = RunningHistogram(num_channels, 0, 1), torch.zeros(2, num_channels, dtype=torch.int64)
@@ -108,13 +93,7 @@ def key_code_statistics(autoencoder: BricsAutoencoder, batches: Iterable[tuple])
 
 
 class PrecisionStatistics:
-    r"""
-    Empirical precision of KL-regularised codes, batch by batch.
-
-    Args:
-        num_channels (`int`): Channels of the key code.
-        relaxed (`float`): The precision to compare with.
-    """
+    """Empirical precision of KL-regularised codes, batch by batch, beside the `relaxed` precision."""
 
     def __init__(self, num_channels: int, relaxed: float):
         self.relaxed = relaxed

@@ -48,19 +48,14 @@ def count_multiply_adds(function: Callable) -> dict[str, float]:
 
 
 def autoencoder_cost(config: dict) -> dict[str, dict[str, float]]:
-    r"""
-    Size and work of every part for one image of `sample_size` (Tables 3, 7, 8 and 9).
+    """
+    Size and work of every part for one image of `sample_size` (Tables 3, 7, 8 and 9), from the arguments of
+    [`BricsAutoencoder`]: for `"encoder"`, `"lookup"`, `"mlp"` and `"decoder"` the `"parameters"` in millions and the
+    `"multiply_adds"` in 10**9.
 
     Multiply-adds are counted by `torch.utils.flop_counter` from the shapes of matrix products, convolutions, attention
     and lookups (one for each corner and feature). Normalisations, activations and the computation of interpolation
     weights are not in it. Nothing is computed: tensors have no storage.
-
-    Args:
-        config (`dict`): Keyword arguments of [`BricsAutoencoder`].
-
-    Returns:
-        `dict`: For `"encoder"`, `"lookup"`, `"mlp"`, `"decoder"`: `"parameters"` in millions and `"multiply_adds"` in
-        10**9.
     """
     with torch.device("meta"):
         autoencoder = BricsAutoencoder(**config).eval()
@@ -79,15 +74,7 @@ def autoencoder_cost(config: dict) -> dict[str, dict[str, float]]:
 
 
 def retrieval_cost(config: dict) -> dict[str, dict[str, float]]:
-    r"""
-    The parts `"lookup"` and `"mlp"` of [`autoencoder_cost`], in a tenth of the time.
-
-    Args:
-        config (`dict`): Keyword arguments of [`BricsAutoencoder`].
-
-    Returns:
-        `dict`: As [`autoencoder_cost`].
-    """
+    """The parts `"lookup"` and `"mlp"` of [`autoencoder_cost`], in a tenth of the time."""
     with torch.device("meta"):
         autoencoder = BricsAutoencoder(**config).eval()
         key_codes = torch.empty(1, *autoencoder.key_code_shape)
@@ -133,20 +120,15 @@ def retrieval_formula(config: dict) -> dict[str, float]:
 
 
 def retrieval_memory(config: dict, batch_size: int) -> dict[str, float]:
-    r"""
-    Memory of retrieval in one training step, in 10**6 bytes of float32 (App. C).
+    """
+    Memory of retrieval in one training step with `batch_size` images, in 10**6 bytes of float32 (App. C).
 
     Counted from shapes: storages that autograd saves for the backward pass, each once and without parameters; then
     each part's output and its gradient. The caching allocator and temporary tensors are not in it.
 
-    Args:
-        config (`dict`): Keyword arguments of [`BricsAutoencoder`].
-        batch_size (`int`): Images in a step.
-
-    Returns:
-        `dict`: `"grids"`, the entries, and `"grids_gradient"`; `"lookup_saved"`, `"features"` (the lookup's output)
-        and `"features_gradient"`; `"mlp_saved"` (besides the features), `"feature_block"` (with the style code) and
-        `"feature_block_gradient"`; and the sums `"activations"`, without the first two, and `"total"`.
+    The result has `"grids"`, the entries, and `"grids_gradient"`; `"lookup_saved"`, `"features"` (the lookup's output)
+    and `"features_gradient"`; `"mlp_saved"` (besides the features), `"feature_block"` (with the style code) and
+    `"feature_block_gradient"`; and the sums `"activations"`, without the first two, and `"total"`.
     """
     with torch.device("meta"):
         autoencoder = BricsAutoencoder(**config)
@@ -196,17 +178,10 @@ def _saved_bytes(function, known: list) -> tuple:
 
 
 def peer_autoencoder(model_class: type, latent_shape: tuple, widths: tuple, lowest_block: str) -> torch.nn.Module:
-    r"""
-    Another autoencoder of diffusers, with two residual blocks at each resolution of the encoder and weights at random.
-
-    Args:
-        model_class (`type`): `VQModel` or `AutoencoderKL`.
-        latent_shape (`tuple[int]`): Shape (C, H, W) of the latents.
-        widths (`tuple[int]`): Channels from the image's resolution to the latents'.
-        lowest_block (`str`): Up block at the latents' resolution; plain ones follow.
-
-    Returns:
-        `torch.nn.Module`: in eval mode.
+    """
+    Another autoencoder of diffusers, with two residual blocks at each resolution of the encoder and weights at random,
+    in eval mode: latents (C, H, W), `widths` from the image's resolution to the latents', and at the latter the up
+    block `lowest_block`, which plain ones follow.
     """
     return model_class(
         block_out_channels=widths,
@@ -229,18 +204,10 @@ def peers_of_size(size: int) -> list[str]:
 
 
 def peer_decoder_cost(name: str, size: int = PEER_SIZE) -> dict[str, float]:
-    r"""
-    Size and work of another autoencoder's decoder for one image, counted as in [`autoencoder_cost`].
-
-    Args:
-        name (`str`): One of `PEERS`.
-        size (`int`, defaults to 256): Side of the image in pixels; the latents' is in proportion.
-
-    Returns:
-        `dict`: `"parameters"` in millions and `"multiply_adds"` in 10**9.
-
-    Raises:
-        `ValueError`: If the encoder does not divide this size evenly.
+    """
+    Parameters in millions and multiply-adds in 10**9 of the decoder of one of `PEERS`, counted as in
+    [`autoencoder_cost`], for an image of `size` pixels a side; a `ValueError` if the encoder does not divide it
+    evenly.
     """
     channels, height, width = PEERS[name][1]
     if name not in peers_of_size(size):
@@ -253,14 +220,9 @@ def peer_decoder_cost(name: str, size: int = PEER_SIZE) -> dict[str, float]:
 
 
 def variations(config: dict) -> list[tuple[str, int, dict]]:
-    r"""
-    One autoencoder with other T, levels, groups or key length (App. B).
-
-    Args:
-        config (`dict`): Keyword arguments of [`BricsAutoencoder`].
-
-    Returns:
-        `list[tuple]`: what is changed, its value, and the changed keyword arguments.
+    """
+    One autoencoder with other T, levels, groups or key length (App. B): what is changed, its value, and the changed
+    arguments.
     """
     with torch.device("meta"):
         full = BricsAutoencoder(**config).config

@@ -16,12 +16,7 @@ HISTOGRAM_EDGES = [quarter / 4 for quarter in range(-16, 13)]
 
 
 class GridUsage:
-    r"""
-    Remembers which entries of the grids ever received a gradient.
-
-    Args:
-        grids ([`FeatureGrids`]): The grids that are trained.
-    """
+    """Remembers which entries of the grids ever received a gradient."""
 
     def __init__(self, grids: FeatureGrids):
         self.entries = grids.entries
@@ -29,15 +24,9 @@ class GridUsage:
 
     @torch.no_grad()
     def update(self, optimizer: torch.optim.Optimizer) -> float:
-        r"""
-        Reads Adam's second moments, which are above zero for a long while after a gradient: every ten steps are
-        enough.
-
-        Args:
-            optimizer (`torch.optim.Optimizer`): Adam, after a step.
-
-        Returns:
-            `float`: Share of the entries that ever received a gradient.
+        """
+        Reads Adam's second moments after a step, which are above zero for a long while after a gradient: every ten
+        steps are enough. Returns the share of the entries that ever received a gradient.
         """
         moments = optimizer.state.get(self.entries, {}).get("exp_avg_sq")
         if moments is not None:
@@ -55,16 +44,10 @@ class GridUsage:
 
 @torch.no_grad()
 def count_entry_hits(grids: FeatureGrids, keys: torch.Tensor) -> torch.Tensor:
-    r"""
-    How often a lookup reads each entry: once a pixel for every corner of its cell that has a weight above zero. Where
-    a level shares entries, an entry has the hits of all its nodes.
-
-    Args:
-        grids ([`FeatureGrids`]): The grids.
-        keys (`torch.Tensor` of shape (B, g * C_key, H_d, W_d)): Tiled key codes in [0, 1], as its `forward` takes.
-
-    Returns:
-        `torch.Tensor` of shape (g, entries of all levels), int64: hits, in the order of `grids.entries`.
+    """
+    How often a lookup of tiled key codes (B, g * C_key, H_d, W_d) reads each entry, int64 (g, entries of all levels):
+    once a pixel for every corner of its cell that has a weight above zero. Where a level shares entries, an entry has
+    the hits of all its nodes.
     """
     batch_size, _, height, width = keys.shape
     keys = keys.float().clamp(0, 1).unflatten(1, (grids.num_groups, -1)).movedim(2, -1)  # (B, g, H_d, W_d, C_key)
@@ -92,15 +75,9 @@ def _level_hits(grids: FeatureGrids, points: torch.Tensor, level: int) -> torch.
 
 @torch.no_grad()
 def collection_entry_hits(autoencoder: BricsAutoencoder, batches: Iterable[tuple]) -> torch.Tensor:
-    r"""
-    Hits of every entry when a collection is decoded from its own key codes.
-
-    Args:
-        autoencoder ([`BricsAutoencoder`]): The model, in eval mode.
-        batches (`Iterable[tuple]`): Result of `image_batches`.
-
-    Returns:
-        `torch.Tensor` of shape (g, entries of all levels), int64, on the CPU.
+    """
+    Hits of every entry when a collection, batches of `image_batches`, is decoded from its own key codes; as
+    [`count_entry_hits`], on the CPU.
     """
     repeat = autoencoder.encoder_factor // autoencoder.decoder_factor
     hits = torch.zeros(autoencoder.grids.entries.shape[:2], dtype=torch.int64)
@@ -113,15 +90,9 @@ def collection_entry_hits(autoencoder: BricsAutoencoder, batches: Iterable[tuple
 
 @torch.no_grad()
 def collection_codebook_hits(vq_model: VQModel, batches: Iterable[tuple]) -> torch.Tensor:
-    r"""
-    How often a collection is encoded as each entry of a VQ codebook.
-
-    Args:
-        vq_model (`VQModel`): The model, in eval mode.
-        batches (`Iterable[tuple]`): Result of `image_batches`.
-
-    Returns:
-        `torch.Tensor` of shape (entries,), int64, on the CPU.
+    """
+    How often a collection, batches of `image_batches`, is encoded as each entry of a VQ codebook; int64 (entries,), on
+    the CPU.
     """
     hits = torch.zeros(vq_model.config.num_vq_embeddings, dtype=torch.int64)
     for images, _ in batches:
@@ -131,17 +102,11 @@ def collection_codebook_hits(vq_model: VQModel, batches: Iterable[tuple]) -> tor
 
 
 def hit_statistics(hits: torch.Tensor) -> dict:
-    r"""
-    Hits in three figures and a histogram.
-
-    Args:
-        hits (`torch.Tensor` of any shape, int64): Hits of some entries, not all zero.
-
-    Returns:
-        `dict`: `"entries"`; `"used"`, the share of them that were hit at all; `"mean_hits"`; `"variance"`, that of
-        hits divided by their mean, so that grids and codebooks of any size compare: 0 if all are hit alike; and
-        `"histogram"`, counts of the used entries by log10(hits / mean hits) between `HISTOGRAM_EDGES`, in whose outer
-        bins is all that lies beyond.
+    """
+    Hits of some entries, not all zero, in figures: `"entries"`; `"used"`, the share of them that were hit at all;
+    `"mean_hits"`; `"variance"`, that of hits divided by their mean, so that grids and codebooks of any size compare: 0
+    if all are hit alike; and `"histogram"`, counts of the used entries by log10(hits / mean hits) between
+    `HISTOGRAM_EDGES`, in whose outer bins is all that lies beyond.
     """
     hits = hits.double()
     mean = hits.mean()
@@ -157,18 +122,11 @@ def hit_statistics(hits: torch.Tensor) -> dict:
 
 
 def usage_by_group_and_level(grids: FeatureGrids, hits: torch.Tensor) -> dict:
-    r"""
-    Statistics of the hits of every level of every group, and summed up.
-
-    Args:
-        grids ([`FeatureGrids`]): The grids.
-        hits (`torch.Tensor` of shape (g, entries of all levels)): Result of [`collection_entry_hits`].
-
-    Returns:
-        `dict`: `"histogram_edges"`, `"total"`, and lists `"groups"`, `"levels"` and `"groups_and_levels"` of
-        [`hit_statistics`] with the keys `"group"`, and `"level"`, `"resolution"`, `"nodes"` (of one group), `"shared"`
-        (whether nodes share entries). Levels differ in their mean hits; `"total"` and `"groups"` count that as
-        variance, too.
+    """
+    Statistics of hits (g, entries of all levels) of every level of every group, and summed up: `"histogram_edges"`,
+    `"total"`, and lists `"groups"`, `"levels"` and `"groups_and_levels"` of [`hit_statistics`] with the keys
+    `"group"`, and `"level"`, `"resolution"`, `"nodes"` (of one group), `"shared"` (whether nodes share entries).
+    Levels differ in their mean hits; `"total"` and `"groups"` count that as variance, too.
     """
     parts = hits.split(grids.level_entries, dim=1)
     facts = [

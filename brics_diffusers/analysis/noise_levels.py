@@ -11,14 +11,8 @@ from ..schedulers.scheduling_cosine_variant import GAMMA_SCHEDULES
 
 
 def log_snr(scheduler) -> torch.Tensor:
-    r"""
-    Logarithm of the signal-to-noise ratio, log(alpha-bar / (1 - alpha-bar)).
-
-    Args:
-        scheduler (`SchedulerMixin`): Any scheduler with `alphas_cumprod`.
-
-    Returns:
-        `torch.Tensor` of shape (train steps,), float64, natural logarithm.
+    """
+    Natural logarithm of the signal-to-noise ratio, log(alpha-bar / (1 - alpha-bar)), of every train step, float64.
     """
     return scheduler.alphas_cumprod.double().logit()
 
@@ -26,24 +20,13 @@ def log_snr(scheduler) -> torch.Tensor:
 def schedule_curves(
     num_train_timesteps: int = 1000, prediction_type: str = "epsilon", snr_gamma: float = 5.0
 ) -> dict[str, dict[str, list[float]]]:
-    r"""
-    Noise levels and loss weights of every schedule over time (Fig. 13).
+    """
+    Noise levels and loss weights of every schedule over time (Fig. 13), as lists over train steps: `"t"`, (step + 1) /
+    T; `"log_snr"`; `"log_snr_capped"`, min(logSNR, log gamma); and `"min_snr_weight"`.
 
     Without min-SNR, the loss of every step has weight 1. With it, the weight is min(SNR, gamma)/SNR for noise
     prediction and min(SNR, gamma)/(SNR + 1) for velocities. To a model of the clean sample it is as if the SNR were
     capped, so that logSNR is shown capped, too.
-
-    Args:
-        num_train_timesteps (`int`, defaults to 1000): Number of train steps T.
-        prediction_type (`str`, defaults to `"epsilon"`): `"epsilon"`, `"sample"` or `"v_prediction"`.
-        snr_gamma (`float`, defaults to 5.0): The cap of min-SNR.
-
-    Returns:
-        `dict`: For each schedule lists over train steps: `"t"`, (step + 1) / T; `"log_snr"`; `"log_snr_capped"`,
-        min(logSNR, log gamma); and `"min_snr_weight"`.
-
-    Raises:
-        `ValueError`: If an argument is out of range.
     """
     curves = {}
     steps = torch.arange(num_train_timesteps)
@@ -64,22 +47,11 @@ def schedule_curves(
 def decode_noised(
     autoencoder: BricsAutoencoder, images: torch.Tensor, scheduler, times: list[float], seed: int = 0
 ) -> torch.Tensor:
-    r"""
-    What key codes decode to when noise is added to them as in training the diffusion model (Fig. 12): latents
-    `2 * (z - 0.5)` are noised, mapped back and clipped to [0, 1].
-
-    Args:
-        autoencoder ([`BricsAutoencoder`]): The model, in eval mode.
-        images (`torch.Tensor` of shape (B, 3, H, W)): Images in [-1, 1].
-        scheduler (`SchedulerMixin`): Any scheduler with `add_noise`.
-        times (`list[float]`): Times in [0, 1]; 0 is the clean code, 1 the last train step.
-        seed (`int`, defaults to 0): Seed of the noise, which is the same for all times and schedulers.
-
-    Returns:
-        `torch.Tensor` of shape (B, times, 3, H, W): Decoded images, not clipped.
-
-    Raises:
-        `ValueError`: If a time is outside [0, 1].
+    """
+    What key codes of images (B, 3, H, W) decode to, (B, times, 3, H, W) and not clipped, when noise is added to them
+    as in training the diffusion model (Fig. 12): latents `2 * (z - 0.5)` are noised, mapped back and clipped to [0,
+    1]. Of the times in [0, 1], 0 is the clean code, 1 the last train step; the noise is the same for all times and
+    schedulers.
     """
     if not all(0 <= time <= 1 for time in times):
         raise ValueError(f"times are {times}; each must lie in [0, 1].")

@@ -10,15 +10,9 @@ from .code_statistics import PRECISION_DECADES
 
 
 def usage_plot(usage: dict, codebook: dict | None = None):
-    r"""
-    Share of used entries and variance of hits by group and level, and histograms of hits.
-
-    Args:
-        usage (`dict`): Result of `usage_by_group_and_level`.
-        codebook (`dict`, *optional*): Result of `hit_statistics` for a VQ codebook.
-
-    Returns:
-        `matplotlib.figure.Figure`.
+    """
+    Share of used entries and variance of hits by group and level (`usage_by_group_and_level`), and histograms of hits,
+    those of a VQ codebook (`hit_statistics`) too.
     """
     figure, ((left, middle, right),) = new_figure(3)
     resolutions, num_groups = [level["resolution"] for level in usage["levels"]], len(usage["groups"])
@@ -46,15 +40,7 @@ def usage_plot(usage: dict, codebook: dict | None = None):
 
 
 def code_plot(statistics: dict):
-    r"""
-    Histograms of key codes, and of the precision of KL-regularised ones.
-
-    Args:
-        statistics (`dict`): Result of `key_code_statistics`.
-
-    Returns:
-        `matplotlib.figure.Figure`.
-    """
+    """Histograms of key codes, and of the precision of KL-regularised ones, from `key_code_statistics`."""
     precision = statistics.get("precision")
     figure, axes = new_figure(1 if precision is None else 2)
     _channel_histograms(axes[0, 0], statistics["histogram"], 0, 1)
@@ -82,17 +68,7 @@ def _channel_histograms(axes, counts: list[list[int]], low: float, high: float) 
 
 
 def schedule_plot(curves: dict, prediction_type: str, snr_gamma: float):
-    r"""
-    logSNR and loss weights over time (Fig. 13); dashed with min-SNR.
-
-    Args:
-        curves (`dict`): Result of `schedule_curves`.
-        prediction_type (`str`): What the weights belong to.
-        snr_gamma (`float`): The cap of min-SNR.
-
-    Returns:
-        `matplotlib.figure.Figure`.
-    """
+    """logSNR and loss weights over time (Fig. 13), from `schedule_curves`; dashed with min-SNR."""
     figure, ((left, right),) = new_figure(2)
     for color, (name, curve) in zip(COLORS, curves.items(), strict=False):
         left.plot(curve["t"], curve["log_snr"], color=color, label=name)
@@ -107,16 +83,7 @@ def schedule_plot(curves: dict, prediction_type: str, snr_gamma: float):
 
 
 def noised_plot(decoded: dict[str, torch.Tensor], times: list[float]):
-    r"""
-    What noised codes decode to, times from left to right (Fig. 12).
-
-    Args:
-        decoded (`dict[str, torch.Tensor]`): Images (B, times, 3, H, W) by schedule.
-        times (`list[float]`): The times.
-
-    Returns:
-        `matplotlib.figure.Figure`.
-    """
+    """What noised codes decode to (Fig. 12): images (B, times, 3, H, W) by schedule, times from left to right."""
     num_images = next(iter(decoded.values())).shape[0]
     rows = torch.stack(list(decoded.values()), dim=1).flatten(0, 1)  # (B * schedules, times, 3, H, W)
     picture = image_grid(rows.flatten(0, 1), columns=len(times))
@@ -131,16 +98,8 @@ def noised_plot(decoded: dict[str, torch.Tensor], times: list[float]):
 
 
 def cost_plot(parameters: dict[str, float], multiply_adds: dict[str, float], image: str):
-    r"""
-    Bars of decoders' size and work.
-
-    Args:
-        parameters (`dict[str, float]`): Parameters in millions by name.
-        multiply_adds (`dict[str, float]`): Multiply-adds of one image in 10**9, by the same names.
-        image (`str`): Size of the image, such as `"256 x 256"`.
-
-    Returns:
-        `matplotlib.figure.Figure`.
+    """
+    Bars of decoders' parameters in millions and multiply-adds in 10**9, by name, for images such as `"256 x 256"`.
     """
     figure, ((left, right),) = new_figure(2, height=0.3 * len(parameters) + 0.9)
     for axes, values, title in (

@@ -29,14 +29,9 @@ COMMANDS = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    r"""
-    Entry point of `brics-diffusers`.
-
-    Args:
-        argv (`list[str]`, *optional*): Command line; by default the process's own.
-
-    Raises:
-        `SystemExit`: With status 2 for a wrong command line, with a sentence for input that a command can't use.
+    """
+    Entry point of `brics-diffusers`; exits with status 2 for a wrong command line, with a sentence for input that a
+    command can't use.
     """
     parser = argparse.ArgumentParser(
         prog="brics-diffusers", description="Uses, measures, analyses, publishes and tries BRICS models."

@@ -28,15 +28,7 @@ FONTS = {"font": ("ui-sans-serif", "system-ui", "sans-serif"), "font_mono": ("ui
 
 
 def import_gradio() -> ModuleType:
-    r"""
-    Imports Gradio.
-
-    Returns:
-        `ModuleType`: The module `gradio`.
-
-    Raises:
-        `ImportError`: If it is not installed.
-    """
+    """Imports Gradio, or says how to install it."""
     try:
         import gradio
     except ImportError as error:
@@ -53,24 +45,9 @@ def sample(
     class_label: str = ANY_CLASS,
     callback_on_step_end: Callable | None = None,
 ) -> list[Image.Image]:
-    r"""
+    """
     What the tab "Sample" shows: what `pipe(num_images, generator=torch.Generator().manual_seed(seed))` makes, with
-    `class_labels` if a class is chosen.
-
-    Args:
-        pipe ([`BricsKeyCodePipeline`]): The pipeline. Its scheduler stays as it is.
-        seed (`int`): Seed of all noise, in [0, 2**53 - 1].
-        num_inference_steps (`int`): Denoising steps, in [1, `num_train_timesteps` of the pipeline's scheduler].
-        sampler (`str`): `"DPM-Solver++"`, `"SDE-DPM-Solver++"`, `"DDIM"` or `"own"`, the scheduler of the pipeline.
-        num_images (`int`, defaults to 4): Number of images, in [1, 16].
-        class_label (`str`, defaults to `"any"`): Name of a class, or what the pipeline does without one.
-        callback_on_step_end (`Callable`, *optional*): As in the pipeline.
-
-    Returns:
-        `list[PIL.Image.Image]`: The images.
-
-    Raises:
-        `ValueError`: If an argument is out of range.
+    `class_labels` if a class is chosen. `sampler` is one of `SAMPLERS`; numbers out of range are a `ValueError`.
     """
     pipe, options = _prepare(pipe, seed, num_inference_steps, sampler, callback_on_step_end)
     if class_label != ANY_CLASS:
@@ -87,25 +64,10 @@ def reconstruct(
     strength: float = 0.0,
     callback_on_step_end: Callable | None = None,
 ) -> tuple[Image.Image, Image.Image]:
-    r"""
-    What the tab "Reconstruct" shows: an image as the pipeline gets it, and what it makes of it.
-
-    Args:
-        pipe ([`BricsKeyCodePipeline`]): The pipeline. Its scheduler stays as it is.
-        seed (`int`): Seed of all noise, in [0, 2**53 - 1].
-        num_inference_steps (`int`): Denoising steps from pure noise, as in [`sample`].
-        sampler (`str`): As in [`sample`].
-        image (`str`): File of the image. Its central square is taken, resized to what the pipeline makes.
-        strength (`float`, defaults to 0.0):
-            0 gives the reconstruction, in which seed, steps and sampler take no part; more, up to 1, a variation, as
-            the pipeline's `vary` makes it.
-        callback_on_step_end (`Callable`, *optional*): As in the pipeline.
-
-    Returns:
-        `tuple[PIL.Image.Image, PIL.Image.Image]`: The square, and its reconstruction or variation.
-
-    Raises:
-        `ValueError`: If there is no image, it is not readable, or an argument is out of range.
+    """
+    What the tab "Reconstruct" shows: the central square of an image's file as the pipeline gets it, and what it makes
+    of it: with strength 0 the reconstruction, in which seed, steps and sampler take no part; with more, up to 1, a
+    variation, as the pipeline's `vary` makes it.
     """
     pipe, options = _prepare(pipe, seed, num_inference_steps, sampler, callback_on_step_end)
     strength = _number(strength, "strength", 0, 1)
@@ -125,25 +87,9 @@ def interpolate(
     strength: float = 0.3,
     callback_on_step_end: Callable | None = None,
 ) -> list[Image.Image]:
-    r"""
-    What the tab "Interpolate" shows: what the pipeline's `interpolate` makes.
-
-    Args:
-        pipe ([`BricsKeyCodePipeline`]): The pipeline. Its scheduler stays as it is.
-        seed (`int`): Seed of all noise, in [0, 2**53 - 1].
-        num_inference_steps (`int`): Denoising steps from pure noise, as in [`sample`].
-        sampler (`str`): As in [`sample`].
-        image_a (`str`): File of the image to begin with, read as in [`reconstruct`].
-        image_b (`str`): File of the image to end with.
-        num_between (`int`, defaults to 6): Number of images between the ends, in [1, 14].
-        strength (`float`, defaults to 0.3): Share of the denoising steps that are taken, in [0, 1].
-        callback_on_step_end (`Callable`, *optional*): As in the pipeline.
-
-    Returns:
-        `list[PIL.Image.Image]`: `num_between + 2` images from the first to the second.
-
-    Raises:
-        `ValueError`: If an image is missing or not readable, or an argument is out of range.
+    """
+    What the tab "Interpolate" shows: what the pipeline's `interpolate` makes, `num_between + 2` images, of files that
+    are read as in [`reconstruct`].
     """
     pipe, options = _prepare(pipe, seed, num_inference_steps, sampler, callback_on_step_end)
     num_between = _whole_number(num_between, "number of images between", 1, MAX_IMAGES - 2)
@@ -206,19 +152,9 @@ def _handler(pipe: BricsKeyCodePipeline, function: Callable) -> Callable:
 
 
 def build_app(pipe: BricsKeyCodePipeline):
-    r"""
+    """
     The page. Requests are served one at a time, each with a scheduler of its own: what one asks for has no influence
-    on the next.
-
-    Args:
-        pipe ([`BricsKeyCodePipeline`]): The pipeline to try, on the device where it is to work.
-
-    Returns:
-        `gradio.Blocks`: To be opened by [`launch`], or by its own `launch`.
-
-    Raises:
-        `ImportError`: If Gradio is not installed.
-        `ValueError`: If the pipeline is of another class.
+    on the next. An `ImportError` without Gradio, a `ValueError` for a pipeline of another class.
     """
     gr = import_gradio()
     if not isinstance(pipe, BricsKeyCodePipeline):
@@ -340,20 +276,9 @@ def _interpolate_tab(gr: ModuleType) -> tuple:
 
 
 def launch(app, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> str:
-    r"""
-    Opens the page, and returns at once. Unless it is shared, nothing is fetched from the network.
-
-    Args:
-        app (`gradio.Blocks`): Result of [`build_app`].
-        host (`str`, defaults to `"127.0.0.1"`): Address to listen on; `"0.0.0.0"` serves other machines too.
-        port (`int`, *optional*): Port; by default the first from 7860 that is free.
-        share (`bool`, defaults to `False`): Whether to open a public link through Gradio's servers.
-
-    Returns:
-        `str`: The page's address; the public one if there is one.
-
-    Raises:
-        `OSError`: If the port is taken.
+    """
+    Opens the page of [`build_app`], and returns its address at once, the public one if it is shared; otherwise nothing
+    is fetched from the network. An `OSError` if the port is taken; by default it is the first from 7860 that is free.
     """
     gr = import_gradio()
     _, local, public = app.launch(

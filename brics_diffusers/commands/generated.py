@@ -97,19 +97,9 @@ def add_class_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_classes(words: list[str] | None, pipe: DiffusionPipeline, name_or_path: str) -> list | dict | None:
-    r"""
-    The classes of `--class_labels`.
-
-    Args:
-        words (`list[str]`, *optional*): What was given.
-        pipe ([`DiffusionPipeline`]): The pipeline.
-        name_or_path (`str`): Where it was loaded from.
-
-    Returns:
-        `list` or `dict`: As [`sample_label`] takes it.
-
-    Raises:
-        `ValueError`: If the pipeline has no classes, or its training is to be followed and has no record of them.
+    """
+    The words of `--class_labels` as [`sample_label`] takes them; a `ValueError` if the pipeline has no classes, or its
+    training is to be followed and has no record of them.
     """
     names = getattr(pipe, "labels", {})
     if words is None or not getattr(pipe, "num_classes", None):
@@ -132,19 +122,9 @@ def is_image_folder(args: argparse.Namespace) -> bool:
 
 
 def make_samples(args: argparse.Namespace, state: PartialState, device: torch.device) -> Path:
-    r"""
-    Makes what samples are missing, on all processes, or finds that images are given.
-
-    Args:
-        args (`argparse.Namespace`): Flags of [`add_generated_arguments`].
-        device (`torch.device`): Where the pipeline works.
-        state (`PartialState`): The processes of `accelerate launch`, or the only one.
-
-    Returns:
-        `Path`: The folder of the images.
-
-    Raises:
-        `BlockingIOError`: If another command is making samples in the folder.
+    """
+    Makes what samples are missing, on all processes, or finds that images are given; returns their folder. A
+    `BlockingIOError` if another command is making samples there.
     """
     if is_image_folder(args):
         return Path(args.generated).expanduser()
@@ -161,20 +141,10 @@ def sample_to_folder(
     device: torch.device,
     change: Callable[[DiffusionPipeline], None] | None = None,
 ) -> Path:
-    r"""
-    Makes what samples are missing, on all processes, with a bar for the samples and one for the steps of a batch.
-
-    Args:
-        args (`argparse.Namespace`):
-            Flags of [`add_sampling_arguments`], and `num_samples`, `batch_size` and `seed`.
-        name_or_path (`str`): Folder of a pipeline, or its name on the Hub.
-        folder (`Path`): Where the samples go.
-        state (`PartialState`): The processes of `accelerate launch`, or the only one.
-        device (`torch.device`): Where the pipeline works.
-        change (`Callable`, *optional*): Changes the pipeline, for instance its weights, before it makes samples.
-
-    Returns:
-        `Path`: The folder.
+    """
+    Makes what samples are missing, on all processes, with a bar for the samples and one for the steps of a batch;
+    returns the folder. The flags are those of [`add_sampling_arguments`], and `num_samples`, `batch_size` and `seed`;
+    `change` may change the pipeline, for instance its weights, before it makes samples.
     """
     guidance = {"guidance_scale": args.guidance_scale, "guidance_interval": args.guidance_interval}
     with locked_folder(folder, "--samples_dir", state.is_main_process):
@@ -200,16 +170,9 @@ def sample_to_folder(
 
 
 def load_generated(args: argparse.Namespace, folder: Path) -> tuple[datasets.Dataset, dict]:
-    r"""
-    The generated images, and where they come from.
-
-    Args:
-        args (`argparse.Namespace`): Flags of [`add_generated_arguments`].
-        folder (`Path`): Result of [`make_samples`].
-
-    Returns:
-        `tuple[datasets.Dataset, dict]`: the collection, and `"source"`, `"folder"` and, where they are known,
-        `"sampling"`, the settings of the samples.
+    """
+    The collection of generated images in the folder of [`make_samples`], and where they come from: `"source"`,
+    `"folder"` and, where they are known, `"sampling"`, the settings of the samples.
     """
     if is_image_folder(args):
         dataset = load_collection(folder, max_images=args.num_samples)

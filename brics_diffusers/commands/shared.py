@@ -14,7 +14,7 @@ from ..data import UnreadableLog, collection_fingerprint, evaluation_loader, loa
 from ..data.image_modes import MODES
 from ..models import BricsAutoencoder
 from ..models.loading import load_autoencoder
-from ..training_utils.arguments import not_negative, positive
+from ..training_utils.arguments import add_dataset_arguments, not_negative, positive
 from ..training_utils.processes import check_world_size
 from ..utils.reports import machine, write_report
 from ..utils.sizes import size_text
@@ -28,19 +28,12 @@ MODEL_HELP = "Autoencoder: a saved one, a run of training, a pipeline, or a name
 def add_collection_arguments(parser: argparse.ArgumentParser, split: str, required: bool = True) -> None:
     """Adds the flags that say which images to read, with the names they have in the training scripts."""
     add = parser.add_argument
-    add(
-        "--dataset_name",
-        required=required,
-        help="Folder of images, folder of parquet files, zip of images, or name of a data set on the Hub.",
-    )
-    add("--dataset_config_name", help="Configuration of a data set that has several.")
+    add_dataset_arguments(parser, required=required)
     add(
         "--dataset_split",
         default=split,
         help="Split to read; a plain folder of images is all `train`. Default: %(default)s.",
     )
-    add("--image_column", help="Column that holds the images; default: `image`, or the only one.")
-    add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")
     add("--max_images", type=positive, help="Use the first images of the collection only.")
     add("--batch_size", type=positive, default=16, help="Images in a batch; has no influence on results.")
     add("--dataloader_num_workers", type=not_negative, default=0, help="Processes that read data.")
@@ -93,16 +86,9 @@ def load_split(args: argparse.Namespace, split: str, max_images: int | None = No
 
 
 def open_collection(args: argparse.Namespace, autoencoder: BricsAutoencoder, rows: slice = slice(None)):
-    r"""
-    The collection of a command line and its loader.
-
-    Args:
-        args (`argparse.Namespace`): Flags of [`add_collection_arguments`].
-        autoencoder ([`BricsAutoencoder`]): The model, which says how large its images are and of what channels.
-        rows (`slice`, defaults to all): The rows to read.
-
-    Returns:
-        `tuple`: `datasets.Dataset`, and a `DataLoader` over its rows.
+    """
+    The `datasets.Dataset` of a command line, and a `DataLoader` over some of its rows, of images as the model takes
+    them.
     """
     dataset = read_collection(args)
     rows = range(len(dataset))[rows]
@@ -140,16 +126,9 @@ def origin_sentence(result: dict) -> str:
 def publish(
     args: argparse.Namespace, name: str, result: dict, text: str, draw: Callable[[], dict], device="cpu"
 ) -> None:
-    r"""
-    Writes a report with the machine it comes from, and prints its text.
-
-    Args:
-        args (`argparse.Namespace`): Flags of [`add_run_arguments`].
-        name (`str`): Name of the report.
-        result (`dict`): What goes into the JSON file; with `"machine"`, if it has more to say of it.
-        text (`str`): The Markdown file.
-        draw (`Callable`): Returns the figures by name. If matplotlib is missing, the rest is written without them.
-        device (`torch.device`, defaults to `"cpu"`): What did the work.
+    """
+    Writes a report with the machine that it comes from, and prints its text; `result` has `"machine"` if it has more
+    to say of it. `draw` returns the figures by name: if matplotlib is missing, the rest is written without them.
     """
     try:
         figures = draw()

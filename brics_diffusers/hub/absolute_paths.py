@@ -10,14 +10,8 @@ PLAIN = re.compile(rf"""(?<![\w./:~-]){ABSOLUTE}[^\s'",]+""")
 
 
 def cut_absolute_paths(value):
-    r"""
-    Cuts absolute paths to their last part.
-
-    Args:
-        value: What JSON can hold: strings, numbers, lists, dictionaries.
-
-    Returns:
-        The same with strings such as `--config=/home/me/a.yaml` shortened to `--config=a.yaml`.
+    """
+    Cuts absolute paths in what JSON can hold to their last part: `--config=/home/me/a.yaml` to `--config=a.yaml`.
     """
     if isinstance(value, dict):
         return {key: cut_absolute_paths(item) for key, item in value.items()}

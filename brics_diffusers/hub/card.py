@@ -40,17 +40,10 @@ def read_json(path: Path) -> dict:
 
 
 def read_facts(folder: str | os.PathLike) -> dict:
-    r"""
-    What a folder says of a model and its training. Nothing is assumed: what no file says is missing.
-
-    Args:
-        folder (`str`): A run of either stage, or a saved pipeline.
-
-    Returns:
-        `dict`: What `card_template.md` is filled with. No path in it is absolute.
-
-    Raises:
-        `FileNotFoundError`: If the folder holds no model.
+    """
+    What the folder of a run or a saved pipeline says of a model and its training, to fill `card_template.md` with.
+    Nothing is assumed: what no file says is missing. No path in it is absolute. A `FileNotFoundError` if it holds no
+    model.
     """
     folder = Path(folder)
     autoencoder = read_json(folder / "autoencoder" / "config.json")
@@ -86,21 +79,11 @@ def _count_parameters(folder: Path) -> int:
 def make_card(
     folder: str | os.PathLike, existing: str | None = None, name: str | None = None, license_name: str | None = None
 ) -> str:
-    r"""
-    The card of a run or pipeline.
-
-    Args:
-        folder (`str`): Its folder.
-        existing (`str`, *optional*): A card to renew; see above for what stays.
-        name (`str`, *optional*): The model's name on the Hub, for the code in the card; by default [`own_name`].
-        license_name (`str`, *optional*): License of the weights, for metadata that name none.
-
-    Returns:
-        `str`: Markdown with YAML in front.
-
-    Raises:
-        `FileNotFoundError`: If the folder holds no model.
-        `ValueError`: If the metadata of the existing card are not valid YAML.
+    """
+    The card of the folder of a run or pipeline: Markdown with YAML in front. An existing one is renewed, see above for
+    what stays; `name`, by default [`own_name`], is the model's on the Hub, for the code in the card; `license_name` is
+    for metadata that name none. A `FileNotFoundError` if the folder holds no model, a `ValueError` if the metadata of
+    the existing card are not valid YAML.
     """
     facts, name = read_facts(folder), name or own_name(folder)
     pipeline, data_on_hub = facts["is_pipeline"], facts["summary"].get("dataset_on_hub")

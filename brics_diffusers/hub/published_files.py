@@ -54,16 +54,10 @@ def named_pictures(card: str) -> set[str]:
 
 
 def public_files(folder: str | os.PathLike, card: str | None = None) -> list[str]:
-    r"""
-    Files of a run or a saved pipeline that may be published, besides its card.
-
-    Args:
-        folder (`str`): Folder of the run or pipeline.
-        card (`str`, *optional*): The card that is published; by default the one in the folder.
-
-    Returns:
-        `list[str]`: Paths within it: index, models, schedulers, code that the index names, configuration, metrics,
-        pictures of the run and those that the card shows; no checkpoints, optimizer states, key codes or logs.
+    """
+    Paths, within a run's or pipeline's folder, of what may be published besides the card: index, models, schedulers,
+    code that the index names, configuration, metrics, pictures of the run and those that the card shows; no
+    checkpoints, optimizer states, key codes or logs.
     """
     folder = Path(folder)
     paths = [folder / name for name in RUN_FILES] + metric_files(folder)
@@ -92,22 +86,11 @@ def export(
     license_name: str | None = None,
     name: str | None = None,
 ) -> Path:
-    r"""
-    Copies what is published into another folder. A card that is there keeps its edits, else that of the run does. What
-    an earlier export has left is removed, see [`stale_patterns`]; other files stay.
-
-    Args:
-        folder (`str`): Folder of the run or pipeline.
-        target (`str`): The other folder, made if it does not exist.
-        license_name (`str`, *optional*): License of the weights for a card that names none.
-        name (`str`, *optional*): The model's name in the card; by default that of the other folder.
-
-    Returns:
-        `Path`: The card.
-
-    Raises:
-        `FileNotFoundError`: If the folder holds no model.
-        `ValueError`: If both folders are one, or the metadata of the card are not valid YAML.
+    """
+    Copies what is published into another folder, made if need be; returns the card there. A card that is there keeps
+    its edits, else that of the run does. What an earlier export has left is removed, see [`stale_patterns`]; other
+    files stay. `name`, the model's in the card, is by default that of the other folder; for the rest see
+    [`make_card`].
     """
     folder, target = Path(folder), Path(target)
     if folder.resolve() == target.resolve():

@@ -14,19 +14,10 @@ from .published_files import export, stale_patterns
 
 
 def open_repository(name: str, private: bool) -> str:
-    r"""
-    Makes sure, before any work is done, that a repository is there and that this machine's login may write to it.
-
-    Args:
-        name (`str`): `user/name`, or `name` for one of the user's own.
-        private (`bool`): Make it private if it does not exist, and refuse one that is public.
-
-    Returns:
-        `str`: The repository's `user/name`.
-
-    Raises:
-        `OSError`: If it can't be written to.
-        `ValueError`: If it is public and must not be.
+    """
+    Makes sure, before any work is done, that a repository, `user/name` or `name`, is there and that this machine's
+    login may write to it; returns its `user/name`. One that does not exist is made, private if asked to; one that is
+    public and must not be is a `ValueError`, one that can't be written to an `OSError`.
     """
     api = HfApi()
     try:
@@ -51,23 +42,10 @@ def push(
     message: str = "Push by brics-diffusers",
     branch: str = "main",
 ) -> str:
-    r"""
-    Pushes a run or a pipeline in one commit: what [`~published_files.export`] makes of it. A card that is there keeps
-    its edits.
-
-    Args:
-        folder (`str`): Folder of the run or pipeline.
-        repo_id (`str`): A repository that exists.
-        license_name (`str`, *optional*): License of the weights for a card that names none.
-        message (`str`): Message of the commit.
-        branch (`str`, defaults to `"main"`): Made from `main` if it does not exist.
-
-    Returns:
-        `str`: Address of the commit.
-
-    Raises:
-        `OSError`: If the branch can't be read or written to, or changes while it is written to.
-        `ValueError`: If the metadata of the card are not valid YAML.
+    """
+    Pushes a run or a pipeline in one commit, whose address is returned: what [`~published_files.export`] makes of it.
+    A card that is there keeps its edits. Another branch is made from `main` if it does not exist. An `OSError` if the
+    branch can't be read or written to, or changes while it is written to.
     """
     api = HfApi()
     # Beside the weights, as other file systems may be too small for them.

@@ -77,20 +77,10 @@ def needed_modules(modules: list[str]) -> dict[str, str]:
 
 
 def bundle(classes: dict[str, str]) -> dict[str, str]:
-    r"""
-    Classes of this package as files that need none of its other files. All hold the same texts, so that the class that
-    one of them imports is that of the other.
-
-    Args:
-        classes (`dict[str, str]`): Modules by the name of a class that they define, as in
-            `{"BricsAutoencoder": "models.autoencoder_brics"}`.
-
-    Returns:
-        `dict[str, str]`: Python source by name of the class. What is imported within a function is still executed when
-        that function first is.
-
-    Raises:
-        `ValueError`: If a module can't be quoted.
+    """
+    Classes of this package, modules by name as in `{"BricsAutoencoder": "models.autoencoder_brics"}`, as Python source
+    that needs none of its other files. All hold the same texts, so that the class that one of them imports is that of
+    the other. What is imported within a function is still executed when that function first is.
     """
     sources = sorted(needed_modules(list(classes.values())).items())
     facts = {"version": brics_diffusers.__version__, "texts": ""}
@@ -104,20 +94,10 @@ def bundle(classes: dict[str, str]) -> dict[str, str]:
 
 
 def write_remote_code(pipeline: str | os.PathLike, output_dir: str | os.PathLike) -> list[str]:
-    r"""
+    """
     Writes a saved pipeline with the code of its classes into a folder, to be loaded without this package by
-    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. What is there is treated as
-    [`~published_files.export`] does.
-
-    Args:
-        pipeline (`str`): Folder of a saved pipeline or of a run of stage two.
-        output_dir (`str`): The folder, made if it does not exist.
-
-    Returns:
-        `list[str]`: The files with code, as paths within the folder.
-
-    Raises:
-        `ValueError`: If `pipeline` has no `model_index.json` of this package's pipeline, or is the output folder.
+    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`; returns the files with code. What is there is
+    treated as [`~published_files.export`] does. A `ValueError` for a folder of no pipeline of this package.
     """
     target = Path(output_dir)
     if read_json(Path(pipeline) / "model_index.json").get("_class_name") != "BricsKeyCodePipeline":

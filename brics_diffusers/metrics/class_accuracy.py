@@ -11,14 +11,9 @@ WEIGHT_DECAY = 1e-3  # of the weights of standardized features over the square r
 
 @dataclass
 class LinearClassifier:
-    r"""
-    Multinomial logistic regression on standardized features.
-
-    Args:
-        mean (`torch.Tensor` of shape (D,)): That of the features it was fitted to.
-        deviation (`torch.Tensor` of shape (D,)): Theirs too, times the square root of D.
-        weight (`torch.Tensor` of shape (D, C)): Of each class.
-        bias (`torch.Tensor` of shape (C,)): Of each class.
+    """
+    Multinomial logistic regression on features (N, D), standardized: `mean` (D,) and `deviation` (D,), times the
+    square root of D, are those of the features it was fitted to; `weight` is (D, C), `bias` (C,).
     """
 
     mean: torch.Tensor
@@ -33,19 +28,9 @@ class LinearClassifier:
 
 
 def fit_classifier(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> LinearClassifier:
-    r"""
-    The classifier with the smallest cross-entropy, in which all classes count alike however many images they have.
-
-    Args:
-        features (`torch.Tensor` of shape (N, D)): Features of images.
-        labels (`torch.Tensor` of shape (N,)): Their classes, int64; each occurs.
-        num_classes (`int`): C.
-
-    Returns:
-        [`LinearClassifier`]: in float64.
-
-    Raises:
-        `ValueError`: If a class has no image.
+    """
+    The classifier of features (N, D) and labels (N,) with the smallest cross-entropy, in which all classes count alike
+    however many images they have, in float64; a `ValueError` if a class has no image.
     """
     counts = torch.bincount(labels, minlength=num_classes)
     if (counts == 0).any():

@@ -28,20 +28,10 @@ def efficientnet_is_installed(name: str) -> bool:
 
 
 def load_efficientnet(name: str, pretrained: bool = True, remedy: str | None = None) -> nn.Module:
-    r"""
-    An EfficientNet-lite, frozen, in eval mode. It takes [`efficientnet_input`] of any size, padded as TensorFlow
-    pads those of the training (224 pixels for lite0, 260 for lite2), so that strides fall where they fell then.
-
-    Args:
-        name (`str`): One of `EFFICIENTNETS`.
-        pretrained (`bool`, defaults to `True`): `False` for random weights, for tests.
-        remedy (`str`, *optional*): What else to do without the packages, the end of the error.
-
-    Returns:
-        `nn.Module`: the `EfficientNet` of efficientnet-lite-pytorch.
-
-    Raises:
-        `ImportError`: If a package is not installed.
+    """
+    One of `EFFICIENTNETS`, frozen, in eval mode; of random weights, for tests, unless `pretrained`. It takes
+    [`efficientnet_input`] of any size, padded as TensorFlow pads those of the training (224 pixels for lite0, 260 for
+    lite2), so that strides fall where they fell then. Without the packages, an `ImportError` that ends with `remedy`.
     """
     package = NETWORK_PACKAGE
     try:
@@ -65,16 +55,9 @@ def efficientnet_input(images: torch.Tensor) -> torch.Tensor:
 
 
 class EfficientNetFeatures(nn.Module):
-    r"""
+    """
     The means over the pixels of an EfficientNet-lite's last feature maps (1,280), for FID and KID where Inception's
-    weights can't be downloaded. Computed in float32.
-
-    Args:
-        name (`str`): One of `EFFICIENTNETS`.
-        size (`int`, defaults to 128): Side in pixels to which images are resized: small ones are enlarged.
-
-    Raises:
-        `ImportError`: If a package is not installed.
+    weights can't be downloaded. Images are resized to `size` pixels: small ones are enlarged. Computed in float32.
     """
 
     def __init__(self, name: str, size: int = 128):

@@ -1,4 +1,4 @@
-"""Distances between two sets of images by learned features, and those features of an autoencoder's reconstructions."""
+"""Fréchet and kernel distances, which make FID and KID, between features of images, or of reconstructions."""
 
 import itertools
 import re
@@ -29,20 +29,10 @@ def check_count(metric: str, least: int, **counts: int) -> None:
 
 
 def frechet_distance(generated: torch.Tensor, real: torch.Tensor) -> float:
-    r"""
-    Squared Fréchet distance of two Gaussians with the features' means and (unbiased) covariances, by torch-fidelity:
-    the trace of the matrix square root is the sum of the square roots of the product's eigenvalues. It stays defined
-    for fewer images than features, where covariances are singular.
-
-    Args:
-        generated (`torch.Tensor` of shape (N, D)): Features, float32, on the CPU.
-        real (`torch.Tensor` of shape (M, D)): Features.
-
-    Returns:
-        `float`: at least 0, but for rounding.
-
-    Raises:
-        `ValueError`: If there are fewer than 2 of each.
+    """
+    Squared Fréchet distance of two Gaussians with the means and (unbiased) covariances of features (N, D) and (M, D),
+    on the CPU, by torch-fidelity: the trace of the matrix square root is the sum of the square roots of the product's
+    eigenvalues. It stays defined for fewer images than features, where covariances are singular. Needs 2 of each.
     """
     from torch_fidelity import KEY_METRIC_FID
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -53,21 +43,11 @@ def frechet_distance(generated: torch.Tensor, real: torch.Tensor) -> float:
 
 
 def kernel_distance(generated: torch.Tensor, real: torch.Tensor, rows_at_once: int = 2_048) -> float:
-    r"""
-    Squared maximum mean discrepancy with the kernel `(x . y / D + 1)^3`, which makes KID (Bińkowski et al. 2018) of
-    features. Unbiased: its expectation does not depend on the number of images, so few of them do, and it may be
-    slightly negative. Of all images at once, where others average over subsets.
-
-    Args:
-        generated (`torch.Tensor` of shape (N, D)): Features.
-        real (`torch.Tensor` of shape (M, D)): Features, on the same device.
-        rows_at_once (`int`, defaults to 2048): The kernel of so many images with so many others is in memory.
-
-    Returns:
-        `float`: not scaled; times `KID_SCALE` it is what reports call KID.
-
-    Raises:
-        `ValueError`: If there are fewer than 2 of each.
+    """
+    Squared maximum mean discrepancy of features (N, D) and (M, D) with the kernel `(x . y / D + 1)^3`, which makes KID
+    (Bińkowski et al. 2018) of them, times `KID_SCALE`. Unbiased: its expectation does not depend on the number of
+    images, so few of them do, at least 2 of each, and it may be slightly negative. Of all images at once, where others
+    average over subsets; the kernel of `rows_at_once` images with as many others is in memory.
     """
     check_count("kid", 2, generated=len(generated), real=len(real))
 
@@ -97,18 +77,9 @@ def collection_features(
     unreadable: UnreadableLog | None = None,
     progress: bool = True,
 ) -> torch.Tensor:
-    r"""
-    Features of a loader's images.
-
-    Args:
-        loader (`Iterable[dict]`): Batches with `pixel_values` in [-1, 1] and `index`.
-        extractor (`nn.Module`): Result of `load_feature_extractor`.
-        device (`torch.device`, defaults to `"cpu"`): Where the extractor works.
-        unreadable (`UnreadableLog`, *optional*): Notes the files that the loader could not read.
-        progress (`bool`, defaults to `True`): Whether to show a progress bar.
-
-    Returns:
-        `torch.Tensor` of shape (N, D): on the CPU; (0, 0) without any image.
+    """
+    Features (N, D) of a loader's images, on the CPU; (0, 0) without any. `unreadable` notes files that it could not
+    read.
     """
     batches = image_batches(loader, device, unreadable, "Extracting features", progress, least=0)
     return _concatenate([_features(extractor, images) for images, _ in batches])
@@ -124,22 +95,10 @@ def reconstruction_features(
     protocol: str = "standard",
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""
-    Features of a loader's images and of their reconstructions, clipped to [-1, 1] and rounded to 8 bits. The
-    autoencoder should be in eval mode.
-
-    Args:
-        autoencoder ([`BricsAutoencoder`] or any module whose `forward(x).sample` is an image): The model.
-        loader (`Iterable[dict]`): Batches with `pixel_values` in [-1, 1] and `index`.
-        extractor (`nn.Module`): Result of `load_feature_extractor`, on the autoencoder's device.
-        unreadable (`UnreadableLog`, *optional*): Notes the files that the loader could not read.
-        progress (`bool`, defaults to `True`): Whether to show a progress bar.
-        protocol (`str`, defaults to `"standard"`): `"paper"` perturbs key codes, as in `reconstruction_metrics`.
-        seed (`int`, defaults to 0): Seed of the perturbation.
-
-    Returns:
-        `tuple`: features of the originals and of the reconstructions, both of shape (N, D), on the CPU, in the same
-        order; (0, 0) without any image.
+    """
+    Features (N, D) of a loader's images and of their reconstructions, clipped to [-1, 1] and rounded to 8 bits, both
+    on the CPU and in the same order; (0, 0) without any image. For the autoencoder, protocol and seed see
+    [`~reconstruction.reconstruction_metrics`].
     """
     device = next(autoencoder.parameters()).device
     originals, reconstructions = [], []
@@ -160,14 +119,9 @@ def _concatenate(parts: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def gather_features(*features: torch.Tensor) -> list[torch.Tensor]:
-    r"""
-    The features of all processes, those of the first process first.
-
-    Args:
-        features (`torch.Tensor` of shape (N, D)): This process's, on the CPU; some processes may have none.
-
-    Returns:
-        `list[torch.Tensor]`: one tensor for each argument.
+    """
+    The features (N, D) of all processes, those of the first process first, one tensor for each argument. They are on
+    the CPU; some processes may have none.
     """
     return [_concatenate(parts) for parts in zip(*gather_object([features]), strict=True)]
 
@@ -175,22 +129,12 @@ def gather_features(*features: torch.Tensor) -> list[torch.Tensor]:
 def reconstruction_distances(
     originals: torch.Tensor, reconstructions: torch.Tensor, references: torch.Tensor, extractor: str | nn.Module
 ) -> dict[str, float]:
-    r"""
-    How far reconstructions are from the images they are of, and from others of the same kind.
-
-    Args:
-        originals (`torch.Tensor` of shape (N, D)): First result of [`reconstruction_features`].
-        reconstructions (`torch.Tensor` of shape (N, D)): The second.
-        references (`torch.Tensor` of shape (M, D)): Features of images that are not among the originals.
-        extractor (`str` or `nn.Module`): What made the features, or its name.
-
-    Returns:
-        `dict`: `"rfid_<features>"`, the Fréchet distance between originals and reconstructions; `"kid_<features>"`,
-        the kernel distance of reconstructions from references times 1,000; `"kid_<features>_originals"`, that of the
-        originals, which a perfect autoencoder would have too.
-
-    Raises:
-        `ValueError`: If there are fewer than 2 of each.
+    """
+    How far reconstructions are from the images they are of, and from others of the same kind, by features as of
+    [`reconstruction_features`] and of `references`, which are not among the originals: `"rfid_<features>"`, the
+    Fréchet distance between originals and reconstructions; `"kid_<features>"`, the kernel distance of reconstructions
+    from references times 1,000; `"kid_<features>_originals"`, that of the originals, which a perfect autoencoder would
+    have too.
     """
     kid = name_with_features("kid", extractor)
     return {

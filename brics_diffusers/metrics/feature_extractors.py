@@ -26,13 +26,10 @@ DOWNLOAD_TIMEOUT = 30  # seconds without an answer, so that a silent network is 
 
 
 class RandomConvFeatures(nn.Module):
-    r"""
+    """
     A small convolutional network of fixed random weights, for measuring where no weights can be downloaded. Distances
-    between its features compare with each other and with nothing that was published.
-
-    Args:
-        channels (`tuple[int]`, defaults to `(32, 64, 128)`): Channels of the convolutions, each of stride 2.
-        size (`int`, defaults to 64): Side in pixels to which images are resized, by averaging or bilinearly.
+    between its features compare with each other and with nothing that was published. Its convolutions, with so many
+    `channels`, have stride 2; images are resized to `size` pixels, by averaging or bilinearly.
     """
 
     def __init__(self, channels: tuple[int, ...] = (32, 64, 128), size: int = 64):
@@ -60,16 +57,9 @@ class RandomConvFeatures(nn.Module):
 
 
 class FidelityFeatures(nn.Module):
-    r"""
+    """
     A feature extractor of torch-fidelity's registry, with the layer that torch-fidelity takes for FID, and with logits
-    where it has some.
-
-    Args:
-        name (`str`): Name in the registry.
-
-    Raises:
-        `FileNotFoundError`: If the weights are neither in torch's cache nor to be downloaded.
-        `ValueError`: If the registry has no such name.
+    where it has some. A `FileNotFoundError` if the weights are neither in torch's cache nor to be downloaded.
     """
 
     def __init__(self, name: str):
@@ -97,17 +87,10 @@ class FidelityFeatures(nn.Module):
 
 
 class ClipFidFeatures(nn.Module):
-    r"""
+    """
     Image embeddings of CLIP ViT-B/32 after clean-fid's preprocessing (Kynkäänniemi et al. 2023, as clean-fid computes
-    it): Pillow's bicubic filter, antialiased, to 224 pixels on uint8; not normalised to unit length.
-
-    Args:
-        encoder (`nn.Module`, *optional*):
-            Maps uint8 images (B, 3, 224, 224) to embeddings; by default torch-fidelity's `clip-vit-b-32` with
-            OpenAI's weights, which does not resize images of this size.
-
-    Raises:
-        `FileNotFoundError`: If the weights are neither in torch's cache nor to be downloaded.
+    it): Pillow's bicubic filter, antialiased, to 224 pixels on uint8; not normalised to unit length. The encoder, by
+    default torch-fidelity's `clip-vit-b-32` with OpenAI's weights, does not resize images of this size.
     """
 
     def __init__(self, encoder: nn.Module | None = None):
@@ -125,15 +108,9 @@ class ClipFidFeatures(nn.Module):
 
 
 def resize_for_clip(images: torch.Tensor) -> torch.Tensor:
-    r"""
-    Images as clean-fid feeds them to CLIP: the shorter side resized to 224 pixels by Pillow's bicubic filter, the
-    central square cut out.
-
-    Args:
-        images (`torch.Tensor` of shape (B, 3, H, W)): uint8.
-
-    Returns:
-        `torch.Tensor` of shape (B, 3, 224, 224): uint8, on the same device.
+    """
+    uint8 images (B, 3, H, W) as clean-fid feeds them to CLIP, (B, 3, 224, 224): the shorter side resized to 224 pixels
+    by Pillow's bicubic filter, the central square cut out.
     """
     return torch.stack([_resize_one_for_clip(image) for image in images.cpu()]).to(images.device)
 
@@ -156,24 +133,14 @@ def extractor_names() -> list[str]:
 
 
 def load_feature_extractor(extractor: str | nn.Module, device: str | torch.device = "cpu") -> nn.Module:
-    r"""
-    A feature extractor, frozen, in eval mode.
+    """
+    A feature extractor, frozen, in eval mode: `"random-conv"` ([`RandomConvFeatures`]), `"clip-fid"`
+    ([`ClipFidFeatures`]), `"efficientnet-lite0"` or `"efficientnet-lite2"` ([`EfficientNetFeatures`]), a name of
+    torch-fidelity's registry ([`FidelityFeatures`]), or a module of one's own: it maps uint8 images (B, 3, H, W) to
+    features (B, D), or to a tuple of features and class logits (B, C).
 
-    Args:
-        extractor (`str` or `nn.Module`):
-            `"random-conv"` ([`RandomConvFeatures`]), `"clip-fid"` ([`ClipFidFeatures`]), `"efficientnet-lite0"` or
-            `"efficientnet-lite2"` ([`EfficientNetFeatures`]), a name of torch-fidelity's registry
-            ([`FidelityFeatures`]), or a module of one's own: it maps uint8 images (B, 3, H, W) to features (B, D), or
-            to a tuple of features and class logits (B, C).
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where it works.
-
-    Returns:
-        `nn.Module`.
-
-    Raises:
-        `FileNotFoundError`: If weights are neither in torch's cache nor to be downloaded.
-        `ImportError`: If torch-fidelity, or a package of the extra `learned-features`, is not installed.
-        `ValueError`: If the name is unknown.
+    A `FileNotFoundError` if weights are neither in torch's cache nor to be downloaded, an `ImportError` if their
+    package is not installed, a `ValueError` if the name is unknown.
     """
     if isinstance(extractor, str):
         known = {RANDOM_CONV: RandomConvFeatures, CLIP_FID: ClipFidFeatures}
@@ -195,18 +162,9 @@ def extractor_digest(extractor: nn.Module) -> str:
 
 
 def apply_extractor(extractor: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    r"""
-    Features of one batch, and logits if the extractor has some.
-
-    Args:
-        extractor (`nn.Module`): Result of [`load_feature_extractor`].
-        images (`torch.Tensor` of shape (B, 3, H, W)): uint8.
-
-    Returns:
-        `tuple`: float32 features (B, D) and logits (B, C) or `None`.
-
-    Raises:
-        `ValueError`: If features have another shape or are not finite.
+    """
+    float32 features (B, D) of uint8 images (B, 3, H, W), and logits (B, C) if the extractor has some; a `ValueError`
+    if features have another shape or are not finite.
     """
     features = extractor(images)
     features, logits = features if isinstance(features, tuple) else (features, None)

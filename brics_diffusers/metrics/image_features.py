@@ -33,13 +33,9 @@ FORMAT = 1  # of cached features; raise it when reading, cutting or resizing of 
 
 @dataclass
 class ImageFeatures:
-    r"""
-    Features of a collection, on the CPU.
-
-    Args:
-        features (`torch.Tensor` of shape (N, D)): float32, one row a readable image, in the collection's order.
-        logits (`torch.Tensor` of shape (N, C) or `None`): float32 class logits.
-        unreadable (`list[str]`): Files that could not be read.
+    """
+    Features of a collection, on the CPU: float32 `features` (N, D), one row a readable image, in the collection's
+    order; `logits` (N, C) of classes, if any; and the names of files that could not be read.
     """
 
     features: torch.Tensor
@@ -48,17 +44,9 @@ class ImageFeatures:
 
 
 def common_image_size(dataset: datasets.Dataset) -> int:
-    r"""
-    The side of images that all have the same size, from their headers. Unreadable files have none and are passed over.
-
-    Args:
-        dataset (`datasets.Dataset`): Result of `load_collection`.
-
-    Returns:
-        `int`: pixels.
-
-    Raises:
-        `ValueError`: If sizes differ, an image is not square, or none is readable.
+    """
+    The side in pixels of images that all have the same size, from their headers. Unreadable files have none and are
+    passed over. A `ValueError` if sizes differ, an image is not square, or none is readable.
     """
     first = None
     for row in range(len(dataset)):
@@ -97,25 +85,9 @@ def extract_features(
     desc: str = "Extracting features",
     progress: bool = True,
 ) -> ImageFeatures:
-    r"""
-    Features of every readable image, in order.
-
-    Args:
-        dataset (`datasets.Dataset`): Result of `load_collection`.
-        resolution (`int`):
-            Side in pixels to which images are cut and resized (`center_crop_resize`) before the extractor sees them.
-        extractor (`nn.Module`): Result of `load_feature_extractor`.
-        batch_size (`int`, defaults to 64): Images in a batch.
-        num_workers (`int`, defaults to 0): Processes that read images.
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where the extractor works.
-        desc (`str`, defaults to `"Extracting features"`): Text of the progress bar.
-        progress (`bool`, defaults to `True`): Whether to show a progress bar.
-
-    Returns:
-        `ImageFeatures`.
-
-    Raises:
-        `ValueError`: If no image is readable, or the extractor gives what are no features.
+    """
+    Features of every readable image, in order; a `ValueError` if there is none. Images are cut and resized to
+    `resolution` pixels a side (`center_crop_resize`) before the extractor sees them.
     """
     loader = evaluation_loader(dataset, resolution, batch_size, num_workers)
     unreadable, features, logits = UnreadableLog(), [], []
@@ -137,17 +109,10 @@ def cached_features(
     cache_dir: str | os.PathLike,
     **options,
 ) -> tuple[ImageFeatures, bool]:
-    r"""
-    As [`extract_features`], but kept on disk under a digest of the images' bytes, the extractor's weights and the
-    resolution: what changes is extracted anew. Logits are not kept.
-
-    Args:
-        dataset, resolution, extractor: As in [`extract_features`].
-        cache_dir (`str`): Folder for the files; made if it does not exist.
-        options: Further arguments of [`extract_features`].
-
-    Returns:
-        `tuple`: `ImageFeatures` without logits, and whether they were on disk.
+    """
+    As [`extract_features`], with its options, but kept in `cache_dir` under a digest of the images' bytes, the
+    extractor's weights and the resolution: what changes is extracted anew. Logits are not kept. Also returns whether
+    they were there.
     """
     origin = f"{FORMAT} {collection_fingerprint(dataset)} {resolution} {extractor_digest(extractor)}"
     path = Path(cache_dir) / f"features-{hashlib.sha256(origin.encode()).hexdigest()[:32]}.safetensors"

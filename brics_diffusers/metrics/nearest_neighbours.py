@@ -30,15 +30,10 @@ class PixelEmbedding(nn.Module):
 
 
 class LpipsEmbedding(nn.Module):
-    r"""
-    Vectors whose squared distance is LPIPS. LPIPS averages, over the pixels of each layer, weighted squared
-    differences of features of unit length; so features times the square root of weight / pixels do it.
-
-    Args:
-        metric (`lpips.LPIPS`): Result of `load_lpips`.
-
-    Raises:
-        `ValueError`: If a weight is negative, so that LPIPS is no squared distance.
+    """
+    Vectors whose squared distance is LPIPS, as `load_lpips` loads it. LPIPS averages, over the pixels of each layer,
+    weighted squared differences of features of unit length; so features times the square root of weight / pixels do
+    it. A negative weight, with which LPIPS is no squared distance, is a `ValueError`.
     """
 
     def __init__(self, metric: nn.Module):
@@ -82,19 +77,9 @@ def distance_names() -> list[str]:
 
 
 def load_embedding(distance: str, device: str | torch.device = "cpu") -> nn.Module:
-    r"""
-    The module that maps images to vectors whose squared distance is `distance`.
-
-    Args:
-        distance (`str`): `"lpips-vgg"`, `"lpips-alex"`, `"lpips-squeeze"`, `"pixels"` or a feature extractor's name.
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where it works.
-
-    Returns:
-        `nn.Module`: frozen, in eval mode.
-
-    Raises:
-        `FileNotFoundError`: If weights are neither in torch's cache nor to be downloaded.
-        `ValueError`: If the name is unknown.
+    """
+    The module, frozen, in eval mode, that maps images to vectors whose squared distance is `distance`, one of
+    [`distance_names`]. A `FileNotFoundError` if weights are neither in torch's cache nor to be downloaded.
     """
     if distance not in distance_names():
         raise ValueError(f"{distance!r} is no distance; give one of {', '.join(distance_names())}.")
@@ -107,15 +92,9 @@ def load_embedding(distance: str, device: str | torch.device = "cpu") -> nn.Modu
 
 
 def squared_distances(queries: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    r"""
-    Squared Euclidean distances, from differences, so that near duplicates keep their digits.
-
-    Args:
-        queries (`torch.Tensor` of shape (Q, F)): Vectors.
-        others (`torch.Tensor` of shape (B, F)): Vectors.
-
-    Returns:
-        `torch.Tensor` of shape (Q, B): float64.
+    """
+    Squared Euclidean distances, float64 (Q, B), of vectors (Q, F) and (B, F), from differences, so that near
+    duplicates keep their digits.
     """
     total = torch.zeros(len(queries), len(others), dtype=torch.float64, device=queries.device)
     parts = zip(queries.split(COLUMNS_AT_ONCE, dim=1), others.split(COLUMNS_AT_ONCE, dim=1), strict=True)
@@ -134,23 +113,13 @@ def embed_images(images: torch.Tensor, embedding: nn.Module, batch_size: int = 1
 def nearest_neighbours(
     queries: torch.Tensor, batches: Iterable[dict], embedding: nn.Module, num_neighbours: int = 5
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""
-    The training images nearest to each query. Training images pass by in batches, of which only the nearest so far are
-    remembered: memory holds the vectors of the queries and of one batch.
+    """
+    The training images nearest to each query, vectors (Q, F) from `embedding`. Training images, batches with
+    `pixel_values` in [-1, 1] and `index`, pass by, and only the nearest so far are remembered: memory holds the
+    vectors of the queries and of one batch.
 
-    Args:
-        queries (`torch.Tensor` of shape (Q, F)): Vectors of the query images, from `embedding`.
-        batches (`Iterable[dict]`): Training images, with `pixel_values` in [-1, 1] and `index`.
-        embedding (`nn.Module`):
-            Maps uint8 images (B, 3, H, W) to vectors (B, F); their squared distance is the distance that counts.
-        num_neighbours (`int`, defaults to 5): Neighbours of each query.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: distances, float64 (Q, `num_neighbours`), the smallest first, and the
-        training images' indices, int64; of equals the earlier comes first.
-
-    Raises:
-        `ValueError`: If there are fewer training images than neighbours, or no neighbour is wanted.
+    Returns distances, float64 (Q, `num_neighbours`), the smallest first, and the training images' indices, int64; of
+    equals the earlier comes first. A `ValueError` if there are fewer training images than neighbours.
     """
     if num_neighbours < 1:
         raise ValueError(f"num_neighbours is {num_neighbours}; give at least 1.")
@@ -182,21 +151,9 @@ def nearest_in_collection(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, UnreadableLog]:
-    r"""
-    [`nearest_neighbours`] in a collection, whose images are cut and resized to the queries' size.
-
-    Args:
-        queries (`torch.Tensor` of shape (Q, 3, R, R)): uint8 images.
-        dataset (`datasets.Dataset`): Result of `load_collection`.
-        embedding (`nn.Module`): Result of [`load_embedding`].
-        num_neighbours (`int`, defaults to 5): Neighbours of each query.
-        batch_size (`int`, defaults to 16): Training images at once.
-        num_workers (`int`, defaults to 0): Processes that read images.
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where the embedding is.
-        progress (`bool`, defaults to `True`): Whether to show a progress bar.
-
-    Returns:
-        `tuple`: distances and indices, of shape (Q, `num_neighbours`), and the files that could not be read.
+    """
+    [`nearest_neighbours`] of uint8 images (Q, 3, R, R) in a collection, whose images are cut and resized to that size;
+    also returns the files that could not be read.
     """
     unreadable = UnreadableLog()
     loader = evaluation_loader(dataset, queries.shape[-1], batch_size, num_workers)
@@ -211,19 +168,11 @@ def nearest_in_collection(
 
 
 def near_copies(distances: torch.Tensor, indices: torch.Tensor, of_neighbours: tuple, rows: list[int]) -> list[bool]:
-    r"""
-    Which generated images are nearer to a training image than that one is to any other of the training images.
-
-    Args:
-        distances (`torch.Tensor` of shape (Q, K)): Of the generated images to their neighbours, the smallest first.
-        indices (`torch.Tensor` of shape (Q, K)): Of these training images.
-        of_neighbours (`tuple`):
-            Distances and indices, of shape (M, 2), of the training images nearest to those in `rows`: themselves, if
-            no other is equal, and another.
-        rows (`list[int]`): M indices, each generated image's nearest neighbour among them.
-
-    Returns:
-        `list[bool]`: of length Q. Equal distances are no near copy.
+    """
+    Which generated images are nearer to a training image than that one is to any other of the training images; equal
+    distances are no near copy. `distances` and `indices` (Q, K) are the generated images' own, as of
+    [`nearest_neighbours`]; `of_neighbours` are those, (M, 2), of the M training images in `rows`, which are nearest to
+    generated ones: themselves, if no other is equal, and another.
     """
     to_others, found = of_neighbours
     is_itself = found[:, 0] == torch.tensor(rows)
@@ -235,17 +184,10 @@ def near_copies(distances: torch.Tensor, indices: torch.Tensor, of_neighbours: t
 def neighbour_grid(
     queries: torch.Tensor, neighbours: torch.Tensor, distances: torch.Tensor, smallest: int = 96
 ) -> Image.Image:
-    r"""
-    A picture with one row a query: the query, a gap, and its neighbours with their distances below.
-
-    Args:
-        queries (`torch.Tensor` of shape (Q, 3, R, R)): uint8 images.
-        neighbours (`torch.Tensor` of shape (Q, K, 3, R, R)): uint8 images.
-        distances (`torch.Tensor` of shape (Q, K)): Written below the neighbours.
-        smallest (`int`, defaults to 96): Smaller images are enlarged by a whole factor to this side at least.
-
-    Returns:
-        `PIL.Image.Image`.
+    """
+    A picture with one row a query: the query, a gap, and its neighbours with their distances (Q, K) below. Queries (Q,
+    3, R, R) and neighbours (Q, K, 3, R, R) are uint8; smaller than `smallest` pixels, they are enlarged by a whole
+    factor.
     """
     resolution = queries.shape[-1]
     side = resolution * max(1, -(-smallest // resolution))

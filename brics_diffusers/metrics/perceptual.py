@@ -30,21 +30,13 @@ def lpips_is_cached(network: str = "vgg") -> bool:
 def load_lpips(
     network: str = "vgg", pretrained: bool = True, remedy: str = "do without LPIPS: --perceptual_weight 0"
 ) -> nn.Module:
-    r"""
-    The LPIPS metric of Zhang et al. 2018, frozen, in eval mode.
+    """
+    The LPIPS metric of Zhang et al. 2018, frozen, in eval mode, with the backbone `"vgg"`, `"alex"` or `"squeeze"`; of
+    random weights, for tests without a network, unless `pretrained`. It takes two batches of images in [-1, 1] and
+    returns distances of shape (B, 1, 1, 1). Gradients flow to the images.
 
-    Args:
-        network (`str`, defaults to `"vgg"`): Backbone: `"vgg"`, `"alex"` or `"squeeze"`.
-        pretrained (`bool`, defaults to `True`): `False` for a backbone of random weights, for tests without a network.
-        remedy (`str`): What to do without the weights, the end of the error. By default the flag of training.
-
-    Returns:
-        `nn.Module`: takes two batches of images in [-1, 1] and returns distances of shape (B, 1, 1, 1). Gradients flow
-        to the images. `metric_name` is `"lpips"`.
-
-    Raises:
-        `FileNotFoundError`: If the backbone's weights are neither in torch's cache, whole, nor to be downloaded; with
-            HF_HUB_OFFLINE nothing is.
+    If the backbone's weights are neither in torch's cache, whole, nor to be downloaded, a `FileNotFoundError` that
+    ends with `remedy`; with HF_HUB_OFFLINE nothing is downloaded.
     """
     import lpips
 
@@ -66,17 +58,14 @@ def load_lpips(
 
 
 class EfficientNetDistance(nn.Module):
-    r"""
-    A distance of the kind of LPIPS on features of EfficientNet-lite0, for where LPIPS' backbones can't be downloaded:
-    after each of some blocks the features of both images are brought to unit length over the channels; squared
-    differences are summed over channels and averaged over places, then over the blocks. No weights are fitted to
-    people's judgement, so its numbers are no LPIPS.
+    """
+    A distance of the kind of LPIPS on features of EfficientNet-lite0 (`load_efficientnet`), for where LPIPS' backbones
+    can't be downloaded: after each of some blocks the features of both images are brought to unit length over the
+    channels; squared differences are summed over channels and averaged over places, then over the blocks. No weights
+    are fitted to people's judgement, so its numbers are no LPIPS.
 
     Images whose longer side is at most 128 pixels are enlarged twice (bilinear), so that the network, which halves
     them at once, sees small ones in detail; larger ones are taken as they are. Computed in float32, autocast or not.
-
-    Args:
-        network (`nn.Module`): Result of `load_efficientnet` for `"efficientnet-lite0"`.
     """
 
     blocks = (0, 2, 4, 10)  # the last ones at 1/2, 1/4, 1/8 and 1/16 of the size
@@ -106,16 +95,8 @@ class EfficientNetDistance(nn.Module):
         return found
 
     def forward(self, sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        r"""
-        Args:
-            sample (`torch.Tensor` of shape (B, 3, H, W)): Images in [-1, 1].
-            target (`torch.Tensor` of shape (B, 3, H, W)): Images in [-1, 1].
-
-        Returns:
-            `torch.Tensor` of shape (B, 1, 1, 1): distances in [0, 4], float32. Gradients flow to the images.
-
-        Raises:
-            `ValueError`: If images do not have three channels.
+        """
+        Distances (B, 1, 1, 1) in [0, 4], float32, of images (B, 3, H, W) in [-1, 1]. Gradients flow to the images.
         """
         with torch.autocast(sample.device.type, enabled=False):
             pairs = zip(self.features(sample), self.features(target), strict=True)
@@ -133,24 +114,10 @@ def load_perceptual_network(
     pretrained: bool = True,
     remedy: str = "do without a perceptual network: --perceptual_weight 0",
 ) -> nn.Module:
-    r"""
-    A perceptual distance, frozen, in eval mode.
-
-    Args:
-        network (`str`, defaults to `"vgg"`):
-            `"vgg"`, `"alex"` or `"squeeze"` for LPIPS ([`load_lpips`]), `"efficientnet-lite0"` for
-            [`EfficientNetDistance`], whose weights come with the extra `learned-features`.
-        pretrained (`bool`, defaults to `True`): `False` for a network of random weights, for tests.
-        remedy (`str`): What to do without the weights, the end of the error. By default the flag of training.
-
-    Returns:
-        `nn.Module`: takes two batches of images in [-1, 1] and returns distances of shape (B, 1, 1, 1). Gradients flow
-        to the images. `metric_name`, `"lpips"` or `"perceptual_efficientnet_lite0"`, is what to report it as.
-
-    Raises:
-        `FileNotFoundError`: If the weights of an LPIPS backbone are not to be had, as in [`load_lpips`].
-        `ImportError`: If the packages of `"efficientnet-lite0"` are not installed.
-        `ValueError`: If the network is unknown.
+    """
+    A perceptual distance as of [`load_lpips`], with its arguments and errors: LPIPS, or for `"efficientnet-lite0"`
+    [`EfficientNetDistance`], whose weights come with the extra `learned-features`. Its `metric_name`, `"lpips"` or
+    `"perceptual_efficientnet_lite0"`, is what to report it as.
     """
     if network not in PERCEPTUAL_NETWORKS:
         raise ValueError(f"{network!r} is no perceptual network; give one of {', '.join(PERCEPTUAL_NETWORKS)}.")

@@ -32,23 +32,11 @@ PROTOCOLS = {
 
 
 def image_metrics(sample: torch.Tensor, target: torch.Tensor, protocol: str = "standard") -> dict[str, torch.Tensor]:
-    r"""
-    PSNR and SSIM of each image. SSIM has an 11 x 11 Gaussian window of standard deviation 1.5 and averages all pixels,
-    those at the border over reflected windows.
-
-    Args:
-        sample (`torch.Tensor` of shape (B, C, H, W)): Reconstructions, not clipped.
-        target (`torch.Tensor` of shape (B, C, H, W)): Images in [-1, 1].
-        protocol (`str`, defaults to `"standard"`):
-            `"standard"`: both are clipped to [-1, 1] and mapped to [0, 1], data range 1. `"paper"`: both as they are,
-            with torchmetrics' data range of the single image.
-
-    Returns:
-        `dict`: `"psnr"` in dB and `"ssim"`, float32 of shape (B,). PSNR is infinite for a perfect reconstruction, and
-        minus infinity where the range is inferred from an image of one colour.
-
-    Raises:
-        `ValueError`: If the protocol is unknown.
+    """
+    PSNR in dB and SSIM of each image, float32 (B,), of reconstructions and images (B, C, H, W), by a protocol as
+    [`PROTOCOLS`] describes it. SSIM has an 11 x 11 Gaussian window of standard deviation 1.5 and averages all pixels,
+    those at the border over reflected windows. PSNR is infinite for a perfect reconstruction, and minus infinity where
+    the range is inferred from an image of one colour.
     """
     _check_protocol(protocol)
     sample, target = sample.float(), target.float()
@@ -77,15 +65,9 @@ def _check_protocol(protocol: str) -> None:
 
 
 def row_generator(seed: int, row: int) -> torch.Generator:
-    r"""
-    A random generator for one image, so that what it draws depends neither on batches nor on processes.
-
-    Args:
-        seed (`int`): Seed of the measurement, not negative.
-        row (`int`): The image's row in its collection.
-
-    Returns:
-        `torch.Generator`: on the CPU.
+    """
+    A random generator for one image, by its row in the collection, on the CPU, so that what it draws depends neither
+    on batches nor on processes.
     """
     state = np.random.SeedSequence([seed, row]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
@@ -99,22 +81,9 @@ def image_batches(
     progress: bool = True,
     least: int = 1,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    r"""
-    The images of a loader, with a progress bar and a note of the files that could not be read.
-
-    Args:
-        loader (`Iterable[dict]`): Batches of `collate_images`.
-        device (`torch.device`, defaults to `"cpu"`): Where the images go.
-        unreadable (`UnreadableLog`, *optional*): Notes the files that the loader could not read.
-        description (`str`, defaults to `"Reading"`): Name of the progress bar.
-        progress (`bool`, defaults to `True`): Whether to show a progress bar.
-        least (`int`, defaults to 1): Fewest images.
-
-    Yields:
-        `tuple`: images (B, C, H, W) in [-1, 1] with B > 0, and their rows (B,), int64 on the CPU.
-
-    Raises:
-        `ValueError`: At the end, if there were fewer images than `least`.
+    """
+    The images (B, C, H, W) of a loader of `collate_images`, B > 0, and their rows (B,) on the CPU, with a progress bar
+    and a note of the files that could not be read; a `ValueError` at the end, if there were fewer images than `least`.
     """
     count = 0
     for batch in tqdm(loader, desc=description, disable=not progress, leave=False):
@@ -134,20 +103,10 @@ def _readable(count: int, unreadable: UnreadableLog | None) -> str:
 def reconstruct(
     autoencoder, images: torch.Tensor, rows: torch.Tensor, perturb: bool = False, seed: int = 0
 ) -> torch.Tensor:
-    r"""
-    Reconstructions, with or without the perturbation of key codes that training has.
-
-    Args:
-        autoencoder ([`BricsAutoencoder`] or any module whose `forward(x).sample` is an image): The model.
-        images (`torch.Tensor` of shape (B, C, H, W)): Images in [-1, 1].
-        rows (`torch.Tensor` of shape (B,)): Rows of the images in their collection, which seed the noise.
-        perturb (`bool`, defaults to `False`):
-            Whether to draw noise as in training (Sec. 3.4, App. A.4). Only a [`BricsAutoencoder`] has any; other
-            models run as they are.
-        seed (`int`, defaults to 0): Seed of the noise, not negative.
-
-    Returns:
-        `torch.Tensor` of shape (B, C, H, W): Reconstructions, not clipped.
+    """
+    Reconstructions (B, C, H, W), not clipped, with or without the noise that key codes have in training (Sec. 3.4,
+    App. A.4), which follows from the images' rows (B,) and the seed. The model is any module whose `forward(x).sample`
+    is an image; those that are no [`BricsAutoencoder`] have no noise and run as they are.
     """
     if not (perturb and isinstance(autoencoder, BricsAutoencoder)):
         return autoencoder(images).sample
@@ -169,25 +128,12 @@ def reconstruction_metrics(
     protocol: str = "standard",
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    r"""
-    Metrics of an autoencoder's reconstructions over a loader. The autoencoder should be in eval mode.
+    """
+    Metrics of an autoencoder's reconstructions over a loader: `"index"` and one float32 tensor a metric, each (N,) on
+    the CPU. The model is any module in eval mode whose `forward(x).sample` is an image.
 
-    Args:
-        autoencoder ([`BricsAutoencoder`] or any module whose `forward(x).sample` is an image): The model.
-        loader (`Iterable[dict]`): Batches with `pixel_values` in [-1, 1] and `index`.
-        perceptual_metric (`nn.Module`, *optional*):
-            Result of `load_perceptual_network`, which sees RGBA on white; adds its distance as its network calls it,
-            `"lpips"` for LPIPS.
-        unreadable (`UnreadableLog`, *optional*): Notes the files that the loader could not read.
-        progress (`bool`, defaults to `True`): Whether to show a progress bar.
-        protocol (`str`, defaults to `"standard"`): `"standard"` or `"paper"`, as [`PROTOCOLS`] describes them.
-        seed (`int`, defaults to 0): Seed of the perturbation of `"paper"`.
-
-    Returns:
-        `dict`: `"index"` and one float32 tensor a metric, each of shape (N,) on the CPU.
-
-    Raises:
-        `ValueError`: If the protocol is unknown.
+    A `perceptual_metric` (`load_perceptual_network`) sees RGBA on white, and adds its distance as its network calls
+    it, `"lpips"` for LPIPS. `protocol` is one of [`PROTOCOLS`], `seed` that of the perturbation of `"paper"`.
     """
     _check_protocol(protocol)
     device = next(autoencoder.parameters()).device
@@ -206,14 +152,9 @@ def reconstruction_metrics(
 
 
 def gather_by_index(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    r"""
-    The metrics of all processes in the order of the collection, so that sums over them come out the same.
-
-    Args:
-        metrics (`dict`): This process's result of [`reconstruction_metrics`]; some may have no images.
-
-    Returns:
-        `dict`: The same of all processes, sorted by `"index"`.
+    """
+    The metrics of all processes, of which some may have no images, in the order of the collection, so that sums over
+    them come out the same.
     """
     shares = gather_object([metrics])
     names = max(shares, key=len)
@@ -223,20 +164,12 @@ def gather_by_index(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def summarize_metrics(metrics: dict[str, torch.Tensor], unreadable: UnreadableLog | None = None) -> dict[str, dict]:
-    r"""
-    Mean and two standard deviations over the images, the form of the paper's tables.
-
-    Args:
-        metrics (`dict`): Result of [`reconstruction_metrics`] or [`gather_by_index`].
-        unreadable (`UnreadableLog`, *optional*): Files that could not be read, which the first error counts.
-
-    Returns:
-        `dict`: For each metric `"mean"`, `"two_std"` (of a sample: divided by N - 1), `"images"` in both, and
-        `"left_out"`, the images whose value is not finite: PSNR of a perfect reconstruction, and what has no inferred
-        data range. Mean and deviation are `None` if fewer than two images are left.
-
-    Raises:
-        `ValueError`: If there are fewer than two images, or a reconstruction is not a number.
+    """
+    Mean and two standard deviations over the images, the form of the paper's tables: for each metric `"mean"`,
+    `"two_std"` (of a sample: divided by N - 1), `"images"` in both, and `"left_out"`, the images whose value is not
+    finite: PSNR of a perfect reconstruction, and what has no inferred data range. Mean and deviation are `None` if
+    fewer than two images are left. A `ValueError` if there are fewer than two images, or a reconstruction is not a
+    number.
     """
     count = metrics["index"].numel()
     if count < 2:

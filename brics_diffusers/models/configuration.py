@@ -20,13 +20,7 @@ def decoder_factor(config: FrozenDict) -> int:
 
 
 def check_config(config: FrozenDict) -> None:
-    r"""
-    Args:
-        config (`FrozenDict`): All arguments of [`BricsAutoencoder`].
-
-    Raises:
-        `ValueError`: If they contradict each other.
-    """
+    """Refuses arguments of [`BricsAutoencoder`] that contradict each other, with a `ValueError`."""
     divided, multiplied = encoder_factor(config), decoder_factor(config)
     for name, allowed in (("decoder_type", DECODER_TYPES), ("regularization", REGULARIZATIONS)):
         if config[name] not in allowed:

@@ -8,19 +8,10 @@ from .autoencoder_brics import BricsAutoencoder
 
 
 def load_autoencoder(name_or_path: str, **changes) -> BricsAutoencoder:
-    r"""
-    A saved autoencoder, or the one in the `autoencoder` folder of a run or of a pipeline, here or on the Hub.
-
-    Args:
-        name_or_path (`str`): A folder, or a name on the Hub.
-        changes: Values that replace those of the saved config.
-
-    Returns:
-        `BricsAutoencoder`.
-
-    Raises:
-        `FileNotFoundError`: If there is no autoencoder.
-        `ValueError`: If what is there is a model of another class.
+    """
+    A saved autoencoder, or the one in the `autoencoder` folder of a run or of a pipeline, here or on the Hub;
+    `changes` replace values of its config. A `FileNotFoundError` if there is none, a `ValueError` for a model of
+    another class.
     """
     if not Path(name_or_path).is_dir() or Path(name_or_path, "autoencoder").is_dir():
         with contextlib.suppress(FileNotFoundError):  # it may lie at the top of a repository

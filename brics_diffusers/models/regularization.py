@@ -8,17 +8,7 @@ REGULARIZATIONS = ("noise", "kl", "none", "interpolate")
 
 
 def relax_precision(key_codes: torch.Tensor, scale: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    r"""
-    Adds Gaussian noise to key codes and clips them to [0, 1] (Sec. 3.4, App. D).
-
-    Args:
-        key_codes (`torch.Tensor` of any shape): Key codes in [0, 1].
-        scale (`float`): Standard deviation of the noise.
-        generator (`torch.Generator`, *optional*): Source of the noise.
-
-    Returns:
-        `torch.Tensor`: Perturbed key codes in [0, 1], same shape.
-    """
+    """Adds Gaussian noise of standard deviation `scale` to key codes and clips them to [0, 1] (Sec. 3.4, App. D)."""
     noise = randn_tensor(key_codes.shape, generator=generator, device=key_codes.device, dtype=key_codes.dtype)
     return (key_codes + scale * noise).clamp(0, 1)
 
@@ -26,18 +16,10 @@ def relax_precision(key_codes: torch.Tensor, scale: float, generator: torch.Gene
 def interpolate_with_noise(
     key_codes: torch.Tensor, gamma: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    r"""
-    Moves key codes towards noise by a random share of the way, l-DeTok's way to train a tokenizer (Yang et al. 2025,
-    arXiv 2507.15856): of latents u = 2 (z - 0.5) in [-1, 1] it makes (1 - t) u + t gamma n, with one t ~ U(0, 1) an
-    image and n ~ N(0, I), which are mapped back and clipped.
-
-    Args:
-        key_codes (`torch.Tensor` of shape (B, ...)): Key codes in [0, 1].
-        gamma (`float`): Standard deviation of the noise at the end of the way, in units of the latents.
-        generator (`torch.Generator`, *optional*): Source of t and, after it, of n.
-
-    Returns:
-        `torch.Tensor`: Perturbed key codes in [0, 1], same shape.
+    """
+    Moves key codes (B, ...) towards noise by a random share of the way, l-DeTok's way to train a tokenizer (Yang et
+    al. 2025, arXiv 2507.15856): of latents u = 2 (z - 0.5) in [-1, 1] it makes (1 - t) u + t gamma n, with one t ~
+    U(0, 1) an image and n ~ N(0, I), which are mapped back and clipped.
     """
     options = {"generator": generator, "device": key_codes.device}
     # Their distribution function makes uniform numbers of normal ones, which come from any kind of generator; in

@@ -49,15 +49,9 @@ class TilingMixin(AutoencoderMixin):
         super().enable_tiling()
 
     def encode_in_tiles(self, image: torch.Tensor) -> torch.Tensor:
-        r"""
+        """
         What `self.encoder` gives, tile by tile. Tiles are as large as training images and overlap by a quarter or
         more; a tile counts less towards its border.
-
-        Args:
-            image (`torch.Tensor` of shape (B, C, H, W)): Images.
-
-        Returns:
-            `torch.Tensor`: logits of shape (B, C_z, H / f, W / f), or twice the channels.
         """
         sizes, factor = image.shape[2:], self.encoder_factor
         tiles = [min(pair) for pair in zip(self.sample_shape[1:], sizes, strict=True)]
@@ -76,16 +70,7 @@ class TilingMixin(AutoencoderMixin):
         return total / weights
 
     def decode_in_tiles(self, feature_block: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
-        r"""
-        What `self.decoder` gives, tile by tile.
-
-        Args:
-            feature_block (`torch.Tensor` of shape (B, C_d, H_d, W_d)): Features of every pixel.
-            style (`torch.Tensor` of shape (B, style_dim)): Style code of the whole images.
-
-        Returns:
-            `torch.Tensor` of shape (B, out_channels, H, W).
-        """
+        """What `self.decoder` gives, tile by tile; the style code is that of the whole images."""
         height, width = feature_block.shape[2:]
         factor = self.decoder_factor
         rows = []

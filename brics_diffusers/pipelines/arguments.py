@@ -69,15 +69,10 @@ def check_denoiser(unet: torch.nn.Module) -> None:
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:
-    r"""
-    Refuses schedulers that cannot denoise what the diffusion model predicts.
-
-    Args:
-        scheduler ([`SchedulerMixin`]): A scheduler.
-
-    Raises:
-        `ValueError`: If its noise levels are not those of `betas`, which models are trained with and which a config
-            carries: flow matching, EDM, consistency models, IPNDM.
+    """
+    Refuses schedulers that cannot denoise what the diffusion model predicts, with a `ValueError`: those whose noise
+    levels are not those of `betas`, which models are trained with and which a config carries (flow matching, EDM,
+    consistency models, IPNDM).
     """
     config = scheduler.config
     flows = getattr(config, "use_flow_sigmas", False) or getattr(config, "prediction_type", "") == "flow_prediction"
@@ -94,17 +89,9 @@ def set_timesteps(
     timesteps: list[int] | None = None,
     sigmas: list[float] | None = None,
 ) -> None:
-    r"""
-    Sets a scheduler's steps: their number, or custom ones where it takes them.
-
-    Args:
-        scheduler ([`SchedulerMixin`]): The scheduler.
-        num_inference_steps (`int`): Denoising steps, spread as the scheduler does; without effect beside custom ones.
-        timesteps (`list[int]`, *optional*): Train steps to visit, descending.
-        sigmas (`list[float]`, *optional*): Noise levels to visit, descending.
-
-    Raises:
-        `ValueError`: If both are given, one is empty, the scheduler does not take it, or as [`check_scheduler`].
+    """
+    Sets a scheduler's steps: their number, or custom train steps or noise levels, descending, where it takes them. A
+    `ValueError` if both are given, one is empty, the scheduler does not take it, or as [`check_scheduler`].
     """
     check_scheduler(scheduler)
     custom = {"timesteps": timesteps, "sigmas": sigmas}
@@ -123,16 +110,9 @@ def set_timesteps(
 
 
 def check_images(images, name: str = "images") -> None:
-    r"""
-    Refuses what a pipeline can't take for images.
-
-    Args:
-        images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of one of them): What was given.
-        name (`str`, defaults to `"images"`): What errors call it.
-
-    Raises:
-        `ValueError`: For other kinds, such as paths and tuples, for images of different sizes, and for arrays and
-            tensors that leave [0, 1].
+    """
+    Refuses what a pipeline can't take for images, with a `ValueError`: other kinds than PIL images, arrays, tensors or
+    lists of one of them, such as paths and tuples; images of different sizes; arrays and tensors that leave [0, 1].
     """
     images = images if isinstance(images, list) else [images]
     for image in images:

@@ -18,14 +18,10 @@ ClassLabels = int | str | None | list[int | str | None]
 
 @dataclass
 class Guidance:
-    r"""
-    What a denoising is guided by.
-
-    Args:
-        labels (`torch.Tensor` of shape (B,), *optional*): The class of each image; `None` for unconditional models.
-        scale (`float`, defaults to 1.0): 1 is the model's own prediction, 0 that of the weaker model, more than 1
-            moves away from the latter.
-        interval (`tuple[float, float]`, defaults to (0.0, 1.0)): Times in [0, 1] at which to guide; 1 is noise.
+    """
+    What a denoising is guided by: the class of each image (B,), or `None` for unconditional models; a scale, of which
+    1 is the model's own prediction, 0 that of the weaker model, and more than 1 moves away from the latter; and the
+    times in [0, 1] at which to guide, of which 1 is noise.
     """
 
     labels: torch.Tensor | None = None
@@ -104,21 +100,10 @@ class GuidanceMixin:
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
     ) -> Guidance:
-        r"""
-        Checks the arguments of guidance.
-
-        Args:
-            num_images (`int`): Number of images.
-            class_labels (`int`, `str` or a list of them, *optional*): As in `__call__`.
-            guidance_scale (`float`, *optional*): As in `__call__`.
-            guidance_interval (`tuple[float, float]`, *optional*): As in `__call__`.
-
-        Returns:
-            [`Guidance`]: on the pipeline's device.
-
-        Raises:
-            `ValueError`: If the model has no classes or none of this name or number, if their number is not that of
-                the images, if there is nothing to guide by, or if the interval is none.
+        """
+        Checks the arguments of guidance, which are those of `__call__`, for so many images. A `ValueError` if the
+        model has no classes or none of this name or number, if their number is not that of the images, if there is
+        nothing to guide by, or if the interval is none.
         """
         can_guide = self.num_classes is not None or self.guide is not None
         if guidance_scale is None:
@@ -188,19 +173,9 @@ class GuidanceMixin:
 
 
 def check_id2label(id2label: Mapping | None, unet: UNet2DModel) -> dict[int, str] | None:
-    r"""
-    Names of classes as a pipeline keeps them.
-
-    Args:
-        id2label (`Mapping`, *optional*): Names by number; numbers may be strings, as in JSON.
-        unet ([`UNet2DModel`]): The diffusion model that knows the classes.
-
-    Returns:
-        `dict[int, str]`, or `None` if there are none.
-
-    Raises:
-        `ValueError`: If numbers or names are not one for each of the model's classes, or embeddings are of another
-            kind.
+    """
+    Names of classes by number as a pipeline keeps them; numbers may be strings, as in JSON. A `ValueError` if numbers
+    or names are not one for each of the model's classes, or embeddings are of another kind.
     """
     if unet.config.class_embed_type is not None:
         raise ValueError(

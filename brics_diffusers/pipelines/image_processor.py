@@ -7,14 +7,10 @@ from ..data.image_modes import to_channels, to_eight_bits, upright
 
 
 class BricsImageProcessor(VaeImageProcessor):
-    r"""
-    [`VaeImageProcessor`] that composites transparent images on white, where Pillow shows the colours that were hidden,
-    scales gray images of 16 bits, which Pillow clips, and turns images as their EXIF orientation says. In masks,
-    transparency has no influence.
-
-    Args:
-        channels (`int`, defaults to 3): Of images: 1 for gray, 3 for RGB, 4 for RGB and transparency.
-        kwargs: Those of [`VaeImageProcessor`].
+    """
+    [`VaeImageProcessor`] for images of 1 (gray), 3 (RGB) or 4 channels (RGB and transparency) that composites
+    transparent images on white, where Pillow shows the colours that were hidden, scales gray images of 16 bits, which
+    Pillow clips, and turns images as their EXIF orientation says. In masks, transparency has no influence.
     """
 
     def __init__(self, channels: int = 3, **kwargs):

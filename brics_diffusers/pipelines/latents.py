@@ -16,19 +16,9 @@ def latents_to_key_codes(latents: torch.Tensor) -> torch.Tensor:
 def generators_per_image(
     generator: torch.Generator | list[torch.Generator] | None, batch_size: int
 ) -> list[torch.Generator] | None:
-    r"""
+    """
     One generator an image, seeded from the one given, so that image `i` of a sequence of calls is the same however the
-    sequence is split into batches.
-
-    Args:
-        generator (`torch.Generator` or `list[torch.Generator]`, *optional*): A list is returned as it is.
-        batch_size (`int`): Number of images.
-
-    Returns:
-        `list[torch.Generator]`, or `None` if `generator` is `None`.
-
-    Raises:
-        `ValueError`: If a list does not hold one generator an image.
+    sequence is split into batches. A list, which must hold one an image, is returned as it is.
     """
     if isinstance(generator, list):
         if len(generator) != batch_size:
@@ -43,15 +33,9 @@ def generators_per_image(
 
 
 def equal_generators(generator: torch.Generator | None, batch_size: int) -> list[torch.Generator]:
-    r"""
-    One generator an image, all in the same state, so that all images get the same noise at every step.
-
-    Args:
-        generator (`torch.Generator`, *optional*): Seeds them, and is advanced as by one image; torch's own by default.
-        batch_size (`int`): Number of images.
-
-    Returns:
-        `list[torch.Generator]`: Generators that draw the same numbers.
+    """
+    One generator an image, all in the same state, so that all images get the same noise at every step. The one given,
+    torch's own by default, seeds them and is advanced as by one image.
     """
     seed = generators_per_image(generator or torch.default_generator, 1)[0].initial_seed()
     device = generator.device if generator is not None else "cpu"

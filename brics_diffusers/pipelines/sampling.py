@@ -42,19 +42,10 @@ SAMPLERS = {
 def with_scheduler(
     pipe: DiffusionPipeline, scheduler_class: type | None = None, options: dict | None = None
 ) -> DiffusionPipeline:
-    r"""
-    A pipeline that shares another's networks and has a scheduler to itself. The other one stays as it is.
-
-    Args:
-        pipe ([`DiffusionPipeline`]): The other pipeline.
-        scheduler_class (`type`, *optional*): Class of the scheduler; by default that of the other pipeline's.
-        options (`dict`, *optional*): Arguments of the scheduler that differ from the other pipeline's config.
-
-    Returns:
-        [`DiffusionPipeline`]: of the same class.
-
-    Raises:
-        `ValueError`: If the scheduler has no such argument, or is of a kind that [`check_scheduler`] refuses.
+    """
+    A pipeline that shares another's networks and has a scheduler to itself, of a class and with options that replace
+    those of the other's, which stays as it is. A `ValueError` if the scheduler has no such argument, or is of a kind
+    that [`check_scheduler`] refuses.
     """
     scheduler_class = scheduler_class or type(pipe.scheduler)
     known = set(inspect.signature(scheduler_class.__init__).parameters) - {"self"}
@@ -75,23 +66,13 @@ def load_pipeline(
     scheduler_options: dict | None = None,
     device: str | torch.device = "cpu",
 ) -> DiffusionPipeline:
-    r"""
-    A pipeline for unconditional images, with its own scheduler or another.
+    """
+    A pipeline for unconditional images, its folder or its name on the Hub, without a progress bar of its own.
+    `scheduler`, a class of diffusers such as `"DPMSolverMultistepScheduler"`, and its options take the place of its
+    own.
 
-    Args:
-        name_or_path (`str`): Folder of a pipeline, or its name on the Hub.
-        scheduler (`str`, *optional*):
-            Class of diffusers that takes the scheduler's place, such as `"DPMSolverMultistepScheduler"`.
-        scheduler_options (`dict`, *optional*): Arguments of the scheduler that differ from the pipeline's config.
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where it works.
-
-    Returns:
-        [`DiffusionPipeline`]: without a progress bar of its own.
-
-    Raises:
-        `FileNotFoundError`: If there is no such folder.
-        `OSError`: If weights are not in safetensors.
-        `ValueError`: If the scheduler is unknown, or a weight is missing or shaped otherwise than its config says.
+    A `FileNotFoundError` if there is no such folder, an `OSError` if weights are not in safetensors, a `ValueError` if
+    the scheduler is unknown, or a weight is missing or shaped otherwise than its config says.
     """
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path))
     if not (Path(name_or_path) / "model_index.json").is_file() and (Path(name_or_path).exists() or not is_hub_name):
@@ -111,32 +92,18 @@ def load_pipeline(
 
 
 def sample_generator(seed: int, index: int) -> torch.Generator:
-    r"""
-    The source of all noise of one sample, on the CPU, so that it does not depend on the device.
-
-    Args:
-        seed (`int`): Seed of the set, at least 0.
-        index (`int`): Number of the sample; sets of different seeds have no noise in common.
-
-    Returns:
-        `torch.Generator`.
+    """
+    The source of all noise of one sample, on the CPU, so that it does not depend on the device. Sets of different
+    seeds have no noise in common.
     """
     state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
 def sample_label(class_labels: list | dict, seed: int, index: int) -> int | str | None:
-    r"""
-    The class of one sample.
-
-    Args:
-        class_labels (`list` or `dict`): Classes that samples have in turn, or by class the weight with which it is
-            drawn.
-        seed (`int`): Seed of the set.
-        index (`int`): Number of the sample.
-
-    Returns:
-        `int`, `str` or `None`: as pipelines take it.
+    """
+    The class of one sample as pipelines take it: of a list, which samples have in turn, or drawn by the weight of each
+    class.
     """
     if isinstance(class_labels, list):
         return class_labels[index % len(class_labels)]
@@ -146,19 +113,10 @@ def sample_label(class_labels: list | dict, seed: int, index: int) -> int | str 
 
 
 def guidance_settings(pipe: DiffusionPipeline, class_labels: list | dict | None, options: dict) -> dict:
-    r"""
-    What samples of a pipeline with classes or a guide follow from besides.
-
-    Args:
-        pipe ([`DiffusionPipeline`]): The pipeline.
-        class_labels (`list` or `dict`, *optional*): As in [`sample_label`].
-        options (`dict`): `guidance_scale` and `guidance_interval`, where they are not the pipeline's own.
-
-    Returns:
-        `dict`: `"class_labels"`, `"guidance_scale"` and `"guidance_interval"`; empty for other pipelines.
-
-    Raises:
-        `ValueError`: If the pipeline does not know a class or can't be guided so.
+    """
+    What samples of a pipeline with classes or a guide follow from besides: `"class_labels"`, as in [`sample_label`],
+    `"guidance_scale"` and `"guidance_interval"`, the pipeline's own unless `options` has others; empty for other
+    pipelines. A `ValueError` if the pipeline does not know a class or can't be guided so.
     """
     if not hasattr(pipe, "prepare_guidance"):
         if class_labels is not None or options:
@@ -175,18 +133,10 @@ def guidance_settings(pipe: DiffusionPipeline, class_labels: list | dict | None,
 
 
 def sampling_settings(pipe: DiffusionPipeline, num_inference_steps: int, seed: int) -> dict:
-    r"""
-    What a set of samples follows from.
-
-    Args:
-        pipe ([`DiffusionPipeline`]): The pipeline.
-        num_inference_steps (`int`): Denoising steps.
-        seed (`int`): Seed of the set.
-
-    Returns:
-        `dict`: `"pipeline"` (class), `"weights"` (digest of all parameters and buffers), `"dtype"`, `"scheduler"`,
-        `"scheduler_config"` (long lists as digests, infinities as strings such as `"-inf"`, which JSON has no numbers
-        for), `"num_inference_steps"` and `"seed"`.
+    """
+    What a set of samples follows from: `"pipeline"` (class), `"weights"` (digest of all parameters and buffers),
+    `"dtype"`, `"scheduler"`, `"scheduler_config"` (long lists as digests, infinities as strings such as `"-inf"`,
+    which JSON has no numbers for), `"num_inference_steps"` and `"seed"`.
     """
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     config = {name: _shorten(value) for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
@@ -232,15 +182,9 @@ def read_sample_settings(folder: str | os.PathLike) -> dict | None:
 
 
 def claim_sample_folder(folder: str | os.PathLike, settings: dict) -> None:
-    r"""
-    Reserves a folder for samples of certain settings. All processes may call it at once.
-
-    Args:
-        folder (`str`): The folder; made if it does not exist.
-        settings (`dict`): Result of [`sampling_settings`].
-
-    Raises:
-        `ValueError`: If the folder holds samples of other settings, or images that are no samples.
+    """
+    Reserves a folder, made if need be, for samples of certain [`sampling_settings`]; all processes may call it at
+    once. A `ValueError` if it holds samples of other settings, or images that are no samples.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -275,31 +219,17 @@ def sample_images_to_folder(
     class_labels: list | dict | None = None,
     **guidance,
 ) -> None:
-    r"""
+    """
     Writes a process's share of a set of samples as PNG files `0000000.png`, `0000001.png`, ...
 
     Sample `i` has noise of its own, from the seed and `i`: the set depends neither on the number of processes nor on
     the batch size, but for rounding (at most 2 of 255). Files appear by a rename; complete ones are kept. So an
     interrupted run goes on where it stopped, and a set can be made larger. It is complete when every process is done.
 
-    Args:
-        pipe ([`DiffusionPipeline`]):
-            Pipeline that takes `batch_size`, `num_inference_steps` and a list of generators, and returns PIL images.
-        folder (`str`): Folder for the files.
-        num_images (`int`): Size of the whole set.
-        batch_size (`int`, defaults to 16): Images made at once by a process.
-        num_inference_steps (`int`, defaults to 250): Denoising steps.
-        seed (`int`, defaults to 0): Seed of the set, at least 0.
-        process_index (`int`, defaults to 0): Rank of this process; ranks take samples in turn.
-        num_processes (`int`, defaults to 1): Number of processes.
-        progress (`bool`, defaults to `True`): Whether to show a progress bar.
-        class_labels (`list` or `dict`, *optional*):
-            The classes of samples, as in [`sample_label`]; by default those that the pipeline draws, or none.
-        guidance: `guidance_scale` and `guidance_interval`, as in [`BricsKeyCodePipeline`].
-
-    Raises:
-        `ValueError`: If a number is too small, the pipeline does not know a class or can't be guided so, or the folder
-            holds samples made otherwise.
+    The pipeline takes `batch_size`, `num_inference_steps` and a list of generators, and returns PIL images. Classes,
+    as in [`sample_label`], are by default those that it draws, or none; `guidance_scale` and `guidance_interval` are
+    as in [`BricsKeyCodePipeline`]. A `ValueError` if a number is too small, the pipeline does not know a class or
+    can't be guided so, or the folder holds samples made otherwise.
     """
     if num_images < 1 or batch_size < 1 or num_inference_steps < 1 or seed < 0:
         raise ValueError(
@@ -326,15 +256,9 @@ def sample_images_to_folder(
 
 
 def load_samples(folder: str | os.PathLike, num_images: int) -> datasets.Dataset:
-    r"""
-    The collection of the first samples that [`sample_images_to_folder`] has written, and of no other image there.
-
-    Args:
-        folder (`str`): The folder.
-        num_images (`int`): Number of samples.
-
-    Returns:
-        `datasets.Dataset`: as of [`load_collection`].
+    """
+    The collection, as of [`load_collection`], of the first samples that [`sample_images_to_folder`] has written, and
+    of no other image there.
     """
     paths = [str(sample_path(folder, index).absolute()) for index in range(num_images)]
     return datasets.Dataset.from_dict(

@@ -32,19 +32,12 @@ def last_layer_weight(autoencoder: BricsAutoencoder) -> torch.nn.Parameter:
 def adaptive_weight(
     accelerator: Accelerator, reconstruction: torch.Tensor, adversarial: torch.Tensor, weight: torch.nn.Parameter
 ) -> torch.Tensor:
-    r"""
-    VQGAN's weight of the adversarial loss (arXiv 2012.09841, Eq. 7): the norm of the reconstruction loss' gradient
-    over that of the adversarial loss'. Gradients are means over the processes, so all of them have the same weight.
-
-    Args:
-        accelerator (`Accelerator`): The run's accelerator; its loss scale keeps float16 gradients from vanishing.
-        reconstruction (`torch.Tensor`): Scalar, the weighted reconstruction loss.
-        adversarial (`torch.Tensor`): Scalar, the adversarial loss of the generating side.
-        weight (`nn.Parameter`): See [`last_layer_weight`]; of the bare model.
-
-    Returns:
-        `torch.Tensor`: scalar in [0, 10000], detached; not a number unless all gradients are finite, so that the step
-        is skipped and a loss scale that is too large becomes smaller.
+    """
+    VQGAN's weight of the adversarial loss (arXiv 2012.09841, Eq. 7), in [0, 10000], detached: the norm of the
+    reconstruction loss' gradient to [`last_layer_weight`] over that of the adversarial loss'. Gradients are means over
+    the processes, so all of them have the same weight; the accelerator's loss scale keeps those in float16 from
+    vanishing. It is not a number unless all gradients are finite, so that the step is skipped and a loss scale that is
+    too large becomes smaller.
     """
     scale = torch.ones((), device=weight.device)
     scale = scale if accelerator.scaler is None else accelerator.scaler.scale(scale)
@@ -67,17 +60,10 @@ def lazy_correction(interval: int, penalty_weight: float) -> float:
 
 
 class Adversary:
-    r"""
-    The discriminator with its loss and its optimizer, and its part in the loss of the generating side.
-
-    Args:
-        args (`argparse.Namespace`): Flags of `training/train_autoencoder.py`.
-        accelerator (`Accelerator`): The run's accelerator.
-        autoencoder ([`BricsAutoencoder`]): The bare model.
-        lr_scheduler (`LambdaLR`): The schedule of the generating side, which scales the discriminator's rate too.
-
-    Raises:
-        `ValueError`: If the adversarial loss is to count before the discriminator learns.
+    """
+    The discriminator with its loss and its optimizer, and its part in the loss of the generating side, whose schedule
+    scales the discriminator's learning rate too. A `ValueError` if the adversarial loss is to count before the
+    discriminator learns.
     """
 
     def __init__(
@@ -111,16 +97,9 @@ class Adversary:
         return step >= self.args.gan_start_step
 
     def generator_loss(self, sample: torch.Tensor, reconstruction: torch.Tensor, step: int):
-        r"""
-        The adversarial loss of the generating side.
-
-        Args:
-            sample (`torch.Tensor` of shape (B, C, H, W)): Reconstructions, float32, with their graph.
-            reconstruction (`torch.Tensor`): Scalar, the weighted reconstruction loss, which an adaptive weight heeds.
-            step (`int`): Optimizer step.
-
-        Returns:
-            `tuple`: the weighted loss, and its parts by name, detached.
+        """
+        The weighted adversarial loss of reconstructions (B, C, H, W), float32, with their graph, and its parts by
+        name, detached. An adaptive weight heeds `reconstruction`, the weighted reconstruction loss.
         """
         args = self.args
         # The bare network: its parameters take no gradient here, so there is nothing to synchronise.
@@ -136,16 +115,9 @@ class Adversary:
         return weight * adversarial, parts
 
     def discriminator_loss(self, images: torch.Tensor, sample: torch.Tensor, step: int):
-        r"""
-        The loss of the discriminator, whose optimizer gets the learning rate of the step.
-
-        Args:
-            images (`torch.Tensor` of shape (B, C, H, W)): Images of the collection.
-            sample (`torch.Tensor` of shape (B, C, H, W)): Their reconstructions.
-            step (`int`): Optimizer step.
-
-        Returns:
-            `tuple`: the loss, and its parts by name, detached.
+        """
+        The loss of the discriminator for images and their reconstructions, and its parts by name, detached. Its
+        optimizer gets the learning rate of the step.
         """
         set_adam(self.optimizer, learning_rate=self.learning_rate * schedule_factor(self.lr_scheduler))
         self.network.requires_grad_(True)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import re
 import sys
@@ -79,9 +80,25 @@ def setting(text: str) -> tuple[str, str, object]:
     return section, name, value
 
 
+def add_dataset_arguments(parser: argparse.ArgumentParser, *aliases: str, required: bool = False) -> None:
+    """Adds the flags that name a collection, for all programs that read one; `aliases` are those of its own flag."""
+    add = parser.add_argument
+    add(
+        "--dataset_name",
+        *aliases,
+        dest="dataset_name",
+        required=required,
+        help="Folder of images, folder of parquet files, zip of images, or name of a data set on the Hub.",
+    )
+    add("--dataset_config_name", help="Configuration of a data set that has several.")
+    add("--image_column", help="Column that holds the images; default: `image`, or the only one.")
+    add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that both training scripts have."""
     add = parser.add_argument
+    flag = functools.partial(add, action=argparse.BooleanOptionalAction, default=False)
     add("--config", help="YAML file with models and flags; flags on the command line beat it.")
     add(
         "--set",
@@ -94,22 +111,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="Changes to the models of the config, for instance autoencoder.key_length=2; of a pretrained "
         "autoencoder, to its noise in training.",
     )
-    add(
-        "--dataset_name",
-        "--train_data_dir",
-        dest="dataset_name",
-        help="Folder of images, folder of parquet files, zip of images, or name of a data set on the Hub.",
-    )
-    add("--dataset_config_name", help="Configuration of a data set that has several.")
+    add_dataset_arguments(parser, "--train_data_dir")
     add("--dataset_split", default="train", help="Split to train on.")
-    add("--image_column", help="Column that holds the images; default: `image`, or the only one.")
-    add("--cache_dir", help="Folder in which `datasets` keeps prepared data.")
-    add(
-        "--streaming",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="Read the collection as a stream of shards, so that it need not fit on disk.",
-    )
+    flag("--streaming", help="Read the collection as a stream of shards, so that it need not fit on disk.")
     add("--max_train_samples", type=int, help="Use the first images only.")
     add(
         "--resolution",
@@ -117,26 +121,16 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="Height and width of the images: sets sample_size of the autoencoder and scales its feature_size; in "
         "stage two that of the autoencoder.",
     )
-    add("--random_flip", action=argparse.BooleanOptionalAction, default=False, help="Add mirror images.")
+    flag("--random_flip", help="Add mirror images.")
     add("--output_dir", help="Folder for checkpoints, logs and the result.")
     add("--seed", type=int, default=0, help="Seed of weights, data order and noise.")
     add("--train_batch_size", type=positive, default=16, help="Images of one process in one step.")
     add("--gradient_accumulation_steps", type=positive, default=1, help="Batches to sum gradients over before a step.")
-    add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False, help="Less memory, slower.")
+    flag("--gradient_checkpointing", help="Less memory, slower.")
     add("--max_train_steps", type=positive, help=f"Optimizer steps. Default: {MAX_TRAIN_STEPS}.")
     add("--num_train_epochs", type=positive, help="Train until each image was seen so often, in place of the steps.")
-    add(
-        "--scale_lr",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="Multiply learning rates by the images of one step.",
-    )
-    add(
-        "--use_8bit_adam",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="Keep Adam's moments in 8 bits, by bitsandbytes; stage two only.",
-    )
+    flag("--scale_lr", help="Multiply learning rates by the images of one step.")
+    flag("--use_8bit_adam", help="Keep Adam's moments in 8 bits, by bitsandbytes; stage two only.")
     add(
         "--lr_scheduler",
         choices=[name.value for name in SchedulerType],
@@ -153,12 +147,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lr_warmup_steps", type=int, default=0, help="Steps in which the learning rate rises from 0.")
     add("--max_grad_norm", type=float, default=None, help="Clip gradients to this norm; not clipped by default.")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Default: what `accelerate config` has chosen.")
-    add(
-        "--allow_tf32",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="Multiply matrices in TF32 on GPUs that can: faster, with 10 bits.",
-    )
+    flag("--allow_tf32", help="Multiply matrices in TF32 on GPUs that can: faster, with 10 bits.")
     add(
         "--dataloader_num_workers",
         type=not_negative,
@@ -186,20 +175,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple[str, ...], argv=None):
-    r"""
-    Parses flags, with defaults from a config file.
-
-    Args:
-        parser (`argparse.ArgumentParser`): Parser with all flags of the script, `--config` among them.
-        section (`str`): Section of the file that holds this script's flags.
-        models (`tuple[str]`): Sections that hold keyword arguments of models; they become attributes of the result.
-        argv (`list[str]`, *optional*): Command line.
-
-    Returns:
-        `argparse.Namespace`: flags, and one `dict` for each of `models`, empty where the file has no such section.
-
-    Raises:
-        `SystemExit`: If the file can't be read or names an unknown flag, or `--set` one of another section's models.
+    """
+    Parses flags, with defaults from the `section` of a config file, whose sections `models` become attributes too:
+    keyword arguments, empty where the file has no such section. Exits if the file can't be read or names an unknown
+    flag, or `--set` one of another section's models.
     """
     argv = sys.argv[1:] if argv is None else argv
     typed = parser.parse_known_args(argv)[0]
@@ -323,19 +302,10 @@ def run_settings(args: argparse.Namespace, accelerator: Accelerator, num_images:
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags for pushing, with the names that diffusers' training scripts have."""
     add = parser.add_argument
-    add(
-        "--push_to_hub",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="Push the result to the Hub, with the login of `hf auth login`.",
-    )
+    flag = functools.partial(add, action=argparse.BooleanOptionalAction, default=False)
+    flag("--push_to_hub", help="Push the result to the Hub, with the login of `hf auth login`.")
     add("--hub_model_id", help="Repository, `user/name` or `name`; default: the name of the folder.")
-    add(
-        "--hub_private_repo",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="Make the repository private if it does not exist.",
-    )
+    flag("--hub_private_repo", help="Make the repository private if it does not exist.")
 
 
 def add_license_argument(parser: argparse.ArgumentParser) -> None:

@@ -63,16 +63,9 @@ def policy(text: str) -> str:
 
 
 def augment(images: torch.Tensor, names: str) -> torch.Tensor:
-    r"""
-    Changes each image at random.
-
-    Args:
-        images (`torch.Tensor` of shape (B, C, H, W)): Images in [-1, 1].
-        names (`str`): Some of `color`, `translation` and `cutout`, separated by commas, in the order in which they are
-            applied; empty for none.
-
-    Returns:
-        `torch.Tensor` of shape (B, C, H, W): in the same dtype; brightness and contrast may leave [-1, 1].
+    """
+    Changes each of the images (B, C, H, W) in [-1, 1] at random, in the order of `names`, some of `POLICIES` with
+    commas between, or none. Brightness and contrast may leave [-1, 1].
     """
     for name in filter(None, names.split(",")):
         images = POLICIES[name](images)

@@ -31,12 +31,9 @@ RENAMED = {"lpips_weight": "perceptual_weight", "lpips_network": "perceptual_net
 
 
 class RunState:
-    r"""
-    Counters of a run that belong in its checkpoints: whatever is set as an attribute.
-
-    Args:
-        settings (`dict`): What a resumed run must share with the one before to end as an uninterrupted one would.
-        values: Further attributes.
+    """
+    Counters of a run that belong in its checkpoints: whatever is set as an attribute. `settings` are what a resumed
+    run must share with the one before to end as an uninterrupted one would.
     """
 
     def __init__(self, settings: dict, **values):
@@ -61,17 +58,11 @@ NO_BEST = {"best_psnr": float("-inf"), "best_perceptual": None}
 
 
 def improves(state: RunState, metrics: dict[str, float], name: str) -> bool:
-    r"""
-    Whether a validation is the best so far, which the state then remembers. PSNR and each kind of distance, that of a
-    perceptual network or of samples, are kept apart, so that where another takes over, its first value is the best.
-
-    Args:
-        state (`RunState`): With the attributes of `NO_BEST`.
-        metrics (`dict`): Metrics by name; empty if no image could be read.
-        name (`str`): The one that decides: `"psnr"`, of which more is better, or a distance.
-
-    Returns:
-        `bool`.
+    """
+    Whether the metrics of a validation, empty if no image could be read, are the best so far by the one called `name`:
+    `"psnr"`, of which more is better, or a distance. The state, with the attributes of `NO_BEST`, then remembers it.
+    PSNR and each kind of distance, that of a perceptual network or of samples, are kept apart, so that where another
+    takes over, its first value is the best.
     """
     if name not in metrics:
         return False
@@ -89,17 +80,10 @@ def improves(state: RunState, metrics: dict[str, float], name: str) -> bool:
 
 @contextlib.contextmanager
 def appearing_folder(path: str | os.PathLike) -> Iterator[Path]:
-    r"""
-    A folder that appears at `path` by a rename when the context ends, complete, or not at all.
-
-    Args:
-        path (`str`): The folder; one that exists is replaced.
-
-    Yields:
-        `Path`: A folder beside it to write into.
-
-    Raises:
-        `OSError`: If writing fails, for instance on a full disk; what was at `path` before is still there.
+    """
+    A folder that appears at `path`, in place of what is there, by a rename when the context ends, complete, or not at
+    all; what is yielded is a folder beside it to write into. An `OSError` if writing fails, for instance on a full
+    disk.
     """
     path = Path(path)
     partial, old = (path.with_name(f".{kind}-{path.name}") for kind in ("partial", "old"))
@@ -141,11 +125,9 @@ def _restore(old: Path) -> None:
 
 
 def clean_up(output_dir: str | os.PathLike) -> None:
-    r"""
-    Removes what a killed run has left half written or half removed, and brings back what it was replacing.
-
-    Args:
-        output_dir (`str`): Folder of the run; no other process may be writing into it.
+    """
+    Removes what a killed run has left half written or half removed, and brings back what it was replacing. No other
+    process may be writing into the folder.
     """
     for kind in ("partial", "removed", "shared"):
         for path in Path(output_dir).glob(f".{kind}-*"):
@@ -157,17 +139,10 @@ def clean_up(output_dir: str | os.PathLike) -> None:
 def check_shared_folder(
     accelerator: Accelerator, output_dir: str | os.PathLike, flag: str = "--output_dir", patience: float = 30.0
 ) -> None:
-    r"""
-    Makes sure that all processes see the same folder. Call on every process; the folder must exist on the first.
-
-    Args:
-        accelerator (`Accelerator`): The run's accelerator.
-        output_dir (`str`): Folder of the run.
-        flag (`str`, defaults to `"--output_dir"`): What names it on the command line.
-        patience (`float`, defaults to 30.0): Seconds in which a network file system has to show a new file.
-
-    Raises:
-        `OSError`: If a process does not see what the main process has written.
+    """
+    Makes sure that all processes see the same folder, called `flag` on the command line; an `OSError` if one does not
+    see in `patience` seconds, which a network file system may take, what the main process has written. Call on every
+    process; the folder must exist on the first.
     """
     if accelerator.num_processes == 1:
         return
@@ -208,17 +183,7 @@ def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
 def naming_the_last_checkpoint(
     output_dir: str | os.PathLike, what: str | os.PathLike, errors: tuple = (OSError, SafetensorError)
 ) -> Iterator[None]:
-    r"""
-    Errors of writing, for instance on a full disk, say how to go on.
-
-    Args:
-        output_dir (`str`): Folder of the run.
-        what (`str`): What is written.
-        errors (`tuple`, defaults to `(OSError, SafetensorError)`): What a write that fails may raise.
-
-    Raises:
-        `OSError`: If it could not be written.
-    """
+    """`errors` of writing `what`, for instance on a full disk, become an `OSError` that says how to go on."""
     try:
         yield
     except errors as error:
@@ -230,18 +195,11 @@ def naming_the_last_checkpoint(
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, step: int, limit: int | None = None):
-    r"""
+    """
     Saves all that is needed to go on: networks, optimizers, schedules, averaged weights, counters and random states.
-    The folder appears by a rename when it is complete. Call on every process.
-
-    Args:
-        accelerator (`Accelerator`): With everything prepared or registered for checkpointing.
-        output_dir (`str`): Folder of the run.
-        step (`int`): Optimizer step; the folder is called `checkpoint-<step>`.
-        limit (`int`, *optional*): Checkpoints to keep, the oldest go first; all by default. The new one always stays.
-
-    Raises:
-        `OSError`: If a file could not be written; earlier checkpoints are still there.
+    The folder, `checkpoint-<step>`, appears by a rename when it is complete. Of more than `limit` checkpoints the
+    oldest go; the new one always stays. An `OSError` if a file could not be written; earlier ones are still there.
+    Call on every process.
     """
     path = Path(output_dir) / f"checkpoint-{step}"
     partial = path.with_name(f".partial-{path.name}")
@@ -264,22 +222,14 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike, ste
 
 
 def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: str | None, state: RunState) -> None:
-    r"""
+    """
     Restores a run, and warns if its settings were others. Call on every process, after everything is prepared and
     registered.
 
-    Args:
-        accelerator (`Accelerator`): The run's accelerator.
-        output_dir (`str`): Folder of the run, searched for `latest`.
-        checkpoint (`str`, *optional*):
-            Path of a checkpoint, or its name in the run's folder; `"latest"`, which starts afresh if there is none;
-            or `None`. Later checkpoints in the run's folder are renamed to `superseded-...`, so that `latest` stays on
-            the branch that was chosen.
-        state (`RunState`): The run's counters and settings; registered for checkpointing.
-
-    Raises:
-        `FileNotFoundError`: If a path is given that is not a checkpoint.
-        `OSError`: If a checkpoint can't be read; names the others.
+    `checkpoint` is the path of one, or its name in the run's folder; `"latest"`, which starts afresh if there is none;
+    or `None`. Later checkpoints in the run's folder are renamed to `superseded-...`, so that `latest` stays on the
+    branch that was chosen. A `FileNotFoundError` if a path is not a checkpoint, an `OSError`, which names the others,
+    if it can't be read.
     """
     if checkpoint is None:
         return
@@ -345,12 +295,7 @@ def launcher_is_gone() -> bool:
 
 
 class TerminationSignal:
-    r"""
-    Notices SIGTERM to this process or to the launcher, so that a loop can save and leave.
-
-    Args:
-        accelerator (`Accelerator`): The run's accelerator.
-    """
+    """Notices SIGTERM to this process or to the launcher, so that a loop can save and leave."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator

@@ -1,6 +1,7 @@
-"""Classes in stage two: flags, the share of images that train without theirs, and the classes of validation images."""
+"""Class-conditional training of stage two: flags, labels that are dropped, and the classes of validation images."""
 
 import argparse
+import functools
 from collections import Counter
 
 import datasets
@@ -21,10 +22,9 @@ def probability(text: str) -> float:
 def add_class_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of class-conditional training."""
     add = parser.add_argument
-    add(
+    flag = functools.partial(add, action=argparse.BooleanOptionalAction, default=False)
+    flag(
         "--class_conditional",
-        action=argparse.BooleanOptionalAction,
-        default=False,
         help="Train with the classes of the images: a column, a metadata file, or the folders that they lie in.",
     )
     add(
@@ -37,12 +37,7 @@ def add_class_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.1,
         help="Share of images that train without their class, which classifier-free guidance needs.",
     )
-    add(
-        "--balance_classes",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="Draw all classes equally often, the images of rare ones repeatedly.",
-    )
+    flag("--balance_classes", help="Draw all classes equally often, the images of rare ones repeatedly.")
     add("--min_class_images", type=positive, default=1, help="Leave out the images of classes with fewer images.")
 
 
@@ -66,18 +61,9 @@ def check_class_arguments(parser: argparse.ArgumentParser, args: argparse.Namesp
 
 
 def known_classes(args: argparse.Namespace, pipeline: BricsKeyCodePipeline | None) -> list[str] | None:
-    r"""
-    The classes of a pretrained pipeline.
-
-    Args:
-        args (`argparse.Namespace`): Flags of the run.
-        pipeline ([`BricsKeyCodePipeline`], *optional*): The pipeline to go on from.
-
-    Returns:
-        `list[str]`: Names in the order of their numbers; `None` without a pipeline or without classes.
-
-    Raises:
-        `ValueError`: If one of the two, pipeline and run, has classes and the other has none.
+    """
+    Names of the classes of a pipeline to go on from, in the order of their numbers; `None` without a pipeline or
+    without classes. A `ValueError` if one of the two, pipeline and run, has classes and the other has none.
     """
     if pipeline is None:
         return None
@@ -102,23 +88,11 @@ def drop_labels(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> torch.Tensor:
-    r"""
-    Replaces a random share of a batch's labels by "no class" (Ho and Salimans, arXiv 2207.12598).
+    """
+    Replaces a random share of a process's labels (B,) of a batch by `no_class` (Ho and Salimans, arXiv 2207.12598).
 
     What is replaced follows from the seed and the number of the batch, as noise does: several processes replace what
     one process with their batches together does.
-
-    Args:
-        labels (`torch.Tensor` of shape (B,)): A process's share of a batch, on the CPU.
-        no_class (`int`): The label that says so.
-        probability (`float`): Share, in [0, 1].
-        seed (`int`): Seed of the run.
-        batch (`int`): Number of the batch.
-        process_index (`int`, defaults to 0): Rank of this process.
-        num_processes (`int`, defaults to 1): Number of processes.
-
-    Returns:
-        `torch.Tensor` of shape (B,).
     """
     # A third number: other draws than those of noise, which has two.
     random = np.random.default_rng((seed, batch, 1)).random(len(labels) * num_processes)

@@ -21,17 +21,11 @@ BOOKKEEPING = (
 
 
 def read_curves(output_dir: str | os.PathLike) -> tuple[dict[str, list[tuple[int, float]]], float]:
-    r"""
-    Scalars that a run has logged, and how long it trained.
-
-    Args:
-        output_dir (`str`): Output folder of either training script.
-
-    Returns:
-        `tuple`: Points (step, value) by name, such as `"train/mse"` or `"validation/psnr"`, in the order of the steps,
-        and the hours from the first entry to the last, summed over the pieces of a run that was interrupted. Where a
-        run went on from an older checkpoint, points that it made again are left out, but not their hours; where it
-        began afresh, nothing of what was before counts. Without logs: `{}`, 0.
+    """
+    Points (step, value) of the scalars that a run of either stage has logged, by names such as `"train/mse"` or
+    `"validation/psnr"`, in the order of the steps; and the hours from the first entry to the last, summed over the
+    pieces of a run that was interrupted. Where a run went on from an older checkpoint, points that it made again are
+    left out, but not their hours; where it began afresh, nothing of what was before counts. Without logs: `{}`, 0.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes a second
 
@@ -65,15 +59,9 @@ def _first_time(path: Path) -> int:
 
 
 def training_plot(runs: dict[str, dict[str, list[tuple[int, float]]]]):
-    r"""
-    Losses of runs, and what was measured at validations: PSNR on held-out images, or losses on held-out key codes and
-    the distance of samples; for a run without any, the learning rate.
-
-    Args:
-        runs (`dict[str, dict]`): Curves by the title of the run, see `read_curves`.
-
-    Returns:
-        `matplotlib.figure.Figure`.
+    """
+    Losses of runs, curves of `read_curves` by title, and what was measured at validations: PSNR on held-out images, or
+    losses on held-out key codes and the distance of samples; for a run without any, the learning rate.
     """
     figure, rows = new_figure(2, len(runs))
     for (left, right), (title, curves) in zip(rows, runs.items(), strict=True):

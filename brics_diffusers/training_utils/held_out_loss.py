@@ -17,16 +17,10 @@ QUARTERS = 4
 
 
 class HeldOutLoss:
-    r"""
-    Denoising loss of held-out images. Each is noised once in every quarter of the time t in [0, 1]; its noise and
-    times follow from its row, so that they are the same at all validations and on any number of processes.
-
-    Args:
-        accelerator (`Accelerator`): The run's accelerator; the processes share the images.
-        autoencoder ([`BricsAutoencoder`]): In eval mode; it encodes the images once, here.
-        dataset (`datasets.Dataset`): Result of `load_collection`.
-        batch_size (`int`): Images in a batch.
-        num_workers (`int`, defaults to 0): Processes that read images.
+    """
+    Denoising loss of held-out images, which the autoencoder encodes once and the processes share. Each is noised once
+    in every quarter of the time t in [0, 1]; its noise and times follow from its row, so that they are the same at all
+    validations and on any number of processes.
     """
 
     @torch.no_grad()
@@ -49,14 +43,9 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def __call__(self, loss: Callable[..., torch.Tensor], num_train_timesteps: int) -> dict[str, float]:
-        r"""
-        Args:
-            loss (`Callable`): Latents and noise (B, C, H, W) and timesteps (B,) to a scalar, their mean.
-            num_train_timesteps (`int`): Number of train steps T.
-
-        Returns:
-            `dict`: `"loss"`, and for each quarter one such as `"loss_t_0.25_0.50"`; the same on every process; empty
-            if no image is readable.
+        """
+        `"loss"`, and for each quarter one such as `"loss_t_0.25_0.50"`, the same on every process; empty if no image
+        is readable. `loss` makes of latents and noise (B, C, H, W) and timesteps (B,) a scalar, their mean.
         """
         sums, count = torch.zeros(QUARTERS, dtype=torch.float64), 0
         for rows, latents in self.batches:

@@ -31,20 +31,10 @@ BEST = "pipeline-best"
 
 
 class KeyCodeValidation:
-    r"""
-    What stage two measures with its averaged weights. Nothing of it draws random numbers that training uses.
-
-    Args:
-        args (`argparse.Namespace`): Flags of stage two.
-        accelerator (`Accelerator`): The run's accelerator; the processes share the work.
-        autoencoder ([`BricsAutoencoder`]): In eval mode.
-        train_set (`datasets.Dataset`): Training images.
-        held_out (`datasets.Dataset`, *optional*): Images that are not trained on.
-        class_images (`dict[str, int]`, *optional*):
-            Training images of each class. Samples that are measured have the classes' shares, others show all in turn.
-
-    Raises:
-        `FileNotFoundError`, `ImportError`, `ValueError`: As [`SampleDistance`] does.
+    """
+    What stage two measures with its averaged weights, the processes sharing the work. Nothing of it draws random
+    numbers that training uses. Samples that are measured have the classes' shares of the training images,
+    `class_images` by class; others show all in turn.
     """
 
     def __init__(
@@ -80,15 +70,11 @@ class KeyCodeValidation:
     def __call__(
         self, pipeline: BricsKeyCodePipeline, ema: EMAModel, state: RunState, loss: Callable[..., torch.Tensor]
     ) -> None:
-        r"""
+        """
         Measures, logs, writes a grid of samples, and keeps the pipeline in `pipeline-best` if its samples are nearer
-        to the training images than any before. Call on every process.
-
-        Args:
-            pipeline ([`BricsKeyCodePipeline`]): With the UNet in training and the scheduler of training.
-            ema (`EMAModel`): Averaged weights of that UNet.
-            state (`RunState`): With `validation` and the attributes of `NO_BEST`.
-            loss (`Callable`): As [`HeldOutLoss`] takes it.
+        to the training images than any before. The pipeline has the UNet in training, whose averaged weights are
+        `ema`, and the scheduler of training; the state has `validation` and the attributes of `NO_BEST`; `loss` is as
+        [`HeldOutLoss`] takes it. Call on every process.
         """
         accelerator, step, better = self.accelerator, state.global_step, False
         output_dir = Path(self.args.output_dir)

@@ -15,20 +15,11 @@ def reconstruction_loss(
     perceptual_weight: float = 5.0,
     perceptual_metric: nn.Module | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    r"""
-    Weighted sum of squared error and a perceptual distance, LPIPS in the paper (App. A.3).
-
-    Args:
-        sample (`torch.Tensor` of shape (B, C, H, W)): Reconstructions.
-        target (`torch.Tensor` of shape (B, C, H, W)): Images in [-1, 1].
-        mse_weight (`float`, defaults to 20.0): Weight of the mean squared error.
-        perceptual_weight (`float`, defaults to 5.0): Weight of the perceptual distance.
-        perceptual_metric (`nn.Module`, *optional*):
-            Result of [`load_perceptual_network`], which sees RGBA on white; needed unless `perceptual_weight` is 0.
-
-    Returns:
-        `tuple`: the loss, and its unweighted parts by name, detached: `"mse"`, and the distance as its network calls
-        it, `"lpips"` for LPIPS.
+    """
+    Weighted sum of squared error and a perceptual distance, LPIPS in the paper (App. A.3), of reconstructions and
+    images (B, C, H, W); and its unweighted parts by name, detached: `"mse"`, and the distance as its network calls it,
+    `"lpips"` for LPIPS. The network, of [`load_perceptual_network`], sees RGBA on white; it is needed unless its
+    weight is 0.
     """
     mse = F.mse_loss(sample, target)
     loss, parts = mse_weight * mse, {"mse": mse.detach()}
@@ -50,15 +41,10 @@ def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> 
 
 
 def gradient_penalty(images: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    r"""
-    R1 of Mescheder et al. 2018: half the squared norm of the discriminator's gradient at real images, batch mean.
-
-    Args:
-        images (`torch.Tensor` of shape (B, C, H, W)): Real images that require a gradient.
-        logits (`torch.Tensor` of shape (B, ...)): The discriminator's logits for them; those of patches are averaged.
-
-    Returns:
-        `torch.Tensor`: scalar, to be multiplied by gamma and by the interval between penalties.
+    """
+    R1 of Mescheder et al. 2018: half the squared norm of the discriminator's gradient at real images (B, C, H, W) that
+    require a gradient, batch mean; to be multiplied by gamma and by the interval between penalties. Logits (B, ...) of
+    patches are averaged.
     """
     logits = logits.reshape(len(images), -1).mean(dim=1)
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
@@ -68,16 +54,9 @@ def gradient_penalty(images: torch.Tensor, logits: torch.Tensor) -> torch.Tensor
 def denoising_loss(
     prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    r"""
-    Squared error of the diffusion model, with one weight a sample (App. A.5).
-
-    Args:
-        prediction (`torch.Tensor` of shape (B, C, H, W)): Output of the model.
-        target (`torch.Tensor` of shape (B, C, H, W)): Noise, velocity or clean latents.
-        weights (`torch.Tensor` of shape (B,), *optional*): For instance from `min_snr_weights`.
-
-    Returns:
-        `torch.Tensor`: scalar.
+    """
+    Squared error of the diffusion model's prediction (B, C, H, W), with one weight a sample (B,), for instance from
+    `min_snr_weights` (App. A.5).
     """
     error = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
     return (error if weights is None else weights * error).mean()
@@ -91,15 +70,10 @@ def adversarial_ramp(step: int, start_step: int, warmup_steps: int) -> float:
 
 
 class DiscriminatorLoss(nn.Module):
-    r"""
-    A discriminator together with its loss, so that one forward pass of a distributed wrapper covers all of it.
-
-    Args:
-        discriminator (`nn.Module`): Images to logits.
-        gradient_penalty_weight (`float`, defaults to 4.0): Gamma of R1 (App. A.3).
-        gradient_penalty_interval (`int`, defaults to 16): Steps from one penalty to the next; scales its weight.
-        augmentation (`str`, defaults to `""`):
-            What [`~augmentation.augment`] does to all images before they are judged. R1 is that of plain real images.
+    """
+    A discriminator together with its loss, so that one forward pass of a distributed wrapper covers all of it: with R1
+    of the paper's gamma and interval (App. A.3), which scales its weight, on plain real images; all images are judged
+    after [`~augmentation.augment`].
     """
 
     def __init__(
@@ -127,14 +101,9 @@ class DiscriminatorLoss(nn.Module):
             return gradient_penalty(images, self.discriminator(images))
 
     def forward(self, real: torch.Tensor, fake: torch.Tensor, penalize: bool):
-        r"""
-        Args:
-            real (`torch.Tensor` of shape (B, C, H, W)): Images of the collection.
-            fake (`torch.Tensor` of shape (B, C, H, W)): Reconstructions, detached.
-            penalize (`bool`): Whether this is a step with R1, which is computed in float32.
-
-        Returns:
-            `tuple`: the loss to minimise, and its parts by name, detached.
+        """
+        The loss to minimise for images and detached reconstructions (B, C, H, W), and its parts by name, detached;
+        with R1, in float32, if the step is to be penalised.
         """
         real_logits, fake_logits = self.logits(real), self.logits(fake)
         loss = discriminator_loss(real_logits.float(), fake_logits.float())

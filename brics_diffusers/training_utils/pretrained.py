@@ -19,19 +19,10 @@ NOISE_ARGUMENTS = ("regularization", "key_noise_scale", "interpolation_gamma")
 
 
 def resized(config: Mapping, resolution: int, feature_size: int | None = None) -> dict:
-    r"""
-    What makes an autoencoder's config one for images of another size: the feature block grows with them.
-
-    Args:
-        config (`Mapping`): Keyword arguments of [`BricsAutoencoder`]; defaults may be left out.
-        resolution (`int`): Height and width of the images in pixels.
-        feature_size (`int`, *optional*): Height and width of the feature block, if they are not to follow.
-
-    Returns:
-        `dict`: `"sample_size"` and `"feature_size"`.
-
-    Raises:
-        `ValueError`: If the feature block would have no whole size.
+    """
+    What makes an autoencoder's config, or some of it, one for images of another size, `"sample_size"` and
+    `"feature_size"`: the feature block grows with them, unless its size is given. A `ValueError` if it would have no
+    whole size.
     """
     defaults = inspect.signature(BricsAutoencoder.__init__).parameters
     size, feature = (config.get(name, defaults[name].default) for name in ("sample_size", "feature_size"))
@@ -123,19 +114,10 @@ def decoder_noise(autoencoder: BricsAutoencoder, noise: dict) -> dict:
 
 
 def load_key_code_pipeline(name_or_path: str) -> BricsKeyCodePipeline:
-    r"""
-    A pipeline whose diffusion model can be trained on.
-
-    Args:
-        name_or_path (`str`): Its folder, or its name on the Hub.
-
-    Returns:
-        [`BricsKeyCodePipeline`]: in float32, with a `DDPMScheduler` of the same noise levels in place of a solver that
-        was made from the scheduler of a training.
-
-    Raises:
-        `FileNotFoundError`: If there is no pipeline.
-        `ValueError`: If it is of another class, or its scheduler is for sampling only.
+    """
+    A pipeline whose diffusion model can be trained on, in float32, with a `DDPMScheduler` of the same noise levels in
+    place of a solver that was made from the scheduler of a training. A `FileNotFoundError` if there is none, a
+    `ValueError` if it is of another class, or its scheduler is for sampling only.
     """
     pipe = load_pipeline(name_or_path)
     if not isinstance(pipe, BricsKeyCodePipeline):

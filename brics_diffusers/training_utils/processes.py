@@ -1,4 +1,4 @@
-"""Checks before training: backends that can't be used, processes that don't know of each other; workers, memory."""
+"""The processes of a training: launchers that are refused, the number of those that read data, and their memory."""
 
 import os
 import shutil
@@ -27,11 +27,8 @@ WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD
 
 
 def refuse_backends() -> None:
-    r"""
-    Call before accelerate starts any of them.
-
-    Raises:
-        `ValueError`: If accelerate is configured for a backend that training does not work with.
+    """
+    Refuses, with a `ValueError`, backends that training does not work with. Call before accelerate starts any of them.
     """
     for variable, name in REFUSED_BACKENDS.items():
         if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
@@ -42,14 +39,9 @@ def refuse_backends() -> None:
 
 
 def check_world_size(num_processes: int) -> None:
-    r"""
-    Refuses processes that a launcher has started together and that don't know of each other.
-
-    Args:
-        num_processes (`int`): Processes that accelerate has found.
-
-    Raises:
-        `ValueError`: If the launcher has started more.
+    """
+    Refuses, with a `ValueError`, processes that a launcher has started together and that don't know of each other:
+    more than accelerate has found.
     """
     for name in WORLD_SIZES:
         size = os.environ.get(name, "")
@@ -62,17 +54,10 @@ def check_world_size(num_processes: int) -> None:
 
 
 def default_num_workers(device: torch.device, num_processes: int) -> int:
-    r"""
+    """
     Processes that read data where `--dataloader_num_workers` does not say: a share of the cores beside a GPU; none
     beside a CPU, whose cores are at work, or where they would have to be started anew or hand images over in a small
     `/dev/shm`, as Docker's is. They change nothing in what is read, nor in its order.
-
-    Args:
-        device (`torch.device`): Where the training works.
-        num_processes (`int`): Training processes, all machines'.
-
-    Returns:
-        `int`.
     """
     shared = Path("/dev/shm")
     if device.type != "cuda" or not sys.platform.startswith("linux") or not shared.is_dir():

@@ -28,18 +28,9 @@ SUMMARY = "training_summary.json"
 def summarize_run(
     args: argparse.Namespace, accelerator: Accelerator, state: RunState, num_images: int | None, model: torch.nn.Module
 ) -> dict:
-    r"""
-    How a run ended, for `training_summary.json`.
-
-    Args:
-        args (`argparse.Namespace`): Flags of the run.
-        accelerator (`Accelerator`): The run's accelerator.
-        state (`RunState`): Its counters; `validation`, if it has that, holds the last metrics.
-        num_images (`int`, *optional*): Training images, where the number is known.
-        model (`torch.nn.Module`): The model that was trained.
-
-    Returns:
-        `dict`: What JSON can hold; with `autoencoder_training`, the summary of stage one, where that is at hand.
+    """
+    How a run ended, for `training_summary.json`: what JSON can hold; with `autoencoder_training`, the summary of stage
+    one, where that is at hand. The state's `validation`, if it has that, holds the last metrics.
     """
     summary = {
         "steps": state.global_step,
@@ -65,17 +56,11 @@ def summarize_run(
 
 
 def finish_run(args: argparse.Namespace, summary: dict) -> None:
-    r"""
-    Writes the summary, the curves and the card into the run's folder, and pushes if `--push_to_hub` asks for it.
-    Reports of metrics that the run had when it ended earlier with other weights are kept in `superseded-reports`. Call
-    on the main process, when everything else is saved.
-
-    Args:
-        args (`argparse.Namespace`): Flags of the run.
-        summary (`dict`): Result of [`summarize_run`].
-
-    Raises:
-        `OSError`: If the push fails; says how to push the finished run.
+    """
+    Writes the summary, the curves and the card into the run's folder, and pushes if `--push_to_hub` asks for it; an
+    `OSError` if that fails says how to push the finished run. Reports of metrics that the run had when it ended
+    earlier with other weights are kept in `superseded-reports`. Call on the main process, when everything else is
+    saved.
     """
     output_dir = Path(args.output_dir)
     write_summary(output_dir, summary)
@@ -130,14 +115,10 @@ def _set_reports_aside(output_dir: Path) -> None:
 def draw_curves(
     output_dir: str | os.PathLike, autoencoder_dir: str | os.PathLike | None = None, stage_two: bool = False
 ) -> None:
-    r"""
-    Writes `curves.png` into a run's folder, from what it and stage one have logged; nothing where no step was logged
-    or matplotlib is not installed.
-
-    Args:
-        output_dir (`str`): Folder of the run.
-        autoencoder_dir (`str`, *optional*): Output folder of stage one, for a run of stage two.
-        stage_two (`bool`, defaults to `False`): Whether it is a run of stage two though stage one's is not known.
+    """
+    Writes `curves.png` into a run's folder, from what it and stage one, in `autoencoder_dir`, have logged; nothing
+    where no step was logged or matplotlib is not installed. `stage_two` tells of a run of stage two whose stage one is
+    not known.
     """
     folders = {} if autoencoder_dir is None else {"autoencoder": autoencoder_dir}
     folders["diffusion model" if folders or stage_two else "autoencoder"] = output_dir

@@ -34,22 +34,12 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def start_run(args: argparse.Namespace) -> Iterator[Accelerator]:
-    r"""
-    A context with accelerate, its trackers, the output folder and the random states set up. The folder is the run's
-    alone until the end.
-
-    Args:
-        args (`argparse.Namespace`): Result of [`parse_arguments`].
-
-    Yields:
-        `Accelerator`: with its trackers started and all processes seeded alike.
-
-    Raises:
-        `BlockingIOError`: If another run is at work in the output folder.
-        `FileExistsError`: If a run is to start afresh in a folder that has checkpoints.
-        `OSError`: If the processes don't share the output folder, or the result can't be pushed to the Hub.
-        `ValueError`: If accelerate is configured for a backend that training does not work with, or the processes
-            don't know of each other; or if it is to be pushed to a private repository, and that is public.
+    """
+    A context with accelerate, its trackers, the output folder and the random states set up, all processes seeded
+    alike. The folder is the run's alone until the end: a `BlockingIOError` if another is at work there, a
+    `FileExistsError` if a run is to start afresh beside checkpoints, an `OSError` if the processes don't share it, or
+    the result can't be pushed to the Hub; a `ValueError` for processes or backends that training does not work with,
+    and for a public repository that is to be private.
     """
     refuse_backends()
     # With an epsilon of 1e-15, Adam's second moments become denormal numbers, on which CPUs are slow.
@@ -103,13 +93,9 @@ def write_config(args: argparse.Namespace) -> None:
 
 
 def count_steps(args: argparse.Namespace, accelerator: Accelerator, num_items: int) -> None:
-    r"""
-    Sets `max_train_steps` where the run is to last for `num_train_epochs`: so many that each item is seen as often.
-
-    Args:
-        args (`argparse.Namespace`): Flags of [`add_common_arguments`].
-        accelerator (`Accelerator`): The run's accelerator.
-        num_items (`int`): Images, or key codes, of the collection.
+    """
+    Sets `max_train_steps` where the run is to last for `num_train_epochs`: so many that each image, or key code, is
+    seen as often.
     """
     if args.num_train_epochs is None:
         return
@@ -127,17 +113,10 @@ def quiet_libraries() -> None:
 
 
 def load_splits(args: argparse.Namespace):
-    r"""
-    The training images of a run and those held out from it.
-
-    Args:
-        args (`argparse.Namespace`):
-            Flags of [`add_common_arguments`], `validation_split` and `num_validation_images`. With no
-            `validation_split`, a split called `validation` is taken if there is one; else `num_validation_images`, at
-            most a tenth, are held out of the training images: the same ones whatever the run's seed.
-
-    Returns:
-        `tuple`: training and validation `datasets.Dataset`; the second may be `None`.
+    """
+    The training images of a run and those held out from it, which may be `None`. With no `validation_split`, a split
+    called `validation` is taken if there is one; else `num_validation_images`, at most a tenth, are held out of the
+    training images: the same ones whatever the run's seed.
     """
     options = {"image_column": args.image_column, "cache_dir": args.cache_dir, "config_name": args.dataset_config_name}
     train = load_collection(args.dataset_name, args.dataset_split, max_images=args.max_train_samples, **options)
@@ -145,17 +124,9 @@ def load_splits(args: argparse.Namespace):
 
 
 def hold_out(args: argparse.Namespace, train: datasets.Dataset, count: int, of_training: bool = True):
-    r"""
-    Images of a validation split, or else some of the training images, which no longer are that.
-
-    Args:
-        args (`argparse.Namespace`): Flags of [`add_common_arguments`], and `validation_split`.
-        train (`datasets.Dataset`): The training images.
-        count (`int`): Images to hold out at most; 0 for none.
-        of_training (`bool`, defaults to `True`): Whether training images may be held out.
-
-    Returns:
-        `tuple`: training and held-out `datasets.Dataset`; the second may be `None`.
+    """
+    Training images, and at most `count` of a validation split, or else, unless `of_training` forbids it, of the
+    training images, which no longer are that; `None` for none.
     """
     options = {"image_column": args.image_column, "cache_dir": args.cache_dir, "config_name": args.dataset_config_name}
     if count == 0:
@@ -176,16 +147,9 @@ def hold_out(args: argparse.Namespace, train: datasets.Dataset, count: int, of_t
 
 
 def resized_images(args: argparse.Namespace, dataset, autoencoder: BricsAutoencoder) -> ResizedImages | None:
-    r"""
-    The file of `--cache_resized` for one collection and size. Call on every process.
-
-    Args:
-        args (`argparse.Namespace`): Flags `cache_resized` and `cache_dir`.
-        dataset (`datasets.Dataset`): Result of `load_collection`.
-        autoencoder ([`BricsAutoencoder`]): Says how large its images are and of what channels.
-
-    Returns:
-        [`ResizedImages`]: or `None` without the flag.
+    """
+    The file of `--cache_resized` for one collection and the autoencoder's images; `None` without the flag. Call on
+    every process.
     """
     if not args.cache_resized:
         return None
@@ -205,18 +169,10 @@ def resume_run(
     lr_scheduler,
     optimizers: list,
 ) -> None:
-    r"""
+    """
     Does what `--resume_from_checkpoint` says. Call on every process, after everything is prepared and registered.
     Flags beat the checkpoint: Adam's rates and epsilon and the decay of the averaged weights are those of this run.
-
-    Args:
-        args (`argparse.Namespace`): Flags of the run.
-        accelerator (`Accelerator`): The run's accelerator.
-        state (`RunState`): Its counters.
-        ema (`EMAModel`): Its averaged weights.
-        lr_scheduler (`LambdaLR`):
-            Its schedule. From the second step on it follows this run's learning rates, whatever they were before.
-        optimizers (`list`): Its optimizers.
+    From the second step on the schedule follows this run's learning rates, whatever they were before.
     """
     decay, rates = ema.decay, lr_scheduler.base_lrs
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -231,16 +187,10 @@ def resume_run(
 
 
 class StepLog:
-    r"""
-    Progress bar on the terminal, and curves in TensorBoard: losses averaged over processes and steps, skipped steps,
-    images a second, the share of time that the main process waits for data, and peak memory.
-
-    Args:
-        accelerator (`Accelerator`): The run's accelerator.
-        state (`RunState`): Counts the steps.
-        total (`int`): Steps of the whole run.
-        images_per_step (`int`): Of all processes.
-        interval (`int`): Steps between entries.
+    """
+    Progress bar on the terminal, and every `interval` steps curves in TensorBoard: losses averaged over processes and
+    steps, skipped steps, images a second (`images_per_step` of all processes), the share of time that the main process
+    waits for data, and peak memory.
     """
 
     def __init__(self, accelerator: Accelerator, state: RunState, total: int, images_per_step: int, interval: int):

@@ -24,23 +24,13 @@ REFERENCE_IMAGES = 10_000  # far more than there are samples; the kernel's sums 
 
 
 class SampleDistance:
-    r"""
-    Kernel or Fréchet distance of samples from training images by learned features. Those of at most `REFERENCE_IMAGES`
-    training images, evenly spread over the collection, are computed once and kept on disk.
+    """
+    Distance of samples from training images by learned features, `"kid"` (unbiased, times 1,000) or `"frechet"`
+    (compares at equal numbers of samples only). Those of at most `REFERENCE_IMAGES` training images, evenly spread
+    over the collection, are computed once and kept on disk.
 
-    Args:
-        metric (`str`): `"kid"` (unbiased, times 1,000) or `"frechet"` (compares at equal numbers of samples only).
-        feature_extractor (`str`): A name that `load_feature_extractor` knows.
-        accelerator (`Accelerator`): The run's accelerator.
-        dataset (`datasets.Dataset`): Training images, result of `load_collection`.
-        resolution (`int`): Side of the samples in pixels.
-        num_samples (`int`): Number of samples.
-        cache_dir (`str`): Folder for the features of training images.
-        num_workers (`int`, defaults to 0): Processes that read images.
-
-    Raises:
-        `FileNotFoundError`, `ImportError`, `ValueError`: As `load_feature_extractor` does.
-        `ValueError`: If there are fewer than 2 samples, or than 2 training images.
+    Errors are those of `load_feature_extractor`, and a `ValueError` if there are fewer than 2 samples, or than 2
+    training images.
     """
 
     def __init__(
@@ -74,14 +64,9 @@ class SampleDistance:
         return apply_extractor(self.extractor, to_uint8(images).to(self.accelerator.device))[0].cpu()
 
     def __call__(self, features: torch.Tensor) -> float:
-        r"""
-        Call on every process.
-
-        Args:
-            features (`torch.Tensor` of shape (N, D)): Those of this process's samples; some may have none, (0, 0).
-
-        Returns:
-            `float`: The distance, the same on every process.
+        """
+        The distance, the same on every process, from the features (N, D) of this process's samples; some may have
+        none, (0, 0). Call on every process.
         """
         (generated,) = gather_features(features)
         distance = None

@@ -1,4 +1,4 @@
-"""The images of both stages and what brings them: a collection on this machine, or a stream of shards."""
+"""Training and held-out images of both stages, and their loaders: of a collection on this machine or of a stream."""
 
 import argparse
 import hashlib
@@ -28,17 +28,10 @@ def open_stream(args: argparse.Namespace, split: str) -> datasets.IterableDatase
 
 
 def load_training_images(args: argparse.Namespace):
-    r"""
-    What a run of stage one trains on and validates with.
-
-    Args:
-        args (`argparse.Namespace`):
-            Flags of `training/train_autoencoder.py`. With `streaming`, the first `num_validation_images` of the
-            validation split are kept in memory; without such a split nothing is held out.
-
-    Returns:
-        `tuple`: training and validation images; a `datasets.IterableDataset` or `datasets.Dataset`, and a
-        `datasets.Dataset` or `None`.
+    """
+    What a run of stage one trains on, a collection or a stream, and validates with, a collection or `None`. Of a
+    stream, the first `num_validation_images` of the validation split are kept in memory; without such a split nothing
+    is held out.
     """
     if not args.streaming:
         return load_splits(args)
@@ -67,19 +60,9 @@ def image_loader(
     state: RunState,
     position: StreamPosition,
 ) -> DataLoader:
-    r"""
-    The endless loader of this process's training batches, from where the run stands. Call on every process.
-
-    Args:
-        args (`argparse.Namespace`): Flags of `training/train_autoencoder.py`.
-        accelerator (`Accelerator`): The run's accelerator.
-        images: First result of [`load_training_images`].
-        autoencoder ([`BricsAutoencoder`]): Says how large its images are and of what channels.
-        state (`RunState`): Knows how many images were seen.
-        position ([`StreamPosition`]): Where a stream is read on; without influence on a collection.
-
-    Returns:
-        `DataLoader`: batches of `collate_images`.
+    """
+    The endless loader of this process's training batches (`collate_images`), from where the run stands: the images
+    seen, or the position in a stream. Call on every process.
     """
     channels, *size = autoencoder.sample_shape
     if args.streaming:

@@ -37,15 +37,7 @@ def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 
 def log_image(accelerator: Accelerator, name: str, image, step: int) -> None:
-    r"""
-    Hands a picture to all trackers that take pictures. Call on the main process.
-
-    Args:
-        accelerator (`Accelerator`): The run's accelerator.
-        name (`str`): What the trackers call it.
-        image (`PIL.Image.Image`): The picture.
-        step (`int`): Optimizer step.
-    """
+    """Hands a PIL picture, called `name`, to all trackers that take pictures. Call on the main process."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image(name, to_tensor(image), step)

@@ -1,20 +1,12 @@
-"""Images of other channels as the RGB that people, and networks trained on photographs, see."""
+"""Gray images and images with transparency as the RGB that people, and networks trained on photographs, see."""
 
 import torch
 
 
 def as_rgb(images: torch.Tensor) -> torch.Tensor:
-    r"""
-    Gray images three times, RGBA composited on white, RGB as it is. Gradients flow.
-
-    Args:
-        images (`torch.Tensor` of shape (B, C, H, W)): Images in [-1, 1], of 1, 3 or 4 channels; may leave it.
-
-    Returns:
-        `torch.Tensor` of shape (B, 3, H, W): in the same dtype.
-
-    Raises:
-        `ValueError`: For another number of channels.
+    """
+    Images (B, C, H, W) in [-1, 1] of 1, 3 or 4 channels to (B, 3, H, W): gray three times, RGBA composited on white,
+    RGB as it is. Gradients flow.
     """
     channels = images.shape[1]
     if channels == 3:

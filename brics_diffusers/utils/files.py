@@ -36,14 +36,9 @@ def free_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    r"""
-    A binary file that takes its name when the context ends, complete, or not at all.
-
-    Args:
-        path (`str`): The file; one that exists is replaced.
-
-    Yields:
-        `BinaryIO`: A file beside it to write into.
+    """
+    A binary file, beside the one at `path`, that takes its name and its place when the context ends, complete, or not
+    at all.
     """
     path = Path(path)
     # Hidden, so that what a killed process leaves behind is not taken for an image.

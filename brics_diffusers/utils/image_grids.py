@@ -9,17 +9,7 @@ from .compositing import as_rgb
 
 
 def image_grid(images: torch.Tensor, columns: int = 8) -> Image.Image:
-    r"""
-    Puts images into one picture.
-
-    Args:
-        images (`torch.Tensor` of shape (N, C, H, W)):
-            Images in [-1, 1], clipped; gray, RGB, or RGBA, which is shown on white.
-        columns (`int`, defaults to 8): Images in a row.
-
-    Returns:
-        `PIL.Image.Image`.
-    """
+    """Puts images (N, C, H, W) in [-1, 1], clipped, into one picture, `columns` in a row; RGBA is shown on white."""
     images = as_rgb(images.detach().float().cpu().clamp(-1, 1)) / 2 + 0.5
     return to_pil_image(make_grid(images, nrow=columns, padding=2, pad_value=1.0))
 

@@ -20,17 +20,10 @@ LOCK = ".lock"
 def locked_folder(
     folder: str | os.PathLike, flag: str = "--output_dir", is_main_process: bool = True
 ) -> Iterator[None]:
-    r"""
-    Keeps other programs that call this out of a folder within the context. The lock is the operating system's: that of
-    a process that is killed is gone with it. Call on every process; the main one holds the lock for all of them.
-
-    Args:
-        folder (`str`): The folder; made if it does not exist.
-        flag (`str`, defaults to `"--output_dir"`): What names it on the command line.
-        is_main_process (`bool`, defaults to `True`): Whether this process holds the lock.
-
-    Raises:
-        `BlockingIOError`: On every process, if another program is at work in the folder.
+    """
+    Keeps other programs that call this out of a folder, made if need be, within the context; a `BlockingIOError`, on
+    every process, if one is at work in it. The lock is the operating system's: that of a process that is killed is
+    gone with it. Call on every process; the main one holds the lock for all of them.
     """
     with contextlib.ExitStack() as stack:
         fault = None

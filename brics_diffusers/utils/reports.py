@@ -14,16 +14,10 @@ import torch
 
 
 def machine(device: str | torch.device = "cpu") -> dict[str, str]:
-    r"""
-    What a measurement ran on, to be written beside it.
-
-    Args:
-        device (`str` or `torch.device`, defaults to `"cpu"`): The device that did the work.
-
-    Returns:
-        `dict`: `"device"` (its name, and the number of cores and threads of a CPU), `"python"`, `"torch"`,
-        `"diffusers"` (versions) and `"command"`, the process's command line behind `OMP_NUM_THREADS=...` where that
-        is set: sums, and so results, depend on the number of threads.
+    """
+    What a measurement ran on, to be written beside it: `"device"` (its name, and the number of cores and threads of a
+    CPU), `"python"`, `"torch"`, `"diffusers"` (versions) and `"command"`, the process's command line behind
+    `OMP_NUM_THREADS=...` where that is set: sums, and so results, depend on the number of threads.
     """
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -54,15 +48,9 @@ def _cpu_name() -> str:
 
 
 def markdown_table(rows: list[dict]) -> str:
-    r"""
-    A Markdown table.
-
-    Args:
-        rows (`list[dict]`): One dictionary a row, all with the keys of the first, which become the header. Floats are
-            written with four significant digits.
-
-    Returns:
-        `str`: The table, ending with a newline.
+    """
+    A Markdown table of dictionaries, all with the keys of the first, which become the header. Floats are written with
+    four significant digits.
     """
     names = list(rows[0])
     lines = [names, ["---"] * len(names), *([_cell(row[name]) for name in names] for row in rows)]
@@ -78,18 +66,9 @@ def _cell(value) -> str:
 
 
 def make_output_folder(path: str | os.PathLike, flag: str = "--output_dir") -> Path:
-    r"""
-    Makes the folder that results go to and tries to write into it, to be called before the work.
-
-    Args:
-        path (`str`): The folder; it may exist.
-        flag (`str`, defaults to `"--output_dir"`): The flag that names it.
-
-    Returns:
-        `Path`: The folder.
-
-    Raises:
-        `OSError`: If it can't be made or written to.
+    """
+    Makes the folder that results go to, called `flag` on the command line, and tries to write into it, to be called
+    before the work; an `OSError` if it can't be made or written to.
     """
     folder = Path(path)
     try:
@@ -103,17 +82,10 @@ def make_output_folder(path: str | os.PathLike, flag: str = "--output_dir") -> P
 
 
 def write_report(output_dir: str | os.PathLike, name: str, result: dict, text: str, figures: dict | None = None):
-    r"""
-    Writes `<name>.json`, `<name>.md` and `<name>-<figure>.png`.
-
-    Args:
-        output_dir (`str`): Folder, made if it does not exist.
-        name (`str`): Name of the report.
-        result (`dict`): What goes into the JSON file: all figures, and how they were made. A figure that is not
-            finite, for which JSON has no number, is written as `null`.
-        text (`str`): The Markdown file: tables, and the sentences that say what is in them.
-        figures (`dict[str, matplotlib.figure.Figure or PIL.Image.Image]`, *optional*):
-            Plots and pictures by name.
+    """
+    Writes `<name>.json`, `<name>.md` and `<name>-<figure>.png`: all figures and how they were made; tables, and the
+    sentences that say what is in them; and plots (matplotlib) and pictures (PIL) by name. A figure that is not finite,
+    for which JSON has no number, is written as `null`.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)

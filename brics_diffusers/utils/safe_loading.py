@@ -20,21 +20,12 @@ _MISFIT = "the weights of {} are not those of its config.json: {}; restore the o
 def load_safely(
     from_pretrained: Callable, name_or_path: str | os.PathLike, **kwargs
 ) -> ModelMixin | DiffusionPipeline | tuple:
-    r"""
-    Calls `from_pretrained` of a model or a pipeline of diffusers. Pickled weights are refused, and missing ones are an
-    error, in every component.
+    """
+    Calls `from_pretrained` of a model or a pipeline of diffusers, with its arguments. Pickled weights are refused, and
+    missing ones are an error, in every component. With `low_cpu_mem_usage=False` all weights are read twice.
 
-    Args:
-        from_pretrained (`Callable`): The class's method.
-        name_or_path (`str`): A folder, or a name on the Hub.
-        kwargs: As in diffusers. With `low_cpu_mem_usage=False` all weights are read twice.
-
-    Returns:
-        What `from_pretrained` returns.
-
-    Raises:
-        `ValueError`: If pickles are asked for, or a weight is missing or shaped otherwise than the config says.
-        `OSError`: If there are no weights in safetensors.
+    A `ValueError` if pickles are asked for, or a weight is missing or shaped otherwise than the config says; an
+    `OSError` if there are no weights in safetensors.
     """
     if kwargs.get("use_safetensors") is False:
         raise ValueError(
@@ -66,22 +57,9 @@ def load_safely(
 
 
 def load_class_safely(model_class: type[ModelMixin], name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
-    r"""
+    """
     As [`load_safely`], but only for a config that names this class: another's would fail for values that have nothing
-    to do with the fault, or be read as what it is not.
-
-    Args:
-        model_class (`type`): A class of models.
-        name_or_path (`str`): A folder, or a name on the Hub.
-        kwargs: As in diffusers.
-
-    Returns:
-        `ModelMixin`: The model.
-
-    Raises:
-        `FileNotFoundError`: If there is no config.
-        `ValueError`: If the config is that of another class, and as in [`load_safely`].
-        `OSError`: If there are no weights in safetensors.
+    to do with the fault, or be read as what it is not. A `FileNotFoundError` if there is no config.
     """
     place, needed = Path(name_or_path, kwargs.get("subfolder") or ""), model_class.__name__
     try:

@@ -4,18 +4,9 @@ from collections.abc import Sequence
 
 
 def height_and_width(size: int | Sequence[int], name: str = "size") -> tuple[int, int]:
-    r"""
-    Both sides of an image.
-
-    Args:
-        size (`int` or `Sequence[int]`): The side of a square, or height and width, in pixels.
-        name (`str`, defaults to `"size"`): What errors call it.
-
-    Returns:
-        `tuple[int, int]`: height and width.
-
-    Raises:
-        `ValueError`: If it is neither a positive whole number nor two of them.
+    """
+    Height and width in pixels, of a pair or of the side of a square; a `ValueError`, which calls them `name`, if they
+    are no positive whole numbers.
     """
     sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else ()
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):

@@ -3,12 +3,13 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import autoencoder_models
 import compare_autoencoders
-import comparison_models
 import pytest
 import torch
-from comparison_models import CLASSES, DEFAULT_MODELS, PRESETS, RELATIVE_NOISE, VARIANTS, NoisyAutoencoderKL
-from comparison_report import NOISES, model_costs, noise_curve, seconds_until, spread, table_row
+from autoencoder_models import CLASSES, DEFAULT_MODELS, PRESETS, RELATIVE_NOISE, VARIANTS, NoisyAutoencoderKL
+from autoencoder_report import NOISES, model_costs, noise_curve, seconds_until, table_row
+from comparison import spread
 from diffusers import VQModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -21,7 +22,7 @@ from brics_diffusers.metrics.perceptual import load_lpips
 from brics_diffusers.metrics.reconstruction import image_metrics
 
 
-PEER = comparison_models.SMALL_PEER | {"block_out_channels": (8, 8, 16), "sample_size": 32}
+PEER = autoencoder_models.SMALL_PEER | {"block_out_channels": (8, 8, 16), "sample_size": 32}
 SMALL = {
     "train_batch_size": 2,
     "max_train_steps": 4,
@@ -31,25 +32,33 @@ SMALL = {
 }
 NOISY = "AutoencoderKL, shortcut, noise"
 MODELS = ("BRICS", NOISY, "VQModel")
+SHORTER = "BRICS, two thirds of the steps"
 
 
-@pytest.fixture
-def compare(monkeypatch, image_folder, tmp_path):
-    """Runs the comparison of small models of one seed, with no weights of LPIPS at hand, and returns its report."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setitem(PRESETS, "noto-emoji-64", SMALL)
-    monkeypatch.setattr("comparison_report.DECODING_ROUNDS", 1)
+@pytest.fixture(scope="module")
+def compare(image_folder, tmp_path_factory):
+    """Runs the comparison of small models, with no weights of LPIPS at hand, and returns its report."""
 
-    def run(name, *more, models=MODELS, seeds=(0,)):
-        output_dir = tmp_path / name
-        flags = ["--dataset_name", image_folder, "--output_dir", output_dir, "--validation_steps", 2]
+    def run(folder, *more, models=MODELS, seeds=(0,)):
+        flags = ["--dataset_name", image_folder, "--output_dir", folder, "--validation_steps", 2]
         flags += ["--models", *models, "--seeds", *seeds, *more]
         compare_autoencoders.main(list(map(str, flags)))
-        reports = list(output_dir.glob("*.json"))
+        torch.set_flush_denormal(False)
+        reports = list(folder.glob("*.json"))
         return json.loads(reports[0].read_text()) if reports else None
 
-    yield run
-    torch.set_flush_denormal(False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
+        patch.setitem(PRESETS, "noto-emoji-64", SMALL)
+        patch.setattr("autoencoder_report.DECODING_ROUNDS", 1)
+        yield run
+
+
+@pytest.fixture(scope="module")
+def finished(compare, tmp_path_factory):
+    """The folder of a comparison of two seeds, and its report."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, compare(folder, models=(*MODELS, SHORTER), seeds=(0, 1))
 
 
 @pytest.fixture
@@ -59,7 +68,7 @@ def images():
 
 def make_model(class_name: str, **changes):
     torch.manual_seed(0)
-    return CLASSES[class_name](**comparison_models.Variant(class_name).arguments(SMALL) | changes)
+    return CLASSES[class_name](**autoencoder_models.Variant(class_name).arguments(SMALL) | changes)
 
 
 def values(result):
@@ -71,62 +80,59 @@ def values(result):
 
 
 class TestRuns:
-    def test_report(self, compare, tmp_path):
-        models = ("BRICS", "AutoencoderKL", "VQModel", "BRICS, two thirds of the steps")
-        result = compare("run", "--max_train_steps", 6, models=models, seeds=(0, 1))
+    def test_report(self, finished):
+        folder, result = finished
         rows = {row["model"]: row for row in result["table"]}
-        assert tuple(rows) == models
+        assert tuple(rows) == (*MODELS, SHORTER)
         assert rows["BRICS"]["training time"] == "1.00 ± 0.00"
         goals = [result["runs"][f"BRICS-{seed}"]["curve"][-1]["psnr"] for seed in (0, 1)]
         assert rows["BRICS"]["decoding time"] == 1
         assert [row["latent"] for row in rows.values()] == ["8 x 8 x 4", "8 x 8 x 4", "8 x 8 of 16 codes", "8 x 8 x 4"]
-        assert [row["steps"] for row in rows.values()] == [6, 6, 6, 4]
-        folders = ["BRICS", "AutoencoderKL", "VQModel", "BRICS-two-thirds-of-the-steps"]
-        assert list(result["runs"]) == [f"{folder}-{seed}" for folder in folders for seed in (0, 1)]
-        for folder, row in zip(folders, rows.values(), strict=True):
-            runs = [result["runs"][f"{folder}-{seed}"] for seed in (0, 1)]
+        assert [row["steps"] for row in rows.values()] == [4, 4, 4, 3]
+        names = ["BRICS", "AutoencoderKL-shortcut-noise", "VQModel", "BRICS-two-thirds-of-the-steps"]
+        assert list(result["runs"]) == [f"{name}-{seed}" for name in names for seed in (0, 1)]
+        for name, row in zip(names, rows.values(), strict=True):
+            runs = [result["runs"][f"{name}-{seed}"] for seed in (0, 1)]
             last = [run["curve"][-1]["psnr"] for run in runs]
             assert last[0] != last[1] and row["PSNR"] == spread(last, 2)
             assert row["PSNR, training images"] != row["PSNR"]
             assert row["PSNR, latents with 5% noise"] == spread([run["noise"]["psnr"][3] for run in runs], 2)
             for run in runs:
-                assert [point["step"] for point in run["curve"]] == list(range(2, row["steps"] + 1, 2))
+                assert [point["step"] for point in run["curve"]] == [2, row["steps"]]
                 assert all(0 < point["psnr"] < 60 and point["images"] == 2 for point in run["curve"])
                 # Without noise it is the last validation again, in batches of the same size.
                 assert run["noise"]["psnr"][0] == pytest.approx(run["curve"][-1]["psnr"], abs=1e-3)
                 assert run["noise"]["deviation"] > 0
-                assert (run["noise"]["training_noise"] is None) == ("BRICS" not in folder)
+                assert (run["noise"]["training_noise"] is None) == ("BRICS" not in name)
             reached = sum(max(p["psnr"] for p in run["curve"]) >= goal for run, goal in zip(runs, goals, strict=True))
             text = {0: "never", 1: "with 1 of 2 seeds"}.get(reached, " ± ")
             assert text in row["time until the first's PSNR"]
-        text = (tmp_path / "run/comparison.md").read_text()
-        assert "| BRICS, two thirds of the steps |" in text and "seeds 0, 1," in text and "LPIPS |" not in text
+        text = (folder / "comparison.md").read_text()
+        assert f"| {SHORTER} |" in text and "seeds 0, 1," in text and "LPIPS |" not in text
         assert "\nLPIPS was not measured: torch's cache has no `vgg16-397923af.pth`" in text
         assert "| BRICS | 0.012 | {'encoder': 0.002} | 0.99 | 0.02 |" in text
-        assert "\nRows of the picture, first seed: images; BRICS; AutoencoderKL; VQModel; BRICS, two thirds" in text
-        picture = Image.open(tmp_path / "run/comparison-reconstructions.png")
+        assert "\nRows of the picture, first seed: images; BRICS; AutoencoderKL, shortcut, noise; VQModel" in text
+        picture = Image.open(folder / "comparison-reconstructions.png")
         assert picture.size == (2 * 34 + 2, 5 * 34 + 2)  # two held-out images and four reconstructions of each
-        assert Image.open(tmp_path / "run/comparison-curves.png").width > 1000
+        assert Image.open(folder / "comparison-curves.png").width > 1000
 
-    def test_models_are_saved_with_averaged_weights(self, compare, image_folder, tmp_path):
-        result = compare("run", "--no-show_images")
-        assert Image.open(tmp_path / "run/comparison-reconstructions.png").height == 3 * 34 + 2  # no row of images
-        folders = {
+    def test_models_are_saved_with_averaged_weights(self, finished, image_folder):
+        folder, result = finished
+        classes = {
             "BRICS-0": BricsAutoencoder,
             "AutoencoderKL-shortcut-noise-0": NoisyAutoencoderKL,
             "VQModel-0": VQModel,
         }
-        assert {path.name for path in (tmp_path / "run/models").iterdir()} == folders.keys()
+        assert {path.name for path in (folder / "models").iterdir()} == result["runs"].keys()
         dataset = load_collection(image_folder).train_test_split(test_size=2, seed=0)["test"]
         batch = next(iter(evaluation_loader(dataset, 32, 2)))["pixel_values"]
-        for name, model_class in folders.items():
-            model = model_class.from_pretrained(tmp_path / "run/models" / name).eval()
+        for name, model_class in classes.items():
+            model = model_class.from_pretrained(folder / "models" / name).eval()
             with torch.no_grad():
                 psnr = image_metrics(model(batch).sample, batch)["psnr"].mean().item()
             assert psnr == pytest.approx(result["runs"][name]["curve"][-1]["psnr"], abs=1e-3)
 
-    def test_changed_settings_are_refused(self, compare, monkeypatch):
-        assert compare("run", "--no-report") is None
+    def test_changed_settings_are_refused(self, compare, finished, monkeypatch):
         changes = {
             "max_train_steps 4, not 6": ["--max_train_steps", 6],
             "validation_steps 2, not 4": ["--validation_steps", 4],
@@ -137,22 +143,21 @@ class TestRuns:
         }
         for message, flags in changes.items():
             with pytest.raises(ValueError, match=f"was trained with {message}.*; give the same flags as before"):
-                compare("run", *flags)
+                compare(finished[0], *flags)
         for change in ({"learning_rate": 1e-3}, {"warmup": 0.5}, {"adam_beta2": 0.9}, {"part_learning_rates": {}}):
             with (
                 monkeypatch.context() as patch,
                 pytest.raises(ValueError, match=f"BRICS-0 was .* with {next(iter(change))} "),
             ):
                 patch.setitem(VARIANTS, "BRICS", dataclasses.replace(VARIANTS["BRICS"], **change))
-                compare("run")
+                compare(finished[0])
 
-    def test_the_work_can_be_shared(self, compare, monkeypatch):
-        for models in (("BRICS",), ("VQModel",)):
-            for seed in (0, 1):
-                assert compare("run", "--no-report", models=models, seeds=(seed,)) is None
+    def test_the_work_can_be_shared(self, compare, finished, monkeypatch, tmp_path):
+        for model in ("BRICS", "VQModel"):
+            assert compare(tmp_path, "--no-report", models=(model,)) is None
         monkeypatch.setattr(compare_autoencoders.Run, "train", pytest.fail)
-        result = compare("run", models=("BRICS", "VQModel"), seeds=(0, 1))
-        assert list(result["runs"]) == ["BRICS-0", "BRICS-1", "VQModel-0", "VQModel-1"]
+        found, whole = values(compare(tmp_path, models=("BRICS", "VQModel"))), values(finished[1])
+        assert found == {name: whole[name] for name in ("BRICS-0", "VQModel-0")}
 
     def test_unreadable_images_are_counted(self, compare, image_folder, tmp_path):
         folder = tmp_path / "images"
@@ -160,21 +165,21 @@ class TestRuns:
             shutil.copytree(image_folder, folder / split)  # with a file that is no image
         flags = ("--dataset_name", folder, "--train_batch_size", 40, "--max_train_steps", 2)
         for _ in range(2):  # the second time the runs are complete
-            result = compare("run", *flags, models=("BRICS", "VQModel"))
+            result = compare(tmp_path / "run", *flags, "--no-show_images", models=("BRICS",))
             assert len(result["unreadable"]) == 2
             assert "(skipped 2 unreadable files: " in (tmp_path / "run/comparison.md").read_text()
             assert result["runs"]["BRICS-0"]["curve"][-1]["images"] == 24
+        assert Image.open(tmp_path / "run/comparison-reconstructions.png").height == 34 + 2  # no row of images
 
     def test_lpips_is_measured_where_its_weights_are(self, compare, monkeypatch, tmp_path):
         monkeypatch.setattr(compare_autoencoders, "lpips_is_cached", lambda: True)
         monkeypatch.setattr(compare_autoencoders, "load_lpips", lambda: load_lpips("alex", pretrained=False))
-        result = compare("run", "--max_train_steps", 2)
+        result = compare(tmp_path / "run", "--max_train_steps", 2, models=("BRICS", "VQModel"))
         assert all(run["curve"][-1]["lpips"] > 0 for run in result["runs"].values())
         text = (tmp_path / "run/comparison.md").read_text()
         assert "| LPIPS |" in text and "not measured" not in text
 
-    def test_an_interrupted_comparison_ends_alike(self, compare, monkeypatch):
-        whole = compare("whole", seeds=(0, 1))
+    def test_an_interrupted_comparison_ends_alike(self, compare, finished, monkeypatch, tmp_path):
         validate = compare_autoencoders.Run.validate
         for folder in ("AutoencoderKL-shortcut-noise-0", "BRICS-1"):
 
@@ -185,8 +190,9 @@ class TestRuns:
 
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(compare_autoencoders.Run, "validate", interrupted)
-                compare("resumed", seeds=(0, 1))
-        assert values(compare("resumed", seeds=(0, 1))) == values(whole)
+                compare(tmp_path, seeds=(0, 1))
+        found, whole = values(compare(tmp_path, seeds=(0, 1))), values(finished[1])
+        assert found == {name: whole[name] for name in found} and len(found) == 6
 
     def test_a_finished_run_has_its_weights(self, compare, monkeypatch, tmp_path):
         def killed(*_, **__):
@@ -194,11 +200,11 @@ class TestRuns:
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(VQModel, "save_pretrained", killed)
-            compare("run", "--no-report", models=("VQModel",))
-        compare("run", "--no-report", models=("VQModel",))
+            compare(tmp_path / "run", "--no-report", models=("VQModel",))
+        compare(tmp_path / "run", "--no-report", models=("VQModel",))
         assert (tmp_path / "run/models/VQModel-0/config.json").is_file()
 
-    def test_all_see_the_same_images(self, compare, monkeypatch):
+    def test_all_see_the_same_images(self, compare, monkeypatch, tmp_path):
         seen, reconstruct = {}, compare_autoencoders.reconstruct
 
         def record(model, images):
@@ -206,21 +212,21 @@ class TestRuns:
             return reconstruct(model, images)
 
         monkeypatch.setattr(compare_autoencoders, "reconstruct", record)
-        compare("run", "--no-report", seeds=(0, 1))
+        compare(tmp_path, "--no-report", seeds=(0, 1))
         batches = [torch.stack(images) for images in seen.values()]
         assert len(batches) == 3 and batches[0].shape == (2 * 4, 2, 3, 32, 32)
         assert all(torch.equal(batches[0], other) for other in batches[1:])
         assert not torch.equal(*batches[0].chunk(2))  # of the two seeds
 
     def test_search(self, compare, monkeypatch, tmp_path):
-        search_variants = comparison_models.search_variants
+        search_variants = autoencoder_models.search_variants
 
         def first_and_last(names):
             trials = list(search_variants(["BRICS", "VQModel"]).items())
             return dict([trials[0], trials[-1]])
 
         monkeypatch.setattr(compare_autoencoders, "search_variants", first_and_last)
-        result = compare("run", "--search")
+        result = compare(tmp_path / "run", "--search")
         names = ["BRICS: learning_rate 0.006, adam_beta2 0.99", "VQModel: learning_rate 0.004, warmup 0.1"]
         assert [row["model"] for row in result["table"]] == names
         first, last = result["runs"].values()
@@ -234,11 +240,11 @@ class TestModels:
     def test_peers_decode_more_expensively_and_with_latents_as_large(self, config):
         costs, latents = {}, {}
         for name in CLASSES:
-            model = comparison_models.Variant(name).build(PRESETS[config])
+            model = autoencoder_models.Variant(name).build(PRESETS[config])
             costs[name] = model_costs(model)
             size = model.config.sample_size
             with torch.no_grad():
-                latents[name] = comparison_models.encode(model, torch.zeros(1, 3, size, size))
+                latents[name] = autoencoder_models.encode(model, torch.zeros(1, 3, size, size))
             parameters = sum(value for key, value in costs[name].items() if key.endswith(" M"))
             assert parameters == pytest.approx(model.num_parameters() / 1e6)
         cost = {name: costs[name]["decoder G"] for name in costs}
@@ -260,7 +266,7 @@ class TestModels:
         assert VARIANTS[NOISY].changes == {"relative_noise": RELATIVE_NOISE}
 
     def test_every_class_is_searched_as_much(self):
-        trials = comparison_models.search_variants(DEFAULT_MODELS[:3])
+        trials = autoencoder_models.search_variants(DEFAULT_MODELS[:3])
         of_class = {}
         for name, variant in trials.items():
             of_class.setdefault(name.partition(":")[0], []).append(variant)
@@ -277,7 +283,7 @@ class TestModels:
 
     def test_regularizers(self, images):
         models = {name: make_model(name) for name in CLASSES}
-        parts = {name: comparison_models.reconstruct(model, images)[1] for name, model in models.items()}
+        parts = {name: autoencoder_models.reconstruct(model, images)[1] for name, model in models.items()}
         for name in ("AutoencoderKL", "NoisyAutoencoderKL"):
             posterior = models[name].encode(images).latent_dist
             variance, mean = posterior.var, posterior.mean
@@ -293,14 +299,14 @@ class TestModels:
     @torch.no_grad()
     def test_exact_latents_make_the_models_own_reconstruction(self, name, images):
         model = make_model(name).eval()
-        sample = comparison_models.decode(model, comparison_models.encode(model, images))
+        sample = autoencoder_models.decode(model, autoencoder_models.encode(model, images))
         torch.testing.assert_close(sample, model(images).sample, rtol=1e-4, atol=1e-5)
 
     def test_latent_deviation(self):
         noise = torch.randn(64, 2, 16, 16, generator=torch.Generator().manual_seed(0))
         scale, offset = torch.tensor([3.0, 1.0]).view(1, 2, 1, 1), torch.tensor([5.0, -50.0]).view(1, 2, 1, 1)
         # Where a channel lies is none of its deviation. 16,384 draws a channel: 1% is two standard errors.
-        assert comparison_models.latent_deviation(scale * noise + offset).item() == pytest.approx(5**0.5, rel=0.02)
+        assert autoencoder_models.latent_deviation(scale * noise + offset).item() == pytest.approx(5**0.5, rel=0.02)
 
 
 def as_run(model, batch_size=4):
@@ -320,10 +326,10 @@ class TestReport:
         batch = next(iter(evaluation_loader(dataset, 32, 25)))["pixel_values"]
         with torch.no_grad():
             plain = image_metrics(model(batch).sample, batch)["psnr"].mean().item()
-            latents = comparison_models.encode(model, batch)
+            latents = autoencoder_models.encode(model, batch)
         assert len(curve["psnr"]) == len(NOISES) and NOISES[0] == 0
         assert curve["psnr"][0] == pytest.approx(plain, abs=1e-3)
-        assert curve["deviation"] == pytest.approx(comparison_models.latent_deviation(latents).item(), rel=1e-4)
+        assert curve["deviation"] == pytest.approx(autoencoder_models.latent_deviation(latents).item(), rel=1e-4)
         assert len(set(curve["psnr"])) > 1  # noise reaches the images
         # An image's noise does not depend on its batch. A codebook's choice may turn on rounding.
         assert other["psnr"] == pytest.approx(curve["psnr"], abs=0.05 if name == "VQModel" else 1e-3)
@@ -343,7 +349,7 @@ class TestReport:
         ("psnr", "expected"), [((20, 20), "0.75 ± 0.35"), ((20, 9), "with 1 of 2 seeds"), ((9, 9), "never")]
     )
     def test_time_until_the_firsts_psnr(self, monkeypatch, psnr, expected):
-        monkeypatch.setattr("comparison_report.training_psnr", lambda run, dataset: 10.0)
+        monkeypatch.setattr("autoencoder_report.training_psnr", lambda run, dataset: 10.0)
 
         def run(name, seconds, last):
             curve = [{"seconds": seconds, "psnr": last, "ssim": 0.5}]

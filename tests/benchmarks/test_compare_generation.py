@@ -1,10 +1,6 @@
 """The comparison of latents with tiny models: what is trained on, its report, and going on."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import compare_generation
 import generation_models
@@ -12,14 +8,14 @@ import generation_report
 import pytest
 import torch
 import yaml
+from autoencoder_models import CLASSES, SMALL_PEER, encode, folder_name
 from compare_generation import Run
-from comparison_models import CLASSES, SMALL_PEER, encode, folder_name
-from comparison_report import spread
+from comparison import spread
 from diffusers import UNet2DModel
 from generation_models import LatentSpace, build_scheduler, denoise, load_saved_autoencoder, starting_noise
-from launching import CONFIG, environment
+from launching import CONFIG
 from PIL import Image
-from small_models import AUTOENCODER, ROOT
+from small_models import AUTOENCODER
 
 from brics_diffusers.data import evaluation_loader, load_collection
 
@@ -260,47 +256,17 @@ class TestReport:
         assert found == expected
 
 
-KILL = """
-import os, signal, sys
-import torch
-import compare_generation
-
-save, count = torch.save, []
-
-def killed(state, path):
-    save(state, path)
-    count.append(path)
-    if len(count) == 2:  # half way through the second state
-        os.kill(os.getpid(), signal.SIGKILL)
-
-torch.save = killed
-compare_generation.main(sys.argv[1:])
-"""
-
-
 class TestInterruption:
     @pytest.mark.slow
-    def test_killed_it_goes_on_and_ends_alike(self, flags, result, tmp_path, monkeypatch):
-        words = [*flags, "--output_dir", str(tmp_path), "--models", "BRICS", "--no-report"]
-        paths = os.pathsep.join(str(ROOT / name) for name in ("benchmarks", "."))
-        killed = subprocess.run([sys.executable, "-c", KILL, *words], env=environment() | {"PYTHONPATH": paths})
-        assert killed.returncode == -signal.SIGKILL
-        progress = json.loads((tmp_path / "runs/BRICS-b-0/state/progress.json").read_text())
-        assert progress["step"] == 3  # the one of step 4 had not appeared yet
-        self.interrupt(monkeypatch, flags, tmp_path)
-        found = run(flags, tmp_path, models=("BRICS",))
-        assert values(found)["BRICS-b-0"] == values(result)["BRICS-b-0"]
-
-    @staticmethod
-    def interrupt(monkeypatch, flags, folder):
+    def test_it_goes_on_and_ends_alike(self, flags, result, tmp_path, monkeypatch):
         """Within a step, before and after a validation, and before the averaged weights of the end are there."""
 
         def stop(*_, **__):
             raise KeyboardInterrupt
 
         steps = [
-            (compare_generation.train_key_codes, "training_loss", 3),
             (compare_generation, "denoise", 3),
+            (compare_generation.train_key_codes, "training_loss", 3),
             (compare_generation, "kernel_distance", 3),
             (Run, "_save", 3),
             (UNet2DModel, "save_pretrained", 4),
@@ -308,8 +274,10 @@ class TestInterruption:
         for owner, name, step in steps:
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(owner, name, stop)
-                run(flags, folder, "--no-report", models=("BRICS",))
-            assert json.loads((folder / "runs/BRICS-b-0/state/progress.json").read_text())["step"] == step
+                run(flags, tmp_path, "--no-report", models=("BRICS",))
+            assert json.loads((tmp_path / "runs/BRICS-b-0/state/progress.json").read_text())["step"] == step
+        found = run(flags, tmp_path, models=("BRICS",))
+        assert values(found)["BRICS-b-0"] == values(result)["BRICS-b-0"]
 
     def test_the_work_can_be_shared(self, flags, result, folder, tmp_path):
         for name in ("VQModel", "AutoencoderKL"):

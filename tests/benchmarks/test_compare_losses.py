@@ -7,8 +7,9 @@ import time
 import compare_losses
 import pytest
 import torch
+import train_autoencoder
 import yaml
-from launching import CONFIG, environment
+from launching import CONFIG, environment, train_here
 from PIL import Image
 
 from brics_diffusers.metrics.perceptual import perceptual_is_cached
@@ -39,11 +40,17 @@ def one_thread(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(flags, tmp_path_factory):
-    """A finished comparison."""
+    """A finished comparison, whose training is done in this process."""
+
+    def train(run):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "settings.json").write_text(json.dumps(run.settings))
+        train_here(train_autoencoder.main, *run.words, f"--output_dir={run.folder}")
+
     folder = tmp_path_factory.mktemp("losses")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment().items():
-            patch.setenv(name, value)
+        patch.setattr(compare_losses.Run, "train", train)
+        patch.setenv("ACCELERATE_USE_CPU", "true")
         compare_losses.main([*flags, "--variants", *NAMES, "--output_dir", str(folder)])
     torch.set_flush_denormal(False)
     return folder

@@ -35,20 +35,8 @@ def test_report(run_command, model_folder, image_folder, monkeypatch, protocol):
 
 @pytest.mark.slow
 def test_number_of_processes_does_not_matter(run_command, model_folder, image_folder, tmp_path):
-    flags = [
-        model_folder,
-        "--dataset_name",
-        image_folder,
-        "--dataset_split",
-        "train",
-        "--protocol",
-        "paper",
-        "--no_lpips",
-        "--feature_extractor",
-        "random-conv",
-        "--num_reference_images",
-        "13",
-    ]
+    flags = [model_folder, "--dataset_name", image_folder, "--dataset_split", "train", "--protocol", "paper"]
+    flags += ["--no_lpips", "--feature_extractor", "random-conv", "--num_reference_images", 13]
     one, text, _ = run_command("reconstruct-metrics", *flags, report="reconstruct-metrics-paper")
     assert "\nA perceptual distance was not measured: `--no_perceptual` left it out.\n" in text
     output = tmp_path / "two"

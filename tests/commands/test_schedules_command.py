@@ -14,18 +14,8 @@ def test_without_a_model(run_command):
 
 
 def test_with_a_model(run_command, model_folder, image_folder):
-    flags = [
-        model_folder,
-        "--dataset_name",
-        image_folder,
-        "--dataset_split",
-        "train",
-        "--batch_size",
-        1,
-        "--num_images",
-        3,
-    ]
-    result, text, folder = run_command("schedules", *flags)
+    flags = [model_folder, "--dataset_name", image_folder, "--dataset_split", "train"]
+    result, text, folder = run_command("schedules", *flags, "--batch_size", 1, "--num_images", 3)
     assert "noise of seed 0. Autoencoder `" in text and "3 images of `" in text and "--num_images" not in text
     assert result["images"] == 3 and result["times"][0] == 0
     picture = Image.open(folder / "schedules-noised.png")

@@ -43,14 +43,10 @@ GENERATED = ["nearest-neighbours", "--generated", "model", "--dataset_name", "im
     ("words", "flag", "value", "message"),
     [
         (MEASURE, "--batch_size", "0", "must be at least 1, not 0"),
-        (MEASURE, "--max_images", "0", "must be at least 1, not 0"),
         (MEASURE, "--dataloader_num_workers", "-1", "must be at least 0, not -1"),
         (MEASURE, "--seed", "-1", "must be at least 0, not -1"),
-        (["schedules"], "--seed", "-2", "must be at least 0, not -2"),
         (["schedules"], "--num_images", "0", "must be at least 1, not 0"),
-        (["schedules"], "--num_train_timesteps", "0", "must be at least 1, not 0"),
         (GENERATED, "--num_samples", "0", "must be at least 1, not 0"),
-        (GENERATED, "--num_inference_steps", "0", "must be at least 1, not 0"),
         (GENERATED, "--num_neighbours", "0", "must be at least 1, not 0"),
         (
             GENERATED,
@@ -67,21 +63,7 @@ def test_values_that_are_not_allowed(capsys, words, flag, value, message):
     assert f"argument {flag}: {message}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["reconstruct-metrics", "model", "--dataset_name", "images"],
-        ["grid-usage", "model", "--dataset_name", "images"],
-        ["code-statistics", "model", "--dataset_name", "images"],
-        ["schedules"],
-        ["cost"],
-        ["generation-metrics", "--generated", "model", "--dataset_name", "images"],
-        ["nearest-neighbours", "--generated", "model", "--dataset_name", "images"],
-        ["remote-code", "model"],
-    ],
-    ids=lambda words: words[0],
-)
-def test_output_folder_that_is_a_file(tmp_path, words):
+def test_output_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match=f"diffusers {words[0]}: --output_dir .*file is no folder that can be made"):
-        main([*words, "--output_dir", str(tmp_path / "file")])
+    with pytest.raises(SystemExit, match="diffusers schedules: --output_dir .*file is no folder that can be made"):
+        main(["schedules", "--output_dir", str(tmp_path / "file")])

@@ -5,6 +5,7 @@ without it, each once on line and once off line.
 """
 
 import json
+import re
 import subprocess
 import sys
 
@@ -113,14 +114,12 @@ np.save(sys.argv[-1] + "-1.npy", sample(load(folder, **options)))
 assert not [name for name in sys.modules if name.startswith("brics_diffusers")]
 """
 LOAD_PICKLES = """
-import sys
-from huggingface_hub import HfApi
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline
 from brics_diffusers.pipelines.sampling import load_pipeline
 
 for name in ("whole", "bare"):
     HfApi().create_repo(f"{name}-pickled")
-    HfApi().upload_folder(repo_id=f"user/{name}-pickled", folder_path=f"{sys.argv[1]}/{name}")
+    HfApi().upload_folder(repo_id=f"user/{name}-pickled", folder_path=f"{os.path.dirname(code)}/{name}")
 loads = [BricsKeyCodePipeline.from_pretrained, load_pipeline, BricsAutoencoder.from_pretrained]
 for load, name in zip(loads * 2, ["user/whole-pickled"] * 2 + ["user/bare-pickled"] + ["user/missing"] * 3):
     try:
@@ -170,7 +169,15 @@ def saved(tmp_path_factory):
 def online(client, saved, tmp_path_factory):
     """After pushes and loads by a process with the package: its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("online")
-    return folder, client(PUSH + SAMPLE + LOAD, saved[0], folder / "code", folder / "result")
+    for name in MODEL_FILES - {"README.md"}:
+        (folder / "whole" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "whole" / name).write_bytes((saved[0] / name).read_bytes())
+    weights = folder / "whole/unet/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    (folder / "bare").mkdir()
+    (folder / "bare/config.json").write_bytes((saved[0] / "autoencoder/config.json").read_bytes())
+    (folder / "bare/model.pt").write_bytes(b"pickle")
+    return folder, client(PUSH + SAMPLE + LOAD + LOAD_PICKLES, saved[0], folder / "code", folder / "result")
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +217,15 @@ class TestPush:
             assert fault in message and f"at {hub.endpoint} can't take a push" in message and "\n" not in message
             assert "log in with `hf auth login` and a token that may write there" in message
         assert public.startswith("user/model is public; make it private on its page")
-        assert set(hub.repositories) == {"user/model", "user/bare"}  # nothing came of the refused ones
+        names = {"user/model", "user/bare", "user/whole-pickled", "user/bare-pickled"}
+        assert set(hub.repositories) == names  # nothing came of the refused ones
+
+
+@pytest.fixture(scope="module")
+def without_package(online, client, tmp_path_factory):
+    """Loads what is on the Hub, in a process that has no such package; a folder with its samples, and the output."""
+    folder = tmp_path_factory.mktemp("without-package")
+    return folder, client(HIDE_PACKAGE + SAMPLE + LOAD_CODE, folder / "online")
 
 
 class TestLoad:
@@ -218,6 +233,7 @@ class TestLoad:
         for index in (0, 1):
             assert np.array_equal(np.load(f"{online[0]}/result-{index}.npy"), saved[1])
 
+    @pytest.mark.slow
     def test_with_the_package_offline(self, hub, online, saved, client, tmp_path):
         calls = len(hub.calls)
         client(SAMPLE + LOAD, tmp_path / "result", HF_HUB_OFFLINE="1")
@@ -225,26 +241,22 @@ class TestLoad:
             assert np.array_equal(np.load(tmp_path / f"result-{index}.npy"), saved[1])
         assert len(hub.calls) == calls
 
-    def test_without_the_package(self, hub, online, saved, client, tmp_path):
-        printed = client(HIDE_PACKAGE + SAMPLE + LOAD_CODE, tmp_path / "online")
+    def test_without_the_package(self, without_package, saved):
+        folder, printed = without_package
         assert "Pass `trust_remote_code=True`" in printed and "(1, 32, 32, 3)" in printed
         assert "Expected types" not in printed and "might require" not in printed  # nothing that diffusers frowns at
-        calls = len(hub.calls)
-        client(HIDE_PACKAGE + SAMPLE + LOAD_CODE, tmp_path / "offline", HF_HUB_OFFLINE="1")
-        assert len(hub.calls) == calls
-        for name in ("online-0", "online-1", "offline-1"):
-            assert np.array_equal(np.load(tmp_path / f"{name}.npy"), saved[1])
+        for index in (0, 1):
+            assert np.array_equal(np.load(f"{folder}/online-{index}.npy"), saved[1])
 
-    def test_pickles(self, hub, saved, client, tmp_path):
-        for name in MODEL_FILES - {"README.md"}:
-            (tmp_path / "whole" / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "whole" / name).write_bytes((saved[0] / name).read_bytes())
-        weights = tmp_path / "whole/unet/diffusion_pytorch_model.safetensors"
-        weights.rename(weights.with_suffix(".bin"))
-        (tmp_path / "bare").mkdir()
-        (tmp_path / "bare/config.json").write_bytes((saved[0] / "autoencoder/config.json").read_bytes())
-        (tmp_path / "bare/model.pt").write_bytes(b"pickle")
-        lines = [line for line in client(LOAD_PICKLES, tmp_path).splitlines() if "Error: " in line]
+    @pytest.mark.slow
+    def test_without_the_package_offline(self, hub, without_package, saved, client):
+        calls, (folder, _) = len(hub.calls), without_package
+        client(HIDE_PACKAGE + SAMPLE + LOAD_CODE, folder / "offline", HF_HUB_OFFLINE="1")
+        assert len(hub.calls) == calls
+        assert np.array_equal(np.load(folder / "offline-1.npy"), saved[1])
+
+    def test_pickles(self, hub, online):
+        lines = [line for line in online[1].splitlines() if re.match(r"\w+Error: ", line)]
         refused = ["user/whole-pickled", "user/whole-pickled", "user/bare-pickled"]
         for line, name in zip(lines[:3], refused, strict=True):
             assert line.startswith(f"OSError: {name} can't be loaded") and "; only safetensors are read, as a" in line

@@ -31,35 +31,43 @@ def implementation(request, monkeypatch):
     monkeypatch.setattr(feature_grids, "retrieve", functools.partial(retrieve, implementation=request.param))
 
 
+@pytest.fixture
+def definition(monkeypatch):
+    """Makes every module take the lookup as the paper defines it."""
+    monkeypatch.setattr(feature_grids, "retrieve", functools.partial(retrieve, implementation="reference"))
+
+
 class TestAgainstReference:
+    """The definition against plain loops; test_lookup.py holds the fast lookups against the definition."""
+
     @pytest.mark.parametrize("table", TABLES)
     @pytest.mark.parametrize("kind", ["zero", "one", "nodes", "between"])
-    def test_3d(self, implementation, table, kind):
+    def test_3d(self, definition, table, kind):
         config = {"num_groups": 2, "level_channels": 3, **DYADIC, **TABLES[table]}
         check_against_reference(config, make_keys(kind, (2, 2, 1, 3)))
 
     @pytest.mark.parametrize("table", TABLES)
     @pytest.mark.parametrize("kind", ["zero", "one", "nodes", "between"])
-    def test_4d(self, implementation, table, kind):
+    def test_4d(self, definition, table, kind):
         config = {"num_groups": 2, "key_length": 2, "level_channels": 2, **DYADIC, **TABLES[table]}
         check_against_reference(config, make_keys(kind, (2, 4, 2, 1)))
 
     @pytest.mark.parametrize("kind", ["zero", "one", "between"])
-    def test_resolutions_that_are_no_powers_of_two(self, implementation, kind):
+    def test_resolutions_that_are_no_powers_of_two(self, definition, kind):
         config = {"num_groups": 3, "level_channels": 1, **ODD, **TABLES["tiled-wrapped"]}
         check_against_reference(config, make_keys(kind, (1, 3, 3, 2)))
 
     @pytest.mark.parametrize("kind", ["zero", "one", "between"])
-    def test_4d_resolutions_that_are_no_powers_of_two(self, implementation, kind):
+    def test_4d_resolutions_that_are_no_powers_of_two(self, definition, kind):
         config = {"num_groups": 2, "key_length": 2, "level_channels": 1, **ODD, **TABLES["hash-wrapped"]}
         check_against_reference(config, make_keys(kind, (1, 4, 1, 3)))
 
     @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 1, 1, 5), (1, 1, 5, 1)])
-    def test_odd_batches_and_thin_lattices(self, implementation, shape):
+    def test_odd_batches_and_thin_lattices(self, definition, shape):
         config = {"num_groups": 1, "level_channels": 2, **DYADIC, **TABLES["hash-wrapped"]}
         check_against_reference(config, make_keys("between", shape))
 
-    def test_one_cell(self, implementation):
+    def test_one_cell(self, definition):
         config = {"num_groups": 1, "level_channels": 1, "num_levels": 1, "min_resolution": 1, "max_resolution": 1}
         check_against_reference({**config, **TABLES["dense"]}, make_keys("between", (1, 1, 2, 2)))
 
@@ -242,25 +250,6 @@ class TestResolutions:
     def test_equals_integer_arithmetic(self):
         for arguments in itertools.product((1, 2, 3, 5, 16), (1, 4, 7, 16), (16, 50, 64, 128, 243, 512)):
             assert grid_resolutions(*arguments) == exact_resolutions(*arguments), arguments
-
-    # Groups, N_min, and what the paper's numbers give (printed with these digits in the table of presets).
-    @pytest.mark.parametrize(
-        "num_groups, min_resolution, millions, digits",
-        [
-            pytest.param(8, 4, 21.2, 1, id="ffhq-16x16x8"),
-            pytest.param(16, 4, 42.4, 1, id="ffhq-16x16x16"),
-            pytest.param(4, 4, 10.6, 1, id="church-32x32x4"),
-            pytest.param(8, 4, 21.2, 1, id="church-32x32x8"),
-            pytest.param(4, 16, 18.63, 2, id="church-64x64x4"),
-        ],
-    )
-    def test_parameters_of_presets(self, num_groups, min_resolution, millions, digits):
-        with torch.device("meta"):
-            grids = FeatureGrids(num_groups, min_resolution=min_resolution, max_resolution=64)
-        count = sum(parameter.numel() for parameter in grids.parameters())
-        nodes = (min((n + 1) ** 3, 2**18) for n in exact_resolutions(16, min_resolution, 64))
-        assert count == 4 * num_groups * sum(nodes)
-        assert round(count / 1e6, digits) == millions
 
     def test_pixel_centers(self):
         centers = pixel_centers(2, 4, "cpu", torch.float32)

@@ -213,17 +213,6 @@ class TestMemory:
             grids(keys.detach())  # frozen encoder: no slopes
         assert sum(kept.values()) == keys.numel() * 4
 
-    def test_paper_preset(self):
-        # 91 MB at one image, 35 MB more for each further one: features, what is kept, gradients to keys and entries.
-        with torch.device("meta"):
-            grids = FeatureGrids(4)
-            sizes = []
-            for batch_size in (1, 2):
-                keys = torch.rand(batch_size, 4, 64, 64, requires_grad=True)
-                features = grids(keys)
-                sizes.append(2 * 4 * (features.numel() + keys.numel()) + 4 * grids.entries.numel())
-        assert sizes[0] < 91e6 and sizes[1] - sizes[0] < 35e6
-
 
 class TestChoice:
     def test_torch_on_the_cpu(self):

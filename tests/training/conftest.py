@@ -1,14 +1,12 @@
 """Runs of both stages."""
 
-import logging
-import signal
 from pathlib import Path
 
 import pytest
-import torch
+import train_autoencoder
+import train_key_codes
 import yaml
-from accelerate.state import AcceleratorState, GradientState
-from launching import CONFIG, launch
+from launching import CONFIG, train_here
 
 
 @pytest.fixture(scope="session")
@@ -24,41 +22,19 @@ def write_config(tmp_path_factory):
     return write
 
 
-@pytest.fixture
-def run_here(capsys, monkeypatch):
-    """Calls a training script's `main` with flags in this process, and returns what it printed to standard error."""
-    handler, root = signal.getsignal(signal.SIGTERM), logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-    def run(main, *flags) -> str:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        capsys.readouterr()
-        main(list(map(str, flags)))
-        return capsys.readouterr().err
-
-    yield run
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    signal.signal(signal.SIGTERM, handler)
-    root.handlers[:], root.level = handlers, level
-    torch.set_flush_denormal(False)
-
-
 @pytest.fixture(scope="session")
 def stage_one(tmp_path_factory, image_folder, write_config):
-    """A finished run of stage one on one process: four steps, the adversarial loss from the third."""
+    """A finished run of stage one, four steps, the adversarial loss from the third; its folder and what it printed."""
     output_dir = tmp_path_factory.mktemp("stage-one")
     flags = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", output_dir]
-    done = launch("train_autoencoder.py", *flags, "--gan_start_step", 2, "--checkpointing_steps", 2)
-    return output_dir, done
+    printed = train_here(train_autoencoder.main, *flags, "--gan_start_step", 2, "--checkpointing_steps", 2)
+    return output_dir, printed
 
 
 @pytest.fixture(scope="session")
 def stage_two(tmp_path_factory, image_folder, write_config, stage_one):
-    """A finished run of stage two on one process."""
+    """A finished run of stage two; its folder and what it printed."""
     output_dir = tmp_path_factory.mktemp("stage-two")
     flags = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", output_dir]
-    done = launch("train_key_codes.py", *flags, "--autoencoder_name_or_path", stage_one[0], "--random_flip")
-    return output_dir, done
+    flags += ["--autoencoder_name_or_path", stage_one[0], "--random_flip"]
+    return output_dir, train_here(train_key_codes.main, *flags)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import train_autoencoder
 from accelerate import Accelerator
-from launching import CONFIG, assert_same_movement, launch, movement
+from launching import CONFIG, assert_same_movement, launch, movement, train_here
 from test_train_autoencoder import read_log
 
 from brics_diffusers import BricsAutoencoder, BricsDiscriminator
@@ -203,16 +203,16 @@ class TestBest:
 
 
 @pytest.mark.parametrize("starts", [(1, 2), (2, 3), (3, 3)], ids=["before", "with", "after"])
-def test_a_run_with_everything_resumes_alike(starts, tmp_path, image_folder, write_config, run_here):
+def test_a_run_with_everything_resumes_alike(starts, tmp_path, image_folder, write_config):
     """With a discriminator that begins to learn before the checkpoint, at it, or later."""
     flags = ["--config", write_config(), "--dataset_name", image_folder, "--discriminator_start_step", starts[0]]
     flags += ["--gan_start_step", starts[1], "--adaptive_gan_weight", "--augmentation", "color,translation,cutout"]
     flags += ["--checkpointing_steps", 2, "--validation_steps", 2, "--save_validation_weights"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run_here(train_autoencoder.main, *flags, "--output_dir", whole)
+    train_here(train_autoencoder.main, *flags, "--output_dir", whole)
     for steps in (2, 4):
         resume = ["--max_train_steps", steps, "--resume_from_checkpoint", "latest"]
-        printed = run_here(train_autoencoder.main, *flags, "--output_dir", broken, *resume)
+        printed = train_here(train_autoencoder.main, *flags, "--output_dir", broken, *resume)
     assert "Resumed from" in printed and "The run can't end" not in printed
     for name in ("model.safetensors", "model_1.safetensors"):
         files = [folder / "checkpoint-4" / name for folder in (whole, broken)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import train_key_codes
-from launching import assert_same_movement, launch, movement
+from launching import assert_same_movement, launch, movement, train_here
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -46,7 +46,7 @@ def trained(tmp_path_factory, class_folder, write_config, stage_one):
     flags = ["--config", write_config(), "--dataset_name", class_folder, "--autoencoder_name_or_path", stage_one[0]]
     flags += ["--class_conditional", "--min_class_images", 3, "--random_flip", "--checkpointing_steps", 2]
     flags += ["--num_validation_images", 4, "--output_dir", output_dir]
-    return output_dir, launch("train_key_codes.py", *flags).stderr
+    return output_dir, train_here(train_key_codes.main, *flags)
 
 
 class TestRun:
@@ -70,14 +70,14 @@ class TestRun:
         assert code.shape == (4, 8, 8) and label == 1
         assert torch.equal(KeyCodeDataset(trained[0] / "key_codes")[12], code)
 
-    def test_resuming_is_exact(self, trained, flags, tmp_path, run_here):
+    def test_resuming_is_exact(self, trained, flags, tmp_path):
         folder = shutil.copytree(trained[0], tmp_path / "run")
         shutil.rmtree(folder / "checkpoint-4")
         flags = [*flags, "--random_flip", "--checkpointing_steps", 2, "--num_validation_images", 4, "--guide_step", 3]
         with pytest.raises(ValueError, match="--guide_step is 1, but the run is at step 2 and .* has no guide; give"):
             resumed = ["--output_dir", folder, "--resume_from_checkpoint", "latest", "--guide_step", 1]
-            run_here(train_key_codes.main, *flags, *resumed)
-        run_here(train_key_codes.main, *flags, "--output_dir", folder, "--resume_from_checkpoint", "latest")
+            train_here(train_key_codes.main, *flags, *resumed)
+        train_here(train_key_codes.main, *flags, "--output_dir", folder, "--resume_from_checkpoint", "latest")
         expected = weights(trained[0])
         assert all(torch.equal(value, expected[name]) for name, value in weights(folder).items())
         guide = weights(folder, "guide")  # the averaged weights of a step before
@@ -85,17 +85,17 @@ class TestRun:
         pipe = BricsKeyCodePipeline.from_pretrained(folder)
         assert pipe(1, 2, class_labels=1, guidance_scale=2.0, output_type="pt").images.isfinite().all()
 
-    def test_a_trained_pipeline_goes_on(self, trained, class_folder, write_config, tmp_path, run_here, image_folder):
+    def test_a_trained_pipeline_goes_on(self, trained, class_folder, write_config, tmp_path, image_folder):
         flags = ["--config", write_config(), "--pretrained_model_name_or_path", trained[0], "--max_train_steps", 1]
         flags += ["--num_validation_images", 0, "--output_dir", tmp_path / "run", "--learning_rate", 0]
         with pytest.raises(ValueError, match="is class-conditional; add --class_conditional"):
-            run_here(train_key_codes.main, *flags, "--dataset_name", image_folder)
+            train_here(train_key_codes.main, *flags, "--dataset_name", image_folder)
         flags += ["--class_conditional", "--dataset_name"]
         with pytest.raises(ValueError, match=r"has classes that the model does not know \(rare\); it knows even, odd"):
-            run_here(train_key_codes.main, *flags, class_folder)
+            train_here(train_key_codes.main, *flags, class_folder)
         only_odd = tmp_path / "collection"
         shutil.copytree(class_folder / "odd", only_odd / "odd")
-        run_here(train_key_codes.main, *flags, only_odd)
+        train_here(train_key_codes.main, *flags, only_odd)
         assert KeyCodeDataset(tmp_path / "run/key_codes", with_labels=True).labels.tolist() == [1] * 11
         pipe = BricsKeyCodePipeline.from_pretrained(tmp_path / "run")
         assert pipe.class_names == ["even", "odd"]
@@ -117,13 +117,12 @@ class TestRun:
         assert np.abs(grids[0] - grids[1]).max() <= 2  # the same samples, to rounding
 
 
-def test_key_codes_of_other_classes_are_others(trained, flags, tmp_path, run_here):
+def test_key_codes_of_other_classes_are_others(trained, flags, tmp_path):
     flags = [*flags, "--key_codes_dir", trained[0] / "key_codes", "--output_dir", tmp_path, "--random_flip"]
     flags[flags.index("--class_conditional")] = "--no-class_conditional"
-    del flags[flags.index("--min_class_images") :][:2]
     flags = [flag for flag in flags if flag not in ("--min_class_images", 3)]
     with pytest.raises(ValueError, match="holds key codes of another .* or classes; delete it or name another folder"):
-        run_here(train_key_codes.main, *flags)
+        train_here(train_key_codes.main, *flags)
 
 
 def test_key_codes_without_labels(stage_two):
@@ -184,8 +183,3 @@ class TestFlags:
             known_classes(args, pipe)
         args.class_conditional = False
         assert known_classes(args, pipe) is None is known_classes(args, None)
-
-
-def test_the_configuration_is_kept(trained):
-    config = json.loads((trained[0] / "training_config.json").read_text())
-    assert config["class_conditional"] and config["min_class_images"] == 3

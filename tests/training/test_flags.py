@@ -12,6 +12,7 @@ import torch
 import train_autoencoder
 import train_key_codes
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from launching import train_here
 from safetensors.torch import load_file
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline
@@ -68,8 +69,8 @@ class TestResolution:
         trained = BricsAutoencoder.from_pretrained(stage_one[0] / "autoencoder")
         assert torch.equal(autoencoder.grids.entries, trained.grids.entries)
 
-    def test_a_whole_run(self, flags, tmp_path, run_here):
-        run_here(train_autoencoder.main, *flags, "--resolution", 16)
+    def test_a_whole_run(self, flags, tmp_path):
+        train_here(train_autoencoder.main, *flags, "--resolution", 16)
         config = BricsAutoencoder.load_config(tmp_path / "run/autoencoder")
         assert (config["sample_size"], config["feature_size"]) == (16, 8)
 
@@ -83,10 +84,10 @@ class TestResolution:
 
 
 class TestPretrainedPipeline:
-    def test_training_goes_on(self, stage_one, stage_two, image_folder, write_config, tmp_path, run_here):
+    def test_training_goes_on(self, stage_one, stage_two, image_folder, write_config, tmp_path):
         flags = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", tmp_path / "run"]
         flags += ["--max_train_steps", 1, "--num_validation_images", 0, "--pretrained_model_name_or_path"]
-        run_here(train_key_codes.main, *flags, stage_two[0], "--learning_rate", 0)
+        train_here(train_key_codes.main, *flags, stage_two[0], "--learning_rate", 0)
         for name in ("autoencoder", "unet"):
             (path,) = (stage_two[0] / name).glob("*.safetensors")
             after = load_file(tmp_path / "run" / name / path.name)
@@ -133,8 +134,8 @@ class TestEpochs:
         assert both in refusal("--max_train_steps", 7, "--num_train_epochs", 2)
         assert both in refusal("--config", write_config({"train_autoencoder": {"num_train_epochs": 3}}))
 
-    def test_a_whole_run(self, flags, tmp_path, run_here):
-        printed = run_here(train_autoencoder.main, *flags[:-2], "--num_train_epochs", 2, "--train_batch_size", 8)
+    def test_a_whole_run(self, flags, tmp_path):
+        printed = train_here(train_autoencoder.main, *flags[:-2], "--num_train_epochs", 2, "--train_batch_size", 8)
         config = json.loads((tmp_path / "run/training_config.json").read_text())
         assert config["max_train_steps"] == 7 and "2 epochs of 25 are 7 steps" in printed  # 50 images in sevens of 8
         assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-7"]
@@ -164,10 +165,10 @@ class Recorder(GeneralTracker):
 
 
 class TestTrackers:
-    def test_images_and_curves_go_to_all(self, flags, tmp_path, run_here, monkeypatch):
+    def test_images_and_curves_go_to_all(self, flags, tmp_path, monkeypatch):
         monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
         flags += ["--report_to", "recorder", "--logging_dir", "curves", "--num_validation_images", 2]
-        run_here(train_autoencoder.main, *flags, "--learning_rate", 0.5, "--tracker_project_name", "emoji")
+        train_here(train_autoencoder.main, *flags, "--learning_rate", 0.5, "--tracker_project_name", "emoji")
         assert Recorder.kept[:2] == ["emoji", 0.5] and {"train/mse", "validation/psnr"} < set(Recorder.kept)
         assert ("validation", 1, True) in Recorder.kept
         assert (tmp_path / "run/curves/tensorboard").is_dir() and not (tmp_path / "run/logs").exists()
@@ -184,23 +185,23 @@ class TestTrackers:
         assert "'wanda' is no tracker; give all, none, or some of aim" in refusal("--report_to", "wanda")
 
 
-def test_tf32(flags, run_here):
+def test_tf32(flags):
     assert not torch.backends.cuda.matmul.allow_tf32
     try:
-        run_here(train_autoencoder.main, *flags, "--allow_tf32")
+        train_here(train_autoencoder.main, *flags, "--allow_tf32")
         assert torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def test_a_checkpoint_by_its_name(stage_one, flags, tmp_path, run_here, monkeypatch):
+def test_a_checkpoint_by_its_name(stage_one, flags, tmp_path, monkeypatch):
     shutil.copytree(stage_one[0], tmp_path / "run")
     flags = [*flags[:-4], "--max_train_steps", 3, "--resume_from_checkpoint"]
-    printed = run_here(train_autoencoder.main, *flags, "checkpoint-2")
+    printed = train_here(train_autoencoder.main, *flags, "checkpoint-2")
     assert f"Resumed from {tmp_path / 'run/checkpoint-2'}" in printed
     message = "checkpoint-9 is not a checkpoint folder; .* a name in .*run, which has checkpoint-2, checkpoint-3"
     with pytest.raises(FileNotFoundError, match=message):
-        run_here(train_autoencoder.main, *flags, "checkpoint-9")
+        train_here(train_autoencoder.main, *flags, "checkpoint-9")
 
 
 class TestPiecewiseConstant:

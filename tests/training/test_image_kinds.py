@@ -7,6 +7,7 @@ import pytest
 import torch
 import train_autoencoder
 import train_key_codes
+from launching import train_here
 from PIL import Image, ImageDraw
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline
@@ -46,14 +47,16 @@ def sprites(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_from_collection_to_pipeline(kind, sprites, write_config, tmp_path, run_here, monkeypatch):
+def test_from_collection_to_pipeline(kind, sprites, write_config, tmp_path, monkeypatch):
     changes, mode, (width, height) = KINDS[kind]
     flags = ["--config", write_config(), "--dataset_name", sprites, "--max_train_steps", 2, "--output_dir"]
     monkeypatch.setattr(train_autoencoder, "load_perceptual_network", lambda name: Distance())
     more = ["--perceptual_weight", 1, "--augmentation", "color", "--cache_resized", "--cache_dir", tmp_path / "cache"]
-    run_here(train_autoencoder.main, *flags, tmp_path / "one", *more, "--num_validation_images", 4, "--set", *changes)
+    train_here(
+        train_autoencoder.main, *flags, tmp_path / "one", *more, "--num_validation_images", 4, "--set", *changes
+    )
     more = ["--autoencoder_name_or_path", tmp_path / "one", "--num_validation_images", 2]
-    run_here(train_key_codes.main, *flags, tmp_path / "two", *more)
+    train_here(train_key_codes.main, *flags, tmp_path / "two", *more)
 
     autoencoder = BricsAutoencoder.from_pretrained(tmp_path / "one/autoencoder")
     channels = len(mode)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import train_key_codes
-from launching import launch
+from launching import launch, train_here
 from PIL import Image
 from safetensors.torch import load_file
 from small_models import AUTOENCODER
@@ -57,10 +57,10 @@ def content(checkpoint):
     return [torch.load(path, weights_only=False) for path in sorted(checkpoint.glob("custom_checkpoint_*.pkl"))]
 
 
-def test_training_is_the_same_with_and_without(flags, tmp_path, run_here):
+def test_training_is_the_same_with_and_without(flags, tmp_path):
     none = ["--num_validation_images", 0, "--num_held_out_images", 0]
     for name, more in (("none", none), ("all", METRICS), ("samples", ["--num_held_out_images", 0])):
-        run_here(train_key_codes.main, *flags, *more, "--output_dir", tmp_path / name)
+        train_here(train_key_codes.main, *flags, *more, "--output_dir", tmp_path / name)
     curves = {name: read_curves(tmp_path / name)[0] for name in ("none", "all", "samples")}
     for name in ("all", "samples"):
         assert curves[name]["train/loss"] == curves["none"]["train/loss"] and len(curves[name]["train/loss"]) == 4
@@ -86,14 +86,14 @@ def test_training_is_the_same_with_and_without(flags, tmp_path, run_here):
     assert (output_dir / "curves.png").is_file()
 
 
-def test_resumed_runs_know_what_was_best(flags, tmp_path, run_here):
+def test_resumed_runs_know_what_was_best(flags, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run_here(train_key_codes.main, *flags, *METRICS, "--output_dir", whole)
+    train_here(train_key_codes.main, *flags, *METRICS, "--output_dir", whole)
     broken.mkdir()
     for name in ("checkpoint-2", "key_codes", "pipeline-best"):
         shutil.copytree(whole / name, broken / name)
     more = "--output_dir", broken, "--resume_from_checkpoint", "latest"
-    assert "The run can't end" not in run_here(train_key_codes.main, *flags, *METRICS, *more)
+    assert "The run can't end" not in train_here(train_key_codes.main, *flags, *METRICS, *more)
     (state,) = [part for part in content(whole / "checkpoint-4") if "best_perceptual" in part]
     assert state in content(broken / "checkpoint-4")
     assert state["best_perceptual"][0] == "kid_random_conv" and state["validation"]["step"] == 4
@@ -102,10 +102,10 @@ def test_resumed_runs_know_what_was_best(flags, tmp_path, run_here):
     assert [path.name for path in list_checkpoints(broken)] == ["checkpoint-2", "checkpoint-4"]
 
 
-def test_training_images_are_held_out_on_demand(flags, image_folder, tmp_path, run_here):
+def test_training_images_are_held_out_on_demand(flags, image_folder, tmp_path):
     flags += ["--dataset_name", image_folder, "--max_train_steps", 1]
-    run_here(train_key_codes.main, *flags, "--output_dir", tmp_path / "none")
-    printed = run_here(train_key_codes.main, *flags, "--num_held_out_images", 9, "--output_dir", tmp_path / "some")
+    train_here(train_key_codes.main, *flags, "--output_dir", tmp_path / "none")
+    printed = train_here(train_key_codes.main, *flags, "--num_held_out_images", 9, "--output_dir", tmp_path / "some")
     assert "No validation split: 2 of 25 images are held out." in printed
     counts = [
         json.loads((tmp_path / name / "training_summary.json").read_text())["training_images"]
@@ -122,17 +122,8 @@ def test_two_processes_measure_what_one_does(flags, tmp_path):
     for processes in (1, 2):
         output_dir = tmp_path / str(processes)
         # So few samples that one process has none of those that are shown; the weights stay, since dropout differs.
-        more = [
-            *METRICS,
-            "--max_train_steps",
-            1,
-            "--learning_rate",
-            1e-9,
-            "--num_validation_images",
-            1,
-            "--train_batch_size",
-            4 // processes,
-        ]
+        more = [*METRICS, "--max_train_steps", 1, "--learning_rate", 1e-9, "--num_validation_images", 1]
+        more += ["--train_batch_size", 4 // processes]
         launch("train_key_codes.py", *flags, *more, "--output_dir", output_dir, processes=processes)
         metrics.append(json.loads((output_dir / "training_summary.json").read_text())["validation"])
         assert (output_dir / "pipeline-best").is_dir()

@@ -3,8 +3,9 @@
 import subprocess
 
 import pytest
+import train_autoencoder
 import yaml
-from launching import THREADS, command
+from launching import THREADS, command, train_here
 from small_models import ROOT
 
 from brics_diffusers import BricsKeyCodePipeline
@@ -24,6 +25,18 @@ def train(hub, tmp_path, image_folder, write_config):
     return run
 
 
+def test_a_repository_that_takes_no_push_ends_the_run_at_its_start(image_folder, write_config, tmp_path, monkeypatch):
+    def refuse(name, private):
+        raise OSError(f"{name} can't take a push")
+
+    monkeypatch.setattr("brics_diffusers.training_utils.run.open_repository", refuse)
+    flags = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", tmp_path / "run"]
+    with pytest.raises(OSError, match="run can't take a push"):
+        train_here(train_autoencoder.main, *flags, "--push_to_hub")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_a_wrong_login_ends_the_run_at_its_start(hub, train, tmp_path):
     done = train("train_autoencoder.py", "--output_dir", tmp_path / "run", token="hf_reader")
     assert done.returncode == 1 and not (tmp_path / "run").exists() and not hub.repositories

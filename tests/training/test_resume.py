@@ -1,5 +1,6 @@
 """Runs that are killed, stopped or short of disk space."""
 
+import multiprocessing
 import shutil
 import signal
 import socket
@@ -11,7 +12,7 @@ import pytest
 import torch
 import train_autoencoder
 import train_key_codes
-from launching import assert_same_movement, command, environment, launch, movement
+from launching import assert_same_movement, command, environment, launch, movement, train_here
 from safetensors.torch import load_file
 
 from brics_diffusers import BricsAutoencoder
@@ -46,7 +47,7 @@ def flags_of(stage_one, image_folder, write_config):
 
     def flags(stage, output_dir, *more):
         result = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", output_dir]
-        result += ["--checkpointing_steps", 4, "--max_train_steps", 24, "--num_validation_images", 2]
+        result += ["--checkpointing_steps", 4, "--max_train_steps", 16, "--num_validation_images", 2]
         result += ["--validation_steps", 5, "--lr_scheduler", "cosine", "--dataloader_num_workers", 1]
         result += ["--train_batch_size", 2, "--gradient_accumulation_steps", 2]
         if stage == "one":
@@ -56,6 +57,13 @@ def flags_of(stage_one, image_folder, write_config):
         return [*result, *more]
 
     return flags
+
+
+def finish(stage, processes, *flags) -> str:
+    """A whole run, in this process if it is for one; what it printed."""
+    if processes == 1:
+        return train_here(MAINS[stage], *flags)
+    return launch(SCRIPTS[stage], *flags, processes=processes).stderr
 
 
 def content(path):
@@ -92,36 +100,36 @@ def assert_same(a, b, name=""):
 )
 def test_run_killed_while_saving_and_resumed_ends_the_same(flags_of, tmp_path, stage, processes):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    launch(SCRIPTS[stage], *flags_of(stage, whole, "--checkpoints_total_limit", 1), processes=processes)
-    assert [path.name for path in list_checkpoints(whole)] == ["checkpoint-24"]
+    finish(stage, processes, *flags_of(stage, whole, "--checkpoints_total_limit", 1))
+    assert [path.name for path in list_checkpoints(whole)] == ["checkpoint-16"]
 
-    run = start(SCRIPTS[stage], *flags_of(stage, broken), processes=processes)
+    run = start(SCRIPTS[stage], *flags_of(stage, broken), processes=processes, launcher=processes > 1)
     wait_for(broken / ".partial-checkpoint-8", run)
     send(run, signal.SIGKILL)
     run.communicate()
-    assert 4 <= checkpoint_step(list_checkpoints(broken)[-1]) < 24
+    assert 4 <= checkpoint_step(list_checkpoints(broken)[-1]) < 16
 
     flags = flags_of(stage, broken, "--resume_from_checkpoint", "latest")
-    done = launch(SCRIPTS[stage], *flags, processes=processes)
-    assert "Resumed from" in done.stderr and "The run can't end" not in done.stderr
+    printed = finish(stage, processes, *flags)
+    assert "Resumed from" in printed and "The run can't end" not in printed
     assert not list(broken.glob(".*"))  # nothing half written is left
-    assert_same(content(whole / "checkpoint-24"), content(broken / "checkpoint-24"))
+    assert_same(content(whole / "checkpoint-16"), content(broken / "checkpoint-16"))
 
 
-def test_without_a_checkpoint_latest_starts_afresh_and_none_is_overwritten(flags_of, tmp_path, run_here):
+def test_without_a_checkpoint_latest_starts_afresh_and_none_is_overwritten(flags_of, tmp_path):
     flags = flags_of("one", tmp_path, "--max_train_steps", 2)
-    printed = run_here(train_autoencoder.main, *flags, "--resume_from_checkpoint", "latest")
+    printed = train_here(train_autoencoder.main, *flags, "--resume_from_checkpoint", "latest")
     assert f"No checkpoint in {tmp_path}: starting afresh" in printed
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     with pytest.raises(FileExistsError, match="has checkpoints of an earlier run; go on with --resume_from"):
-        run_here(train_autoencoder.main, *flags)
+        train_here(train_autoencoder.main, *flags)
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 
-def test_reports_are_set_aside_when_a_run_goes_on_and_not_when_it_only_ends_again(flags_of, tmp_path, run_here):
+def test_reports_are_set_aside_when_a_run_goes_on_and_not_when_it_only_ends_again(flags_of, tmp_path):
     def end(steps):
         flags = flags_of("one", tmp_path, "--max_train_steps", steps, "--resume_from_checkpoint", "latest")
-        return run_here(train_autoencoder.main, *flags)
+        return train_here(train_autoencoder.main, *flags)
 
     report = tmp_path / "reports/reconstruct-metrics-paper.json"
     text = '{"protocol": "paper", "images": 1, "dataset_name": "a", "split": "b", "metrics": {}}'
@@ -135,12 +143,20 @@ def test_reports_are_set_aside_when_a_run_goes_on_and_not_when_it_only_ends_agai
 
 
 def test_sigterm_saves_and_exits_cleanly(flags_of, tmp_path):
+    def train():
+        torch.set_num_threads(1)  # those of the process that this one is forked from are not there
+        (tmp_path / "printed").write_text(train_here(train_autoencoder.main, *flags))
+
     flags = flags_of("one", tmp_path, "--checkpointing_steps", 7, "--max_train_steps", 100_000)
-    run = start(SCRIPTS["one"], *flags, launcher=False)
-    wait_for(tmp_path / "checkpoint-7", run)
+    run = multiprocessing.get_context("fork").Process(target=train)
+    run.start()
+    while not (tmp_path / "checkpoint-7").exists():
+        assert run.is_alive()
+        time.sleep(0.01)
     send(run, signal.SIGTERM)
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == 0 and "Stopped by SIGTERM" in errors
+    run.join(60)
+    errors = (tmp_path / "printed").read_text()
+    assert run.exitcode == 0 and "Stopped by SIGTERM" in errors
     last = list_checkpoints(tmp_path)[-1]
     assert errors.rindex(f"Saved {last}") < errors.index("Stopped by SIGTERM")
     assert content(last)["model.safetensors"]
@@ -184,12 +200,12 @@ def test_two_machines(flags_of, tmp_path, shared):
         )
 
 
-def test_other_settings_are_named(stage_one, flags_of, tmp_path, run_here):
+def test_other_settings_are_named(stage_one, flags_of, tmp_path):
     output_dir = tmp_path / "run"
     shutil.copytree(stage_one[0], output_dir)
     flags = flags_of("one", output_dir, "--max_train_steps", 6, "--learning_rate", 1e-4, "--checkpointing_steps", 1)
     flags += ["--resume_from_checkpoint", "latest", "--lr_scheduler", "constant"]
-    printed = run_here(train_autoencoder.main, *flags)
+    printed = train_here(train_autoencoder.main, *flags)
     message = printed[printed.index("The run can't end as it would have without the break: ") :].splitlines()[0]
     assert "train_batch_size was 4 and is 2" in message and "random_flip was False and is True" in message
     assert "gradient_accumulation_steps was 1 and is 2" in message and "seed" not in message
@@ -202,38 +218,38 @@ def test_other_settings_are_named(stage_one, flags_of, tmp_path, run_here):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer_1.bin", "random_states_0.pkl"])
 def test_damaged_checkpoint_is_named_with_the_others(flags_of, tmp_path, name):
-    launch(SCRIPTS["one"], *flags_of("one", tmp_path, "--max_train_steps", 8))
+    train_here(MAINS["one"], *flags_of("one", tmp_path, "--max_train_steps", 8))
     weights = tmp_path / "checkpoint-8" / name
     weights.write_bytes(weights.read_bytes()[:100])
     flags = flags_of("one", tmp_path, "--max_train_steps", 12)
-    done = launch(SCRIPTS["one"], *flags, "--resume_from_checkpoint", "latest", check=False)
-    assert done.returncode != 0 and "checkpoint-8 can't be read" in done.stderr
-    assert "resume from another checkpoint, of checkpoint-4" in done.stderr
-    launch(SCRIPTS["one"], *flags, "--resume_from_checkpoint", tmp_path / "checkpoint-4")
+    message = "checkpoint-8 can't be read .*; resume from another checkpoint, of checkpoint-4"
+    with pytest.raises(OSError, match=message):
+        train_here(MAINS["one"], *flags, "--resume_from_checkpoint", "latest")
+    train_here(MAINS["one"], *flags, "--resume_from_checkpoint", tmp_path / "checkpoint-4")
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
     assert (tmp_path / "superseded-checkpoint-8").is_dir()
 
 
-def test_other_accumulation_starts_with_a_whole_step(flags_of, tmp_path, run_here, monkeypatch):
+def test_other_accumulation_starts_with_a_whole_step(flags_of, tmp_path, monkeypatch):
     flags = flags_of("one", tmp_path, "--num_validation_images", 0)
-    run_here(train_autoencoder.main, *flags, "--gradient_accumulation_steps", 1, "--max_train_steps", 3)
+    train_here(train_autoencoder.main, *flags, "--gradient_accumulation_steps", 1, "--max_train_steps", 3)
     batches, step = [], train_autoencoder.Trainer.step
     monkeypatch.setattr(train_autoencoder.Trainer, "step", lambda *args: batches.append(args[2]) or step(*args))
     flags += ["--resume_from_checkpoint", "latest", "--max_train_steps", 5, "--ema_half_life_images", 100]
-    run_here(train_autoencoder.main, *flags)
+    train_here(train_autoencoder.main, *flags)
     assert batches == [3, 3, 4, 4]  # two batches for each step
     ema = content(tmp_path / "checkpoint-5")["custom_checkpoint_0.pkl"]
     assert ema["decay"] == 0.5 ** (4 / 100)
 
 
-def test_resuming_twice_from_an_older_checkpoint(flags_of, tmp_path, run_here, monkeypatch):
+def test_resuming_twice_from_an_older_checkpoint(flags_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = flags_of("one", "run", "--max_train_steps", 3, "--checkpointing_steps", 1, "--num_validation_images", 0)
-    run_here(train_autoencoder.main, *flags)
+    train_here(train_autoencoder.main, *flags)
     flags += ["--checkpoints_total_limit", 2, "--max_train_steps", 2, "--adam_beta2", 0.9, "--gan_start_step", 0]
     flags += ["--adam_beta1_gan", 0]
     for resumed in (tmp_path / "run/checkpoint-1", "run/checkpoint-1"):  # whichever way it is spelled
-        printed = run_here(train_autoencoder.main, *flags, "--resume_from_checkpoint", resumed)
+        printed = train_here(train_autoencoder.main, *flags, "--resume_from_checkpoint", resumed)
         assert [path.name for path in list_checkpoints("run")] == ["checkpoint-1", "checkpoint-2"]
         assert "adam_beta2 was 0.99 and is 0.9" in printed
     superseded = {path.name for path in (tmp_path / "run").glob("superseded-*")}
@@ -245,11 +261,11 @@ def test_resuming_twice_from_an_older_checkpoint(flags_of, tmp_path, run_here, m
 
 
 @pytest.mark.parametrize("lpips_weight", [0, 5])
-def test_a_checkpoint_of_an_earlier_version(flags_of, tmp_path, run_here, lpips_weight):
+def test_a_checkpoint_of_an_earlier_version(flags_of, tmp_path, lpips_weight):
     """Of before other perceptual networks than LPIPS', the encoder's shortcut and the correction for lazy R1."""
     flags = flags_of("one", tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 1, "--lr_scheduler", "constant")
     flags += ["--set", "autoencoder.encoder_shortcut=false", "--no-lazy_r1_correction"]
-    run_here(train_autoencoder.main, *flags, "--best_metric", "psnr")
+    train_here(train_autoencoder.main, *flags, "--best_metric", "psnr")
     path = tmp_path / "checkpoint-1/custom_checkpoint_3.pkl"
     state = torch.load(path, weights_only=False)
     settings = state["settings"]
@@ -265,7 +281,9 @@ def test_a_checkpoint_of_an_earlier_version(flags_of, tmp_path, run_here, lpips_
         ("--lazy_r1_correction", ["lazy_r1_correction was False"]),
     ):
         expected = expected if lpips_weight == 0 else ["perceptual_weight was 5 and is 0.0", *expected]
-        printed = run_here(train_autoencoder.main, *flags, flag, "--resume_from_checkpoint", tmp_path / "checkpoint-1")
+        printed = train_here(
+            train_autoencoder.main, *flags, flag, "--resume_from_checkpoint", tmp_path / "checkpoint-1"
+        )
         assert "Resumed from" in printed and ("The run can't end" in printed) == bool(expected)
         assert all(text in printed for text in expected)
         assert content(tmp_path / "checkpoint-2")["custom_checkpoint_3.pkl"]["settings"]["perceptual_weight"] == 0
@@ -286,30 +304,30 @@ def small_disk(request, tmp_path, stage):
 
 
 @pytest.mark.parametrize("stage", ["one", pytest.param("two", marks=pytest.mark.slow)])
-def test_full_disk_loses_nothing(flags_of, small_disk, stage, tmp_path, run_here):
+def test_full_disk_loses_nothing(flags_of, small_disk, stage, tmp_path):
     flags = flags_of(stage, small_disk / "run", "--max_train_steps", 20, "--num_validation_images", 0)
     flags += ["--key_codes_dir", tmp_path / "key_codes"] if stage == "two" else []
     with pytest.raises(OSError, match="could not be written .*; make room and resume") as error:
-        run_here(MAINS[stage], *flags)
+        train_here(MAINS[stage], *flags)
     checkpoints = list_checkpoints(small_disk / "run")
     assert checkpoints and f"resume from {checkpoints[-1]}" in str(error.value)
     before = content(checkpoints[-1])
     assert before["model.safetensors"] and not list((small_disk / "run").glob(".partial*"))
 
 
-def test_stops_when_nothing_is_finite(flags_of, tmp_path, run_here):
+def test_stops_when_nothing_is_finite(flags_of, tmp_path):
     flags = flags_of("one", tmp_path, "--learning_rate", 1e38, "--max_nonfinite_steps", 3)
     message = "not finite in 3 steps in a row, up to step 4; .* the start, as no checkpoint is known to be good"
     with pytest.raises(FloatingPointError, match=message):
-        run_here(train_autoencoder.main, *flags)
+        train_here(train_autoencoder.main, *flags)
 
 
-def test_weights_that_are_not_finite_are_not_saved(flags_of, tmp_path, run_here):
+def test_weights_that_are_not_finite_are_not_saved(flags_of, tmp_path):
     flags = flags_of("one", tmp_path, "--learning_rate", 1e38, "--checkpointing_steps", 1)
     with pytest.raises(
         FloatingPointError, match="a weight is not finite at step .* no checkpoint is known to be good"
     ):
-        run_here(train_autoencoder.main, *flags)
+        train_here(train_autoencoder.main, *flags)
     assert not list_checkpoints(tmp_path)
 
 
@@ -320,7 +338,7 @@ class TestDecoderOnly:
         flags = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", output_dir]
         flags += ["--pretrained_autoencoder_name_or_path", stage_one[0], "--train_decoder_only"]
         flags += ["--key_noise_scale", 0.1, "--max_train_steps", 3]
-        launch(SCRIPTS["one"], *flags, processes=request.param)
+        finish("one", request.param, *flags)
         return [BricsAutoencoder.from_pretrained(path / "autoencoder").eval() for path in (stage_one[0], output_dir)]
 
     def test_encoder_stays(self, tuned):

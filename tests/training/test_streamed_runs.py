@@ -7,7 +7,7 @@ import tarfile
 import pytest
 import train_autoencoder
 import train_key_codes
-from launching import launch
+from launching import launch, train_here
 
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data.key_codes import KeyCodeDataset
@@ -33,14 +33,14 @@ def flags(tars, write_config):
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_an_interrupted_run_equals_an_uninterrupted_one(flags, processes, tmp_path, run_here):
+def test_an_interrupted_run_equals_an_uninterrupted_one(flags, processes, tmp_path):
     flags += ["--adversarial_weight", 0, "--checkpointing_steps", 3, "--num_validation_images", 3]
     flags += ["--dataloader_num_workers", processes - 1 and 2]
     for name, steps in (("whole", [9]), ("broken", [3, 6, 9])):  # 9 steps are nearly two epochs of one process
         for last in steps:
             more = ["--output_dir", tmp_path / name, "--max_train_steps", last, "--resume_from_checkpoint", "latest"]
             if processes == 1:
-                printed = run_here(train_autoencoder.main, *flags, *more)
+                printed = train_here(train_autoencoder.main, *flags, *more)
             else:
                 printed = launch("train_autoencoder.py", *flags, *more, processes=processes).stderr
     assert "Resumed from" in printed and "The run can't end" not in printed and "goes on with epoch" not in printed
@@ -53,13 +53,13 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(flags, processes, tmp_pa
 
 
 @pytest.mark.slow
-def test_stage_two(flags, stage_one, tmp_path, run_here):
+def test_stage_two(flags, stage_one, tmp_path):
     flags += ["--autoencoder_name_or_path", stage_one[0], "--output_dir", tmp_path, "--num_validation_images", 0]
-    run_here(train_key_codes.main, *flags, "--max_train_steps", 1)
+    train_here(train_key_codes.main, *flags, "--max_train_steps", 1)
     assert len(KeyCodeDataset(tmp_path / "key_codes")) == 40  # 20 images and their mirror images
     assert len(list((tmp_path / "key_codes").glob("*.npy"))) == 3
     BricsKeyCodePipeline.from_pretrained(tmp_path)
-    run_here(train_key_codes.main, *flags, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+    train_here(train_key_codes.main, *flags, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
 
 
 @pytest.mark.parametrize("flag", [["--max_train_samples", "5"], ["--cache_resized"], ["--num_train_epochs", "2"]])

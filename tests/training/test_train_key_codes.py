@@ -1,11 +1,12 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import train_key_codes
-from launching import assert_same_movement, launch, movement
+from launching import assert_same_movement, launch, movement, train_here
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,11 +25,11 @@ def test_a_whole_pipeline_is_saved(stage_two):
     assert (output_dir / "checkpoint-4").is_dir()
 
 
-def test_half_precision_is_for_what_is_saved(stage_one, stage_two, image_folder, write_config, tmp_path, run_here):
+def test_half_precision_is_for_what_is_saved(stage_one, stage_two, image_folder, write_config, tmp_path):
     output_dir = shutil.copytree(stage_two[0], tmp_path / "run")
     flags = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", output_dir, "--random_flip"]
     flags += ["--autoencoder_name_or_path", stage_one[0], "--resume_from_checkpoint", "latest"]
-    run_here(train_key_codes.main, *flags, "--save_dtype", "fp16")
+    train_here(train_key_codes.main, *flags, "--save_dtype", "fp16")
     for name in ("autoencoder", "unet"):
         (path,) = (output_dir / name).glob("*.safetensors")
         expected = load_file(stage_two[0] / name / path.name)
@@ -46,7 +47,7 @@ def test_a_run_draws_its_curves(stage_two):
 
 
 def test_key_codes_are_those_of_the_autoencoder(stage_two, image_folder):
-    output_dir, done = stage_two
+    output_dir, printed = stage_two
     autoencoder = BricsKeyCodePipeline.from_pretrained(output_dir).autoencoder.eval()
     stored = KeyCodeDataset(output_dir / "key_codes")
     collection = ImageCollection(load_collection(image_folder), 32, random_flip=True)
@@ -59,7 +60,7 @@ def test_key_codes_are_those_of_the_autoencoder(stage_two, image_folder):
     # float16 keeps 11 bits: 2**-12 of a value below 1.
     torch.testing.assert_close(codes, expected, rtol=0, atol=2**-11)
     assert len(list((output_dir / "key_codes").glob("codes-*.npy"))) == 10  # 50 rows in shards of 5
-    assert "skipped 1 unreadable file" in done.stderr
+    assert "skipped 1 unreadable file" in printed
 
 
 def test_same_key_codes_are_not_made_again(stage_one, stage_two, image_folder, write_config, tmp_path):
@@ -67,13 +68,25 @@ def test_same_key_codes_are_not_made_again(stage_one, stage_two, image_folder, w
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     flags = ["--config", write_config(), "--dataset_name", image_folder, "--autoencoder_name_or_path", stage_one[0]]
     flags += ["--key_codes_dir", folder, "--max_train_steps", 1, "--num_validation_images", 0]
-    launch("train_key_codes.py", *flags, "--random_flip", "--output_dir", tmp_path / "same")
+    train_here(train_key_codes.main, *flags, "--random_flip", "--output_dir", tmp_path / "same")
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     # Without mirror images these would be other codes.
-    done = launch("train_key_codes.py", *flags, "--output_dir", tmp_path / "other", check=False)
-    assert done.returncode != 0 and "holds key codes of another autoencoder, collection, resolution" in done.stderr
+    with pytest.raises(ValueError, match="holds key codes of another autoencoder, collection, resolution"):
+        train_here(train_key_codes.main, *flags, "--output_dir", tmp_path / "other")
 
 
+def test_processes_draw_what_one_draws():
+    def draw(batch, seed, count, index, processes):
+        accelerator = SimpleNamespace(device="cpu", process_index=index, num_processes=processes)
+        return train_key_codes.draw_noise((count, 4, 8, 8), seed, batch, accelerator, 1000)
+
+    whole = draw(3, 0, 4, 0, 1)
+    for parts, expected in zip(zip(*(draw(3, 0, 2, index, 2) for index in (0, 1)), strict=True), whole, strict=True):
+        assert torch.equal(torch.cat(parts), expected)
+    assert not any(torch.equal(whole[0], draw(*other, 4, 0, 1)[0]) for other in ((4, 0), (3, 1)))
+
+
+@pytest.mark.slow
 def test_two_processes_equal_one_with_doubled_batch(tmp_path, image_folder, write_config, stage_one):
     moves = []
     for processes in (1, 2):
@@ -83,7 +96,10 @@ def test_two_processes_equal_one_with_doubled_batch(tmp_path, image_folder, writ
         flags += ["--adam_epsilon", 1.0, "--learning_rate", 1.0, "--train_batch_size", 4 // processes]
         flags += ["--max_train_steps", 2, "--checkpointing_steps", 1, "--num_validation_images", 3]
         flags += ["--autoencoder_name_or_path", stage_one[0]]
-        launch("train_key_codes.py", *flags, processes=processes)
+        if processes == 1:
+            train_here(train_key_codes.main, *flags)
+        else:
+            launch("train_key_codes.py", *flags, processes=processes)
         moves.append(movement(output_dir, 1, 2))
         assert json.loads((output_dir / "key_codes/manifest.json").read_text())["counts"] == [5, 5, 5, 5, 4]
     assert_same_movement(*moves)

@@ -1,13 +1,18 @@
+import itertools
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from small_models import ROOT
 
 from brics_diffusers.training_utils.checkpoints import appearing_folder, clean_up, list_checkpoints
+
+
+def save_forever(folder) -> None:
+    for number in itertools.count():
+        with appearing_folder(folder / f"checkpoint-{number}") as checkpoint:
+            for name in "abcd":
+                (checkpoint / name).write_bytes(bytes([number % 256]) * 100_000)
 
 
 class TestAppearingFolder:
@@ -30,21 +35,14 @@ class TestAppearingFolder:
 
     @pytest.mark.parametrize("delay", [0.0, 0.02, 0.05, 0.1])
     def test_kill_at_any_moment(self, tmp_path, delay):
-        code = (
-            "import sys, itertools\n"
-            "from brics_diffusers.training_utils.checkpoints import appearing_folder\n"
-            "for number in itertools.count():\n"
-            "    with appearing_folder(sys.argv[1] + f'/checkpoint-{number}') as folder:\n"
-            "        for name in 'abcd':\n"
-            "            (folder / name).write_bytes(bytes([number % 256]) * 100_000)\n"
-        )
-        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+        process = multiprocessing.get_context("fork").Process(target=save_forever, args=(tmp_path,))
+        process.start()
         while not list_checkpoints(tmp_path):
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.005)
         time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         checkpoints = list_checkpoints(tmp_path)
         assert [path.name for path in checkpoints] == [f"checkpoint-{i}" for i in range(len(checkpoints))]
         for number, path in enumerate(checkpoints):

@@ -6,6 +6,7 @@ import sys
 import threading
 from types import SimpleNamespace
 
+import pytest
 import torch
 from small_models import ROOT
 
@@ -34,6 +35,7 @@ assert peak_memory(torch.device("cpu")) is None and default_num_workers(torch.de
 """
 
 
+@pytest.mark.slow
 def test_imports_need_nothing_that_windows_and_macos_lack():
     words = [sys.executable, "-c", WITHOUT]
     done = subprocess.run(words, cwd=ROOT / "training", capture_output=True, text=True)

@@ -17,15 +17,9 @@ def scaled_leaky_relu(x: torch.Tensor) -> torch.Tensor:
 
 
 class GroupLinear(nn.Module):
-    r"""
+    """
     One linear layer a group, in one batched product. Weights are N(0, 1) and scaled by `1 / sqrt(in_features)` when
     used (equalized learning rate, as everywhere on StyleGAN2's side of the model).
-
-    Args:
-        num_groups (`int`): Number of groups g.
-        in_features (`int`): Width of the input.
-        out_features (`int`): Width of the output.
-        bias_init (`float`, defaults to 0.0): Initial value of the bias.
     """
 
     def __init__(self, num_groups: int, in_features: int, out_features: int, bias_init: float = 0.0):
@@ -51,16 +45,9 @@ class GroupMapping(nn.Sequential):
 
 
 class ModulatedGroupLinear(nn.Module):
-    r"""
+    """
     A linear layer a group whose inputs are scaled by a style and whose outputs are brought back to unit variance:
-    StyleGAN2's weight modulation and demodulation for a linear layer.
-
-    Args:
-        num_groups (`int`): Number of groups g.
-        in_features (`int`): Width of the input.
-        out_features (`int`): Width of the output.
-        style_features (`int`): Width of the vector that modulates.
-        activate (`bool`, defaults to `False`): Whether `scaled_leaky_relu` follows.
+    StyleGAN2's weight modulation and demodulation for a linear layer. With `activate`, `scaled_leaky_relu` follows.
     """
 
     def __init__(
@@ -121,12 +108,9 @@ class GroupMLP(nn.Module):
         self.style = GroupMapping(num_groups, in_features, style_dim // num_groups) if style_dim else None
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        r"""
-        Args:
-            features (`torch.Tensor` of shape (g, N_r * C_r, B, P)): Grid features of P pixels.
-
-        Returns:
-            `tuple`: feature block (B, C_d, P) and style code (B, style_dim), or `None` with `style_dim=0`.
+        """
+        Features (g, N_r * C_r, B, P) -> feature block (B, C_d, P), and style code (B, style_dim) or `None` with
+        `style_dim=0`.
         """
         mean = features.to(torch.promote_types(features.dtype, torch.float32)).mean(dim=-1)  # (g, N_r * C_r, B)
         # New grids have means near 1e-6. The usual epsilon of 1e-8 would dwarf their squares and leave style and

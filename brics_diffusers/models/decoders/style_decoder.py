@@ -12,18 +12,9 @@ from .group_mlp import ACTIVATION_GAIN, LEAKY_SLOPE
 def filter_2d(
     x: torch.Tensor, gain: float = 1.0, padding: int = 1, stride: int = 1, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    r"""
-    Low-pass filter [1, 3, 3, 1] in both directions, the same for every channel.
-
-    Args:
-        x (`torch.Tensor` of shape (B, C, H, W)): The input.
-        gain (`float`, defaults to 1.0): Sum of the 4 x 4 kernel.
-        padding (`int`, defaults to 1): Zeros on each side.
-        stride (`int`, defaults to 1): Keep every `stride`-th result.
-        bias (`torch.Tensor` of shape (C,), *optional*): Added to the result, without a pass of its own.
-
-    Returns:
-        `torch.Tensor` of shape (B, C, (H + 2 * padding - 4) // stride + 1, ...).
+    """
+    Low-pass filter [1, 3, 3, 1] in both directions, the same for every channel of (B, C, H, W), with a kernel that
+    sums to `gain`; (B, C, (H + 2 * padding - 4) // stride + 1, ...). A bias (C,) is added without a pass of its own.
     """
     return F.conv2d(x, _kernel(x, gain), bias, padding=padding, stride=stride, groups=x.shape[1])
 
@@ -123,15 +114,8 @@ class ModulatedConv2d(nn.Module):
 
 
 class SynthesisBlock(nn.Module):
-    r"""
+    """
     One resolution of the decoder: an up-convolution where the resolution doubles, two convolutions, and an RGB output.
-
-    Args:
-        in_channels (`int`): Channels of the input.
-        out_channels (`int`): Channels of the output.
-        image_channels (`int`): Channels of the image.
-        style_dim (`int`): Width of the style code.
-        upsample (`bool`): Whether this block doubles the resolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, image_channels: int, style_dim: int, upsample: bool):
@@ -187,13 +171,9 @@ class StyleDecoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, feature_block: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
-        r"""
-        Args:
-            feature_block (`torch.Tensor` of shape (B, C_d, H_d, W_d)): Features of every pixel.
-            style (`torch.Tensor` of shape (B, style_dim)): Style code.
-
-        Returns:
-            `torch.Tensor` of shape (B, out_channels, H, W): Image, nominally in [-1, 1], not clipped.
+        """
+        Feature block (B, C_d, H_d, W_d), style (B, style_dim) -> image (B, out_channels, H, W), nominally in [-1, 1],
+        not clipped.
         """
         # Channels last: a tenth less time on a CPU, and the layout of half precision convolutions on a GPU.
         x, image = feature_block.contiguous(memory_format=torch.channels_last), None

@@ -13,16 +13,9 @@ GRID_TYPES = ("tiled", "dense", "hash")
 
 
 def grid_resolutions(num_levels: int, min_resolution: int, max_resolution: int) -> list[int]:
-    r"""
-    Cells per axis of every level, `N_l = ceil(N_min * b**l)` with `b = (N_max / N_min) ** (1 / (N_r - 1))` (Eq. 2).
-
-    Args:
-        num_levels (`int`): Number of levels N_r.
-        min_resolution (`int`): Cells per axis of the coarsest level, N_min.
-        max_resolution (`int`): Cells per axis of the finest level, N_max.
-
-    Returns:
-        `list[int]`: The resolutions, coarsest first. One level alone has resolution `min_resolution`.
+    """
+    Cells per axis of every level, coarsest first, `N_l = ceil(N_min * b**l)` with `b = (N_max / N_min) ** (1 / (N_r -
+    1))` (Eq. 2). One level alone has resolution `min_resolution`.
     """
     growth = (max_resolution / min_resolution) ** (1 / max(num_levels - 1, 1))
     # The small offset keeps rounding in the power from lifting an integer result by one.
@@ -103,30 +96,14 @@ class FeatureGrids(nn.Module):
         return len(self.resolutions) * self.level_channels
 
     def entry_index(self, nodes: torch.Tensor, level: int) -> torch.Tensor:
-        r"""
-        Entry of a level's table that holds each node (Eq. 4; App. K for `"hash"`).
-
-        Args:
-            nodes (`torch.Tensor` of shape (..., d), int64): Node coordinates, x first, in [0, N_l].
-            level (`int`): The level.
-
-        Returns:
-            `torch.Tensor` of shape (...), int64, in [0, entries of the level).
-        """
+        """Entry of a level's table that holds each node, see [`~lookup_reference.entry_index`]."""
         return entry_index(nodes, self.resolutions[level], self.level_entries[level], self.grid_type)
 
     def forward(self, keys: torch.Tensor) -> torch.Tensor:
-        r"""
-        Features of every pixel from the keys there.
-
-        Args:
-            keys (`torch.Tensor` of shape (B, g * C_key, H_d, W_d)):
-                Tiled key codes in [0, 1]. Positions are computed in float32, or in float64 when `keys` are: half
-                precision cannot tell 1/256 apart near 1.
-
-        Returns:
-            `torch.Tensor` of shape (g, N_r * C_r, B, H_d * W_d) in the dtype of the entries, levels coarse to fine
-            along the second axis.
+        """
+        Features (g, N_r * C_r, B, H_d * W_d) of every pixel from the tiled key codes (B, g * C_key, H_d, W_d) there,
+        in the dtype of the entries, levels coarse to fine along the second axis. Positions are computed in float32, or
+        in float64 when `keys` are: half precision cannot tell 1/256 apart near 1.
         """
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         codes = keys.detach()

@@ -9,16 +9,10 @@ from .lookup_reference import HASH_PRIMES, is_hashed
 
 
 class Level(NamedTuple):
-    r"""
-    A level of the grids.
-
-    Args:
-        number (`int`): Its place among the levels.
-        resolution (`int`): Cells per axis, N_l.
-        num_entries (`int`): Entries that it stores.
-        start (`int`): Its first entry among those of all levels.
-        num_dims (`int`): Dimensions of the points d.
-        hashed (`bool`): Whether the terms of an index are combined by XOR instead of by addition.
+    """
+    A level of the grids: its place among them, cells per axis N_l, entries that it stores, the first of them among
+    those of all levels, dimensions of the points d, and whether the terms of an index are combined by XOR instead of
+    by addition.
     """
 
     number: int
@@ -40,16 +34,9 @@ class Level(NamedTuple):
         return cell.long(), position - cell
 
     def neighbours(self, position: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""
-        The nodes on both sides of positions along an axis.
-
-        Args:
-            position (`torch.Tensor` of shape (...)): Coordinates in [0, 1].
-            axis (`int`): The axis; x is 0, y is 1, keys follow.
-
-        Returns:
-            `tuple`: what the two nodes add to the index of an entry, (2, ...) int64, and the place between them in
-            [0, 1], (...).
+        """
+        The nodes on both sides of coordinates (...) in [0, 1] along an axis (x is 0, y is 1, keys follow): what the
+        two add to the index of an entry, (2, ...) int64, and the place between them in [0, 1], (...).
         """
         cell, place = self.cell(position)
         factor = HASH_PRIMES[axis] if self.hashed else (self.resolution + 1) ** axis

@@ -21,15 +21,8 @@ OPERATOR_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 def retrieval_implementation(keys: torch.Tensor, entries: torch.Tensor) -> str:
-    r"""
+    """
     The implementation that [`retrieve`] takes by itself: Triton on CUDA where it runs and knows the types, else torch.
-
-    Args:
-        keys (`torch.Tensor`): The keys.
-        entries (`torch.Tensor`): The entries.
-
-    Returns:
-        `str`: `"torch"` or `"triton"`.
     """
     runs = lookup_triton.supports(keys, entries) and lookup_triton.runs_on(*_kind(keys, entries))
     return "triton" if runs else "torch"

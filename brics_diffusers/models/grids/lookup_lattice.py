@@ -36,16 +36,9 @@ def lookup_level(
     features: torch.Tensor,
     slopes: torch.Tensor,
 ) -> None:
-    r"""
-    Reads one level.
-
-    Args:
-        level ([`Level`]): A level that does not share entries.
-        keys (`torch.Tensor` of shape (g, B, P)): Keys in [0, 1].
-        entries (`torch.Tensor` of shape (g, entries of all levels, C_r)): What the nodes hold.
-        size (`tuple[int, int]`): Height and width of the lattice.
-        features (`torch.Tensor` of shape (g, C_r, B, P)): Is overwritten with the features.
-        slopes (`torch.Tensor` of shape (1 or 0, g, C_r, B, P)): Is overwritten with the slopes along the key.
+    """
+    Reads one level that does not share entries, for keys (g, B, P) at the pixels of a lattice of `size`: `features`
+    (g, C_r, B, P) and the `slopes` along the key (1 or 0, g, C_r, B, P) are overwritten.
     """
     side, channels = level.resolution + 1, entries.shape[2]
     nodes, weights = (corner.t().contiguous() for corner in plane_corners(level, *size, keys))  # (P, 4)
@@ -67,15 +60,9 @@ def lookup_level(
 def scatter_level(
     level: Level, keys: torch.Tensor, grad_features: torch.Tensor, size: tuple[int, int], grad_entries: torch.Tensor
 ) -> None:
-    r"""
-    The gradient of `lookup_level` to the entries.
-
-    Args:
-        level ([`Level`]): A level that does not share entries.
-        keys (`torch.Tensor` of shape (g, B, P)): Keys in [0, 1].
-        grad_features (`torch.Tensor` of shape (g, C_r, B, P)): Gradient to the level's features.
-        size (`tuple[int, int]`): Height and width of the lattice.
-        grad_entries (`torch.Tensor` of shape (g, entries of all levels, C_r)): The level's part is overwritten.
+    """
+    The gradient of `lookup_level` to the entries, from that to its features: the level's part of `grad_entries` (g,
+    entries of all levels, C_r) is overwritten.
     """
     side, channels = level.resolution + 1, grad_features.shape[1]
     pixels, weights, starts = bags_of_nodes(level, *size, keys)

@@ -15,11 +15,9 @@ HASH_PRIMES = (1, 2654435761, 805459861, 3674653429)
 
 
 def pixel_centers(height: int, width: int, device, dtype) -> torch.Tensor:
-    r"""
-    Pixel-centre coordinates (x, y) in (0, 1) of a lattice (Eq. 1).
-
-    Returns:
-        `torch.Tensor`: shape (height, width, 2), `x = (column + 0.5) / width`, `y = (row + 0.5) / height`.
+    """
+    Pixel-centre coordinates (x, y) in (0, 1) of a lattice, (height, width, 2): `x = (column + 0.5) / width`, y alike
+    (Eq. 1).
     """
     x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
     y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
@@ -32,17 +30,9 @@ def is_hashed(resolution: int, num_dims: int, num_entries: int, grid_type: str) 
 
 
 def entry_index(nodes: torch.Tensor, resolution: int, num_entries: int, grid_type: str) -> torch.Tensor:
-    r"""
-    Entry of a level's table that holds each node (Eq. 4; App. K for `"hash"`).
-
-    Args:
-        nodes (`torch.Tensor` of shape (..., d), int64): Node coordinates, x first, in [0, N_l].
-        resolution (`int`): Cells per axis of the level, N_l.
-        num_entries (`int`): Entries that the level stores.
-        grid_type (`str`): `"tiled"`, `"dense"` or `"hash"`; see [`FeatureGrids`].
-
-    Returns:
-        `torch.Tensor` of shape (...), int64, in [0, num_entries).
+    """
+    Entry in [0, num_entries) of a level's table that holds each node (..., d), int64, x first, in [0, N_l] (Eq. 4;
+    App. K for `"hash"`).
     """
     num_dims = nodes.shape[-1]
     if is_hashed(resolution, num_dims, num_entries, grid_type):
@@ -81,17 +71,9 @@ def lookup_reference(
 
 
 def interpolate_level(points: torch.Tensor, table: torch.Tensor, resolution: int, grid_type: str) -> torch.Tensor:
-    r"""
-    d-linear interpolation in one level of one group (Eq. 3 and 6).
-
-    Args:
-        points (`torch.Tensor` of shape (B, P, d)): Points in [0, 1].
-        table (`torch.Tensor` of shape (entries of the level, C_r)): What the nodes hold.
-        resolution (`int`): Cells per axis of the level, N_l.
-        grid_type (`str`): How a node finds its entry.
-
-    Returns:
-        `torch.Tensor` of shape (B, P, C_r).
+    """
+    d-linear interpolation of points (B, P, d) in [0, 1] in one level of one group, table (entries, C_r): (B, P, C_r)
+    (Eq. 3 and 6).
     """
     position = points * resolution
     # A point on a node belongs to the cell on its right, the last node to the last cell. Points that are not finite

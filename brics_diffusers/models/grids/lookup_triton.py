@@ -52,19 +52,10 @@ _failed: set[tuple[torch.device, int, torch.dtype]] = set()
 
 
 def runs_on(device: torch.device, key_length: int = 1, dtype: torch.dtype = torch.float32) -> bool:
-    r"""
-    Whether kernels compile and run on a CUDA device: found out once, by a lookup of one point each way.
-
-    Args:
-        device (`torch.device`): The device.
-        key_length (`int`, defaults to 1): C_key.
-        dtype (`torch.dtype`, defaults to `torch.float32`): That of the entries.
-
-    Returns:
-        `bool`: Also `False` once [`give_up`] was called for this kind of lookup.
-
-    Raises:
-        `torch.OutOfMemoryError`: If there is no memory for a few numbers, which says nothing about the kernels.
+    """
+    Whether kernels compile and run on a CUDA device: found out once, by a lookup of one point each way. Also `False`
+    once [`give_up`] was called for this kind of lookup. If there is no memory for a few numbers, which says nothing
+    about the kernels, a `torch.OutOfMemoryError`.
     """
     if device.type != "cuda" or (device, key_length, dtype) in _failed:
         return False

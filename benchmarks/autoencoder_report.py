@@ -3,7 +3,8 @@
 import statistics
 
 import torch
-from comparison_models import decode, encode, latent_deviation
+from autoencoder_models import decode, encode, latent_deviation
+from comparison import origin, spread
 from diffusers import VQModel
 from timing import interleaved, medians
 
@@ -112,12 +113,6 @@ def seconds_until(run, psnr: float) -> float | None:
     return None
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Mean and standard deviation over seeds, as text."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-
 def table_row(name: str, runs: list, reference: list, decoding: dict, noise: list[dict], train_set) -> dict:
     """A model's line in the report; times in units of the reference's, of the same seeds."""
     row = {"model": name, **model_costs(runs[0].model), "latent": latent_text(runs[0].model)}
@@ -203,9 +198,7 @@ def report_text(args, runs: dict, table: list[dict], noise: dict, on: dict, num_
     each = "each seed" if len(args.seeds) > 1 else "the seed"
     return f"""# BRICS beside diffusers' autoencoders: {args.config}
 
-`{on["command"]}`
-
-{on["device"]}; torch {on["torch"]}, diffusers {on["diffusers"]}.
+{origin(on)}
 
 Steps of {args.train_batch_size} images, mirrored at random, out of {num_images}{unreadable}; loss {loss} and each
 model's own regularizer; seeds {seeds}, the same weights' seed, order of images and shape of the schedule for all of

@@ -1,10 +1,10 @@
 """AutoencoderKL with BRICS' shortcut and noise, and BRICS with a KL loss, as the comparison trains them."""
 
-import comparison_models
+import autoencoder_models
 import pytest
 import torch
-from comparison_models import NoisyAutoencoderKL
-from comparison_report import noise_curve
+from autoencoder_models import NoisyAutoencoderKL
+from autoencoder_report import noise_curve
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import Encoder
 from test_compare_autoencoders import PEER, as_run, make_model
@@ -57,9 +57,9 @@ class TestNoisyAutoencoderKL:
         monkeypatch.setattr(model.encoder, "forward", lambda sample: encode(sample) * scale + shift)
         monkeypatch.setattr(model, "decode", lambda latents: decoded.append(latents) or decode(latents))
         with torch.no_grad():
-            comparison_models.reconstruct(model, images)
-            means = comparison_models.encode(model, images)
-        noise = (decoded[0] - means) / comparison_models.latent_deviation(means)
+            autoencoder_models.reconstruct(model, images)
+            means = autoencoder_models.encode(model, images)
+        noise = (decoded[0] - means) / autoencoder_models.latent_deviation(means)
         assert decoded[0].shape == (16, 4, 8, 8)
         # 4,096 draws: a standard error of 1.1%.
         assert noise.std().item() == pytest.approx(relative_noise, rel=0.05, abs=1e-5)
@@ -70,11 +70,11 @@ class TestNoisyAutoencoderKL:
 
 def test_brics_with_a_kl_loss(images, image_folder):
     model = make_model("BricsAutoencoder", regularization="kl")
-    sample, regularizer = comparison_models.reconstruct(model, images)
+    sample, regularizer = autoencoder_models.reconstruct(model, images)
     mean, log_variance = model.encoder(images).chunk(2, dim=1)
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum() / len(images)
     assert regularizer.item() == pytest.approx(1e-4 * kl.item(), rel=1e-4)
-    assert not torch.equal(sample, comparison_models.reconstruct(model, images)[0])  # codes are drawn
-    assert comparison_models.VARIANTS["BRICS, KL regularization"].changes == {"regularization": "kl"}
+    assert not torch.equal(sample, autoencoder_models.reconstruct(model, images)[0])  # codes are drawn
+    assert autoencoder_models.VARIANTS["BRICS, KL regularization"].changes == {"regularization": "kl"}
     # The noise of relaxed precision is none of this model's.
     assert noise_curve(as_run(model), load_collection(image_folder))["training_noise"] is None

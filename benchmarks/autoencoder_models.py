@@ -38,30 +38,25 @@ SMALL_PEER = {
 }
 CODEBOOK = {"num_vq_embeddings": 1024, "vq_embed_dim": 4}
 
-# Photographs are shrunk to 128 x 128: at 256 x 256 two CPU cores would not get through some hundred steps.
+
+def small_models(size: int, train_batch_size: int, max_train_steps: int) -> dict:
+    """How models for images of a size are made and trained."""
+    half, sample_size = size // 2, {"sample_size": size}
+    return {
+        "train_batch_size": train_batch_size,
+        "max_train_steps": max_train_steps,
+        "BricsAutoencoder": SMALL_BRICS | sample_size | {"feature_size": half, "max_resolution": half},
+        "AutoencoderKL": SMALL_PEER | sample_size,
+        "VQModel": SMALL_PEER | CODEBOOK | sample_size,
+    }
+
+
+# Photographs are shrunk to 128 x 128: at 256 x 256 two CPU cores would not get through some hundred steps. Emoji at
+# half their size are what two cores can train several diffusion models of.
 PRESETS = {
-    "noto-emoji-64": {
-        "train_batch_size": 8,
-        "max_train_steps": 3000,
-        "BricsAutoencoder": SMALL_BRICS | {"sample_size": 64, "feature_size": 32, "max_resolution": 32},
-        "AutoencoderKL": SMALL_PEER | {"sample_size": 64},
-        "VQModel": SMALL_PEER | CODEBOOK | {"sample_size": 64},
-    },
-    # The same collection at half the size: what two CPU cores can train several diffusion models of.
-    "noto-emoji-32": {
-        "train_batch_size": 8,
-        "max_train_steps": 3000,
-        "BricsAutoencoder": SMALL_BRICS | {"sample_size": 32, "feature_size": 16, "max_resolution": 16},
-        "AutoencoderKL": SMALL_PEER | {"sample_size": 32},
-        "VQModel": SMALL_PEER | CODEBOOK | {"sample_size": 32},
-    },
-    "photos-256": {
-        "train_batch_size": 4,
-        "max_train_steps": 1250,
-        "BricsAutoencoder": SMALL_BRICS | {"sample_size": 128, "feature_size": 64, "max_resolution": 64},
-        "AutoencoderKL": SMALL_PEER | {"sample_size": 128},
-        "VQModel": SMALL_PEER | CODEBOOK | {"sample_size": 128},
-    },
+    "noto-emoji-64": small_models(64, 8, 3000),
+    "noto-emoji-32": small_models(32, 8, 3000),
+    "photos-256": small_models(128, 4, 1250),
 }
 
 
