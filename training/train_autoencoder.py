@@ -50,6 +50,8 @@ from brics_diffusers.utils.image_grids import side_by_side
 
 logger = logging.getLogger("train_autoencoder")
 
+PARTS_WITH_RATES = ("encoder", "decoder")  # grids and MLPs learn at --learning_rate
+
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Flags of this script, and the models of its config."""
@@ -67,7 +69,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--validation_split", help="Held-out split; default: `validation`, or images held out from training.")
     add("--num_validation_images", type=int, default=256, help="Held-out images to use at most; 0 for no validation.")
     add("--learning_rate", type=float, default=2e-3, help="Adam's learning rate, both networks.")
-    add("--encoder_learning_rate", type=float, help="That of the encoder; default: that of --learning_rate.")
+    for part in PARTS_WITH_RATES:
+        add(f"--{part}_learning_rate", type=float, help=f"That of the {part}; default: that of --learning_rate.")
     add("--adam_beta1", type=float, default=0.9, help="Adam's momentum.")
     add(
         "--adam_beta1_gan",
@@ -160,9 +163,10 @@ class Trainer:
         self.perceptual_metric = build_perceptual_metric(args)
         if self.perceptual_metric is not None:
             self.perceptual_metric.to(accelerator.device)
-        rates = {} if args.encoder_learning_rate is None else {"encoder": args.encoder_learning_rate}
+        self.part_rates = {part: getattr(args, f"{part}_learning_rate") for part in PARTS_WITH_RATES}
+        self.part_rates = {part: rate for part, rate in self.part_rates.items() if rate is not None}
         adam = args.adam_beta1, args.adam_beta2, args.adam_epsilon
-        optimizer = build_optimizer(self.bare, args.learning_rate, *adam, rates)
+        optimizer = build_optimizer(self.bare, args.learning_rate, *adam, self.part_rates)
         # Not prepared: accelerate would advance it once a process.
         self.lr_scheduler = build_lr_scheduler(args, optimizer)
         self.loss = torch.zeros((), device=accelerator.device)  # summed since the last step
@@ -321,7 +325,8 @@ def train(args, accelerator) -> None:
         state.images_seen += global_batch
         count_skipped(state, finite, args.max_nonfinite_steps, output_dir)
         rates = trainer.lr_scheduler.get_last_lr()
-        values = {"learning_rate": rates[0]} | ({"encoder_learning_rate": rates[1]} if len(rates) > 1 else {})
+        names = ["learning_rate", *(f"{part}_learning_rate" for part in trainer.part_rates)]
+        values = dict(zip(names, rates, strict=True))
         if state.global_step % args.logging_steps == 0:
             values["grid_usage"] = usage.update(trainer.optimizer)
         log.step(values)

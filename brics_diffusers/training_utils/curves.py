@@ -11,6 +11,7 @@ from ..utils.plots import COLORS, new_figure
 BOOKKEEPING = (
     "learning_rate",
     "encoder_learning_rate",
+    "decoder_learning_rate",
     "grid_usage",
     "adaptive_gan_weight",
     "skipped_steps",

@@ -82,7 +82,7 @@ def scale_learning_rates(args: argparse.Namespace, num_processes: int) -> None:
     if not args.scale_lr:
         return
     factor = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    for name in ("learning_rate", "encoder_learning_rate", "discriminator_learning_rate"):
+    for name in ("learning_rate", "encoder_learning_rate", "decoder_learning_rate", "discriminator_learning_rate"):
         if getattr(args, name, None) is not None:
             setattr(args, name, getattr(args, name) * factor)
     logger.info("--scale_lr: learning rates are times %d; --learning_rate is %g now.", factor, args.learning_rate)

@@ -115,9 +115,10 @@ def test_learning_rates_are_scaled():
     args = parse("--scale_lr", "--train_batch_size", 4, "--gradient_accumulation_steps", 2, "--learning_rate", 0.5)
     scale_learning_rates(args, num_processes=3)
     assert (args.learning_rate, args.encoder_learning_rate) == (12, None)
-    args = parse("--scale_lr", "--train_batch_size", 4, "--encoder_learning_rate", 0.25)
+    rates = ("--encoder_learning_rate", 0.25, "--decoder_learning_rate", 0.5)
+    args = parse("--scale_lr", "--train_batch_size", 4, *rates)
     scale_learning_rates(args, num_processes=1)
-    assert (args.learning_rate, args.encoder_learning_rate) == (8e-3, 1)
+    assert (args.learning_rate, args.encoder_learning_rate, args.decoder_learning_rate) == (8e-3, 1, 2)
 
 
 class TestEpochs:
