@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 SHARDED = {".tar", ".parquet", ".arrow"}
 LOCAL_SHARDS = 64  # of a folder of images, which has random access: so many lanes read none twice
+TENTH = 10  # of a stream's images one may be held out
 BLOCK = 1000  # examples that are permuted together, datasets' own default; files of these many images are in memory
 # Where a lane begins: epoch, shard's place among the lane's, example of that shard, examples of the block used.
 START = (0, 0, 0, 0)
@@ -86,9 +88,44 @@ def read_shard(stream: datasets.IterableDataset, shard: int, part: int = 0, part
 
 def first_images(stream: datasets.IterableDataset, count: int) -> datasets.Dataset:
     """The first images of a stream, in memory, as [`load_collection`] gives them."""
-    shards = (read_shard(stream, shard) for shard in range(stream.num_shards))
-    rows = [{"image": image} for image in itertools.islice(itertools.chain.from_iterable(shards), count)]
-    return datasets.Dataset.from_list(rows, features=datasets.Features({"image": datasets.Image(decode=False)}))
+    return _in_memory((read_shard(stream, shard) for shard in range(stream.num_shards)), count)
+
+
+def split_stream(
+    stream: datasets.IterableDataset, count: int
+) -> tuple[datasets.IterableDataset, datasets.Dataset | None]:
+    r"""
+    Holds images out of a stream whose length nobody knows: each shard gives up every tenth of its images until it has
+    given its share.
+
+    Args:
+        stream (`datasets.IterableDataset`): The result of [`load_stream`].
+        count (`int`): Images to hold out at most.
+
+    Returns:
+        `tuple`: the stream without the shares, and what was held out, in memory as [`load_collection`] gives it, or
+        `None` if no shard has ten images. The same ones in each call; with more shards than `count`, one of each
+        shard is left out of the stream.
+    """
+    stop = TENTH * -(-count // stream.num_shards)  # example of a shard before which its share lies
+    shares = (
+        itertools.islice(read_shard(stream, shard), TENTH - 1, stop, TENTH) for shard in range(stream.num_shards)
+    )
+    held_out = _in_memory(shares, count)
+    if len(held_out) == 0:
+        return stream, None
+    return stream.filter(partial(_is_kept, stop=stop), with_indices=True), held_out
+
+
+def _is_kept(example: dict, index: int, stop: int) -> bool:
+    """Of the `index`-th example of a shard."""
+    return index >= stop or index % TENTH != TENTH - 1
+
+
+def _in_memory(shards: Iterator[Iterator[dict]], count: int) -> datasets.Dataset:
+    images = list(itertools.islice(itertools.chain.from_iterable(shards), count))
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    return datasets.Dataset.from_dict({"image": images}, features)
 
 
 class StreamPosition:
