@@ -38,6 +38,7 @@ from ..metrics.generation import (
 from ..utils.files import default_cache_dir
 from ..utils.image_grids import image_grid
 from ..utils.reports import machine, make_output_folder, markdown_table
+from ..utils.sizes import size_text
 from .generated import add_generated_arguments, is_image_folder, load_generated, make_samples
 from .shared import add_collection_arguments, add_run_arguments, choose_device, publish, read_collection
 
@@ -130,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
     publish(args, "generation-metrics", result, _describe(result), draw)
 
 
-def _picture(dataset, resolution: int):
+def _picture(dataset, resolution: int | tuple[int, int]):
     """The first images in a grid; nothing if none of them is readable."""
     rows = range(min(SHOWN, len(dataset)))
     (batch,) = evaluation_loader(dataset, resolution, batch_size=SHOWN, rows=rows)
@@ -148,6 +149,7 @@ def _describe(result: dict) -> str:
     values = [{"metric": _title(name), "value": value} for name, value in result["metrics"].items()]
     columns = ("what", "source", "num_images", "num_unreadable", "resolution", "resizing")
     inputs = [{"input": name} | {column: result[name][column] for column in columns} for name in ("input1", "input2")]
+    inputs = [row | {"resolution": size_text(row["resolution"])} for row in inputs]
     extractors = [{"metric": metric} | facts for metric, facts in _extractor_rows(result).items()]
     parts = ["# Generation metrics", markdown_table(values), markdown_table(inputs), markdown_table(extractors)]
     parts += [f"Not computed: {metric} ({reason})." for metric, reason in result["not_computed"].items()]

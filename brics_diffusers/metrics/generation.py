@@ -149,7 +149,7 @@ def generation_metrics(
 ) -> dict:
     r"""
     Compares generated images (torch-fidelity's `input1`) with real ones (`input2`). Generated images are taken as they
-    are and must be square and of one size; real ones are cut and resized to that size by `center_crop_resize`.
+    are and must be of one size; real ones are cut and resized to that size by `center_crop_resize`.
 
     Args:
         generated (`datasets.Dataset`): Result of `load_collection`.
@@ -185,7 +185,7 @@ def generation_metrics(
             result["extractors"][metric] = extractor_description(extractor) | {"real_features_cached": hit}
             _add_metric(result, metric, name, first, second, device)
         result["input1"] = _input_facts("generated", generated, first, resolution, "none: used as they are")
-        result["input2"] = _input_facts("real", real, second, resolution, "central square, then Pillow's Lanczos")
+        result["input2"] = _input_facts("real", real, second, resolution, "central part, then Pillow's Lanczos")
     return result
 
 
@@ -213,7 +213,7 @@ def _add_metric(result: dict, metric: str, name: str, generated, real, device) -
     result["metrics"] |= found
 
 
-def _input_facts(what: str, dataset, features, resolution: int, resizing: str) -> dict:
+def _input_facts(what: str, dataset, features, resolution: int | tuple[int, int], resizing: str) -> dict:
     return {
         "what": what,
         "num_images": len(features.features),

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,18 +48,18 @@ class ImageFeatures:
     unreadable: list[str]
 
 
-def common_image_size(dataset: datasets.Dataset) -> int:
+def common_image_size(dataset: datasets.Dataset) -> int | tuple[int, int]:
     r"""
-    The side of images that all have the same size, from their headers. Unreadable files have none and are passed over.
+    The size of images that all have the same, from their headers. Unreadable files have none and are passed over.
 
     Args:
         dataset (`datasets.Dataset`): Result of `load_collection`.
 
     Returns:
-        `int`: pixels.
+        `int`: the side of squares in pixels, or `tuple[int, int]`: height and width.
 
     Raises:
-        `ValueError`: If sizes differ, an image is not square, or none is readable.
+        `ValueError`: If sizes differ, or none is readable.
     """
     first = None
     for row in range(len(dataset)):
@@ -68,8 +69,6 @@ def common_image_size(dataset: datasets.Dataset) -> int:
         except UnreadableImageError:
             continue
         name = image_name(data, row)
-        if size[0] != size[1]:
-            raise ValueError(f"{name} is {size[0]}x{size[1]}; generated images must be square, cut them first.")
         if first is not None and size != first[0]:
             raise ValueError(
                 f"{name} is {size[0]}x{size[1]}, but {first[1]} is {first[0][0]}x{first[0][1]}; generated images must "
@@ -78,7 +77,8 @@ def common_image_size(dataset: datasets.Dataset) -> int:
         first = first or (size, name)
     if first is None:
         raise ValueError(f"none of the {len(dataset)} images is readable; give a collection of images.")
-    return first[0][0]
+    width, height = first[0]
+    return height if height == width else (height, width)
 
 
 def to_uint8(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ def to_uint8(pixel_values: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def extract_features(
     dataset: datasets.Dataset,
-    resolution: int,
+    resolution: int | Sequence[int],
     extractor: nn.Module,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -102,8 +102,9 @@ def extract_features(
 
     Args:
         dataset (`datasets.Dataset`): Result of `load_collection`.
-        resolution (`int`):
-            Side in pixels to which images are cut and resized (`center_crop_resize`) before the extractor sees them.
+        resolution (`int` or a pair):
+            Side, or height and width, in pixels to which images are cut and resized (`center_crop_resize`) before the
+            extractor sees them.
         extractor (`nn.Module`): Result of `load_feature_extractor`.
         batch_size (`int`, defaults to 64): Images in a batch.
         num_workers (`int`, defaults to 0): Processes that read images.
@@ -132,7 +133,7 @@ def extract_features(
 
 def cached_features(
     dataset: datasets.Dataset,
-    resolution: int,
+    resolution: int | Sequence[int],
     extractor: nn.Module,
     cache_dir: str | os.PathLike,
     **options,
@@ -149,7 +150,8 @@ def cached_features(
     Returns:
         `tuple`: `ImageFeatures` without logits, and whether they were on disk.
     """
-    origin = f"{FORMAT} {collection_fingerprint(dataset)} {resolution} {extractor_digest(extractor)}"
+    size = resolution if isinstance(resolution, int) else tuple(resolution)
+    origin = f"{FORMAT} {collection_fingerprint(dataset)} {size} {extractor_digest(extractor)}"
     path = Path(cache_dir) / f"features-{hashlib.sha256(origin.encode()).hexdigest()[:32]}.safetensors"
     found = _read_features(path)
     if found is not None:

@@ -199,7 +199,7 @@ def nearest_in_collection(
         `tuple`: distances and indices, of shape (Q, `num_neighbours`), and the files that could not be read.
     """
     unreadable = UnreadableLog()
-    loader = evaluation_loader(dataset, queries.shape[-1], batch_size, num_workers)
+    loader = evaluation_loader(dataset, queries.shape[-2:], batch_size, num_workers)
 
     def read():
         for batch in tqdm(loader, desc="Comparing", unit="batch", disable=not progress):
@@ -239,32 +239,33 @@ def neighbour_grid(
     A picture with one row a query: the query, a gap, and its neighbours with their distances below.
 
     Args:
-        queries (`torch.Tensor` of shape (Q, 3, R, R)): uint8 images.
-        neighbours (`torch.Tensor` of shape (Q, K, 3, R, R)): uint8 images.
+        queries (`torch.Tensor` of shape (Q, 3, H, W)): uint8 images.
+        neighbours (`torch.Tensor` of shape (Q, K, 3, H, W)): uint8 images.
         distances (`torch.Tensor` of shape (Q, K)): Written below the neighbours.
-        smallest (`int`, defaults to 96): Smaller images are enlarged by a whole factor to this side at least.
+        smallest (`int`, defaults to 96): Narrower images are enlarged by a whole factor to this width at least.
 
     Returns:
         `PIL.Image.Image`.
     """
-    resolution = queries.shape[-1]
-    side = resolution * max(1, -(-smallest // resolution))
+    *_, height, width = queries.shape
+    factor = max(1, -(-smallest // width))
+    size = width, height = width * factor, height * factor
     text, margin, gap = 16, 4, 16  # pixels
-    width = margin + (side + margin) * (1 + neighbours.shape[1]) + gap
-    height = margin + text + (side + text + margin) * len(queries)
-    picture = Image.new("RGB", (width, height), "white")
+    columns, rows = 1 + neighbours.shape[1], len(queries)
+    whole = margin + (width + margin) * columns + gap, margin + text + (height + text + margin) * rows
+    picture = Image.new("RGB", whole, "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
 
     def place(image: torch.Tensor, left: int, top: int) -> None:
-        picture.paste(to_pil_image(image).resize((side, side), Image.Resampling.NEAREST), (left, top))
+        picture.paste(to_pil_image(image).resize(size, Image.Resampling.NEAREST), (left, top))
 
     draw.text((margin, 2), "generated", "black", font)
-    draw.text((2 * margin + side + gap, 2), "nearest training images", "black", font)
+    draw.text((2 * margin + width + gap, 2), "nearest training images", "black", font)
     for row, (query, others) in enumerate(zip(queries, neighbours, strict=True)):
-        top = margin + text + row * (side + text + margin)
+        top = margin + text + row * (height + text + margin)
         place(query, margin, top)
         for column, other in enumerate(others):
-            left = 2 * margin + side + gap + column * (side + margin)
+            left = 2 * margin + width + gap + column * (width + margin)
             place(other, left, top)
-            draw.text((left, top + side), f"{distances[row, column].item():.4g}", "black", font)
+            draw.text((left, top + height), f"{distances[row, column].item():.4g}", "black", font)
     return picture
