@@ -1,5 +1,6 @@
 import argparse
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from brics_diffusers import BricsAutoencoder
 from brics_diffusers.models.loading import load_autoencoder
 from brics_diffusers.training_utils.checkpoints import RunState
 from brics_diffusers.training_utils.optimization import (
+    SkippedSteps,
     build_lr_scheduler,
     check_weights,
-    count_skipped,
     step_if_finite,
 )
 from brics_diffusers.training_utils.run import StepLog
@@ -39,7 +40,8 @@ class TestTwoOptimizersWithOneLossScale:
         images = torch.rand(3, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
         for step in range(3):
             for part in images[step].chunk(accumulation):
-                assert trainer.step(part, step)[1]
+                finite = trainer.step(part, step)[1]
+            assert finite
         assert accelerator.sync_gradients
         return [parameter.detach() - start for parameter, start in zip(parameters, before, strict=True)]
 
@@ -53,14 +55,25 @@ class TestTwoOptimizersWithOneLossScale:
         assert scaler.get_scale() == 256 * 2**3
 
 
-def test_step_if_finite():
+OPTIMIZERS = {"fused": partial(torch.optim.Adam, fused=True), "plain": partial(torch.optim.Adam, foreach=False)}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_step_if_finite(kind):
+    """What is not finite changes nothing of its optimizer, and later steps are as if it had not been."""
     accelerator = Accelerator(cpu=True)
     weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
-    optimizers = [accelerator.prepare(torch.optim.SGD([weight], 1.0)) for weight in weights]
-    weights[0].grad, weights[1].grad = torch.tensor([3.0, 4.0, 0.0]), torch.tensor([0.0, float("nan"), 0.0])
-    assert not step_if_finite(accelerator, optimizers, 1.0, torch.tensor(0.0))
-    torch.testing.assert_close(weights[0].detach(), torch.tensor([0.4, 0.2, 1.0]))  # clipped from norm 5 to 1
-    assert torch.equal(weights[1].detach(), torch.ones(3)) and weights[1].grad is None
+    optimizers = [accelerator.prepare(OPTIMIZERS[kind]([weight], 1.0, eps=1.0)) for weight in weights]
+    nan = float("nan")
+    for gradient, taken in (([0.0, nan, 0.0], False), ([3.0, 4.0, 0.0], True), ([nan] * 3, False)):
+        before = weights[1].detach().clone()
+        weights[0].grad, weights[1].grad = torch.tensor([3.0, 4.0, 0.0]), torch.tensor(gradient)
+        assert step_if_finite(accelerator, optimizers, 1.0, torch.tensor(0.0)) == taken
+        assert weights[1].equal(before) != taken and weights[1].grad is None
+        assert not hasattr(optimizers[1].optimizer, "found_inf")
+    # Clipped from norm 5 to 1; Adam's first step is g / (|g| + eps).
+    torch.testing.assert_close(weights[1].detach(), 1 - torch.tensor([0.6 / 1.6, 0.8 / 1.8, 0.0]))
+    assert optimizers[1].state[weights[1]]["step"] == 1 and optimizers[0].state[weights[0]]["step"] == 3
 
 
 def test_a_norm_that_overflows_is_not_finite():
@@ -96,18 +109,23 @@ def test_check_weights(tmp_path):
         check_weights(networks, state, tmp_path)
 
 
-def test_count_skipped_names_the_last_good_checkpoint(tmp_path):
+@pytest.mark.parametrize("interval", [1, 5, 100])
+def test_skipped_steps_name_the_last_good_checkpoint(interval, tmp_path):
+    """Whenever the log makes them be read: each time, after some steps, or never."""
     for step in (2, 4, 6):
         (tmp_path / f"checkpoint-{step}").mkdir()
     state = RunState({})
+    skipped = SkippedSteps(state, 3, interval, tmp_path)
     for finite, step in ((True, 4), (False, 5), (True, 6), (False, 7), (False, 8)):
         state.global_step = step
-        count_skipped(state, finite, 3, tmp_path)
+        skipped.add(torch.tensor(finite))
+    assert not skipped.read() and not skipped.read()
     assert (state.skipped_steps, state.skipped_in_a_row) == (3, 2)
     state.global_step = 9
     # Step 7, the first after checkpoint 6, went wrong: that checkpoint may be to blame.
     with pytest.raises(FloatingPointError, match="3 steps in a row, up to step 9.*resume from .*checkpoint-4"):
-        count_skipped(state, False, 3, tmp_path)
+        skipped.add(torch.tensor(False))
+        skipped.read()
 
 
 @pytest.mark.parametrize("name", ["constant", "cosine"])
