@@ -18,13 +18,12 @@ import pyarrow.parquet
 from .classes import add_labels, read_classes
 from .files import IMAGE_EXTENSIONS, extension, is_hidden, list_files, only_images
 from .reading import image_size
-from .repositories import has_configs, is_saved, load_hub, load_repository, load_saved
+from .repositories import ARCHIVES, has_configs, is_saved, load_archives, load_hub, load_repository, load_saved
 from .splits import choose_split
 
 
 logger = logging.getLogger(__name__)
 
-ARCHIVES = {".arrow", ".tar", ".zip"}  # folders of them are read by `datasets`
 FINGERPRINT_THREADS = 8  # enough for drives on a network, which answer late
 EXPECTED = "a folder of images, a folder of parquet files, a zip of images or the name of a dataset on the Hub"
 
@@ -160,18 +159,30 @@ def _load_folder(folder: Path, split: str, config_name: str | None, cache_dir) -
     if config_name is not None or has_configs(folder):
         return load_repository(folder, split, config_name, cache_dir)
     names = list_files(folder)
+    if parquet := parquet_files(folder, names):
+        return _load_parquet(folder, parquet, split, cache_dir)
+    if archives := find_archives(names):
+        return load_archives(folder, choose_split(folder, archives, split), split, cache_dir)
+    names = choose_split(folder, only_images(folder, names), split)
+    paths = [str((folder / name).absolute()) for name in names]
+    return datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": datasets.Image()}))
+
+
+def parquet_files(folder: Path, names: list[str]) -> list[str]:
+    """Those that hold images; or all, if nothing else does."""
     parquet = [name for name in names if extension(name) == ".parquet"]
     kinds = {re.sub(r"\d+", "0", name): name for name in parquet}  # one of many shards
     kinds = {kind for kind, name in kinds.items() if _holds_images(folder / name)}
     holding = [name for name in parquet if re.sub(r"\d+", "0", name) in kinds]
-    has_images = any(extension(name) in IMAGE_EXTENSIONS for name in names)
-    if holding or parquet and not has_images:
-        return _load_parquet(folder, holding or parquet, split, cache_dir)
-    if not has_images and any(extension(name) in ARCHIVES for name in names):
-        return load_repository(folder, split, config_name, cache_dir)
-    names = choose_split(folder, only_images(folder, names), split)
-    paths = [str((folder / name).absolute()) for name in names]
-    return datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": datasets.Image()}))
+    has_others = any(extension(name) in IMAGE_EXTENSIONS | ARCHIVES.keys() for name in names)
+    return holding if holding or has_others else parquet
+
+
+def find_archives(names: list[str]) -> list[str]:
+    """Tars, zips and Arrow files among a folder's, if there are no images."""
+    if any(extension(name) in IMAGE_EXTENSIONS for name in names):
+        return []
+    return [name for name in names if extension(name) in ARCHIVES]
 
 
 def _holds_images(file: Path) -> bool:

@@ -8,6 +8,7 @@ import torch
 from image_files import encoded, save
 from PIL import Image
 
+from brics_diffusers.data import load_collection
 from brics_diffusers.data.streaming import (
     StreamedImages,
     StreamPosition,
@@ -72,6 +73,20 @@ def test_sources(tars, tmp_path):
         assert len(first_images(stream, 2)) == 2
     with pytest.raises(ValueError, match="has no split 'test'; available splits: train"):
         load_stream(tars, "test", cache_dir=tmp_path / "cache")
+
+
+def test_metadata_beside_tars(tars, tmp_path):
+    """As img2dataset writes them: a parquet and a JSON file for each tar, which have no images."""
+    for shard in range(3):
+        metadata = datasets.Dataset.from_dict({"url": ["x"] * 7, "sha256": [b"x"] * 7})
+        metadata.to_parquet(tars / f"train-{shard:05d}.parquet")
+        (tars / f"train-{shard:05d}_stats.json").write_text("{}")
+    stream = load_stream(tars, cache_dir=tmp_path / "cache")
+    assert stream.num_shards == 3 and len(first_images(stream, 100)) == 21
+    assert len(load_collection(tars, cache_dir=tmp_path / "cache")) == 21
+    for source in (load_stream, load_collection):
+        with pytest.raises(ValueError, match="has no split 'test'; available splits: train"):
+            source(tars, "test", cache_dir=tmp_path / "cache")
 
 
 @pytest.mark.parametrize(("processes", "lanes"), [(1, 1), (2, 2), (5, 5)])
