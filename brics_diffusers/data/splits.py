@@ -72,8 +72,6 @@ def _group(source: str | os.PathLike, names: list[str]) -> dict[str, list[str]]:
         if alike:
             text = (
                 "'%s' is read as one split, 'train', though %d of its %d files, such as %s, are named like a split; "
-            )
-            text += (
                 "for splits, sort all files into folders such as train and validation, or name a folder as the split."
             )
             logger.warning(text, source, len(alike), len(names), alike[0])
