@@ -25,7 +25,7 @@ from .splits import choose_split
 logger = logging.getLogger(__name__)
 
 FINGERPRINT_THREADS = 8  # enough for drives on a network, which answer late
-EXPECTED = "a folder of images, a folder of parquet files, a zip of images or the name of a dataset on the Hub"
+EXPECTED = "a folder of images or of parquet files, a zip or a tar of images, or the name of a dataset on the Hub"
 
 
 def load_collection(
@@ -94,6 +94,8 @@ def load_collection(
         dataset = _load_zip(path, split, cache_dir)
     elif path.suffix.lower() == ".parquet" and path.is_file():
         dataset = _load_parquet(path.parent, [path.name], split, cache_dir)
+    elif path.suffix.lower() == ".tar" and path.is_file():
+        dataset = load_archives(path.parent, choose_split(path.parent, [path.name], split), split, cache_dir)
     elif path.is_file():
         raise ValueError(f"'{source}' is a single '{path.suffix}' file; give {EXPECTED}.")
     elif looks_like_path(str(source)):
@@ -150,7 +152,7 @@ def _digest_of_image(image: dict) -> bytes:
 def looks_like_path(source: str) -> bool:
     # A Hub name is "name" or "user/name"; anything of another form can only be a path.
     is_hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source)
-    return not is_hub_name or source.lower().endswith((".zip", ".parquet"))
+    return not is_hub_name or source.lower().endswith((".zip", ".tar", ".parquet"))
 
 
 def _load_folder(folder: Path, split: str, config_name: str | None, cache_dir) -> datasets.Dataset:

@@ -84,6 +84,7 @@ def test_metadata_beside_tars(tars, tmp_path):
     stream = load_stream(tars, cache_dir=tmp_path / "cache")
     assert stream.num_shards == 3 and len(first_images(stream, 100)) == 21
     assert len(load_collection(tars, cache_dir=tmp_path / "cache")) == 21
+    assert len(load_collection(tars / "train-00001.tar", cache_dir=tmp_path / "cache")) == 7
     for source in (load_stream, load_collection):
         with pytest.raises(ValueError, match="has no split 'test'; available splits: train"):
             source(tars, "test", cache_dir=tmp_path / "cache")
