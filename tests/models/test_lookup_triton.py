@@ -72,7 +72,10 @@ for kernel, tensors, extra in (
     )
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
     compiled = triton.compile(source, target=target, options={"num_warps": kernels.NUM_WARPS})
+    additions = [line for line in compiled.asm["ptx"].splitlines() if "atom.global" in line]
+    spread = "threadsPerWarp = [8, 4]" in compiled.asm["ttgir"].partition("atomic_rmw")[0]
     print(len(compiled.asm["cubin"]), compiled.asm["ptx"].count("ld.global.v4"))
+    print(len(additions), sum("v4.f32" in line for line in additions), int(spread))
 """
 
 
@@ -91,6 +94,8 @@ def test_interpreted_kernels(run_python):
 )
 def test_kernels_compile(run_python, capability):
     lines = run_python(COMPILE, str(capability)).splitlines()
-    (lookup_size, node_reads), (scatter_size, _) = (map(int, line.split()) for line in lines)
+    (lookup_size, node_reads), _, (scatter_size, _), additions = (map(int, line.split()) for line in lines)
     assert lookup_size > 0 and scatter_size > 0
     assert node_reads >= 8  # each of the 8 corners is one read of 16 bytes
+    # A node's 4 channels are one addition from 9.0 on; before, 4 threads side by side add them.
+    assert list(additions)[: 2 if capability >= 90 else 3] == ([8, 8] if capability >= 90 else [32, 0, 1])
