@@ -51,7 +51,15 @@ class Waits(TorchDispatchMode):
 @pytest.fixture
 def fake_mode(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with mode:
+            torch.empty(1, device="cuda").uniform_()
+    except RuntimeError:
+        if torch.__version__ >= "2.11":
+            raise
+        pytest.skip("torch before 2.11 asks for a driver even for what only claims to lie on a GPU")
+    return mode
 
 
 @pytest.fixture

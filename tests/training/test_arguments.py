@@ -51,7 +51,7 @@ class TestTwoOptimizersWithOneLossScale:
         # It grows at every step, so that gradients of one scale would show if divided by another.
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1)
         moves = self.moves(scaler, accumulation)
-        assert_same_movement(dict(enumerate(plain)), dict(enumerate(moves)), rtol=0.02)  # rounding over three steps
+        assert_same_movement(dict(enumerate(plain)), dict(enumerate(moves)), rtol=0.03)  # rounding over three steps
         assert scaler.get_scale() == 256 * 2**3
 
 
