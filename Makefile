@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 INSTALLED = $(VENV)/.installed
+LOWEST ?= .venv-lowest
 
-.PHONY: demo test test-slow lint docs cost bench
+.PHONY: demo test test-slow test-lowest lint docs cost bench
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python demo.py
@@ -12,6 +13,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m slow
+
+# With the oldest dependencies that pyproject.toml allows.
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -31,4 +36,10 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade pip
 	$(VENV)/bin/pip install --quiet --editable ".[demo,docs,test]"
+	touch $@
+
+$(LOWEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --upgrade uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct --editable ".[test]"
 	touch $@

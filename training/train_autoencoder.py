@@ -33,10 +33,10 @@ from brics_diffusers.training_utils.checkpoints import (
 )
 from brics_diffusers.training_utils.losses import reconstruction_loss
 from brics_diffusers.training_utils.optimization import (
+    SkippedSteps,
     build_lr_scheduler,
     build_optimizer,
     check_weights,
-    count_skipped,
     set_adam,
     step_if_finite,
 )
@@ -178,9 +178,9 @@ class Trainer:
             self.networks.append(self.adversary.network)
             self.optimizers.append(self.adversary.optimizer)
 
-    def step(self, images: torch.Tensor, step: int) -> tuple[dict[str, torch.Tensor], bool]:
-        """One batch through both networks: loss parts, and whether losses and gradients were finite."""
-        args, accelerator, finite = self.args, self.accelerator, True
+    def step(self, images: torch.Tensor, step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """One batch through both networks: loss parts, and at an optimizer step whether it was finite and taken."""
+        args, accelerator, finite = self.args, self.accelerator, None
         learns = self.adversary is not None and self.adversary.learns(step)
         gan_on = learns and self.adversary.counts(step)
         set_adam(self.optimizer, beta1=args.adam_beta1_gan if gan_on else args.adam_beta1)
@@ -306,6 +306,7 @@ def train(args, accelerator) -> None:
 
     unreadable = UnreadableLog()
     log = StepLog(accelerator, state, args.max_train_steps, global_batch, args.logging_steps)
+    skipped = SkippedSteps(state, args.max_nonfinite_steps, args.logging_steps, output_dir)
     batches, due = iter(loader), False
     bare.train()
     while state.global_step < args.max_train_steps:
@@ -323,7 +324,7 @@ def train(args, accelerator) -> None:
         ema.step(bare.parameters())
         state.global_step += 1
         state.images_seen += global_batch
-        count_skipped(state, finite, args.max_nonfinite_steps, output_dir)
+        skipped.add(finite)
         rates = trainer.lr_scheduler.get_last_lr()
         names = ["learning_rate", *(f"{part}_learning_rate" for part in trainer.part_rates)]
         values = dict(zip(names, rates, strict=True))
@@ -333,9 +334,10 @@ def train(args, accelerator) -> None:
         step, stop = state.global_step, terminated.received()
         last = step == args.max_train_steps
         due = due or step % args.checkpointing_steps == 0  # and waits for a step that is finite
-        saves = (due and finite) or last or stop
+        saves = (due and skipped.read()) or last or stop
         validates = validation_set is not None and (last or (step % args.validation_steps == 0 and not stop))
         if saves or validates:
+            skipped.read()
             check_weights(trainer.networks, state, output_dir)
         if validates:
             with naming_the_last_checkpoint(output_dir, "the validation"):

@@ -61,10 +61,10 @@ from brics_diffusers.training_utils.guide import check_guide_step, keep_guide, l
 from brics_diffusers.training_utils.key_code_validation import KeyCodeValidation
 from brics_diffusers.training_utils.losses import denoising_loss
 from brics_diffusers.training_utils.optimization import (
+    SkippedSteps,
     build_lr_scheduler,
     build_optimizer,
     check_weights,
-    count_skipped,
     step_if_finite,
 )
 from brics_diffusers.training_utils.post_hoc_ema import PowerEMA
@@ -318,8 +318,9 @@ def train(args, accelerator) -> None:
         return training_loss(bare, scheduler, latents, noise, timesteps, args.snr_gamma, no_class)
 
     log = StepLog(accelerator, state, args.max_train_steps, global_batch, args.logging_steps)
+    skipped = SkippedSteps(state, args.max_nonfinite_steps, args.logging_steps, output_dir)
     labels = None
-    finite, due, step_loss = True, False, torch.zeros((), device=accelerator.device)
+    due, step_loss = False, torch.zeros((), device=accelerator.device)
     batches = enumerate(loader, start=start)
     unet.train()
     while state.global_step < args.max_train_steps:
@@ -349,16 +350,17 @@ def train(args, accelerator) -> None:
         ema.step(bare.parameters())
         state.global_step += 1
         state.images_seen += global_batch
-        count_skipped(state, finite, args.max_nonfinite_steps, output_dir)
+        skipped.add(finite)
         log.step({"learning_rate": lr_scheduler.get_last_lr()[0]})
         step, stop = state.global_step, terminated.received()
         last = step == args.max_train_steps
         due = due or step % args.checkpointing_steps == 0  # and waits for a step that is finite
-        saves = (due and finite) or last or stop
+        saves = (due and skipped.read()) or last or stop
         if step == args.guide_step and accelerator.is_main_process:
             keep_guide(bare, ema, output_dir)
         validates = validation and (last or (step % args.validation_steps == 0 and not stop))
         if saves or validates:
+            skipped.read()
             check_weights([bare], state, output_dir)
         if power_ema:
             power_ema.step(state, last)

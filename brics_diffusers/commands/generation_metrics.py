@@ -42,6 +42,7 @@ from ..metrics.generation import (
 from ..utils.files import default_cache_dir
 from ..utils.image_grids import image_grid
 from ..utils.reports import machine, make_output_folder, markdown_table
+from ..utils.sizes import size_text
 from .generated import (
     add_generated_arguments,
     class_names,
@@ -158,7 +159,7 @@ def read_classes_of(args: argparse.Namespace) -> list[str]:
     return [dataset.features["label"].names[label] for label in dataset["label"]]
 
 
-def _picture(dataset, resolution: int):
+def _picture(dataset, resolution: int | tuple[int, int]):
     """The first images in a grid; nothing if none of them is readable."""
     rows = range(min(SHOWN, len(dataset)))
     (batch,) = evaluation_loader(dataset, resolution, batch_size=SHOWN, rows=rows)
@@ -176,6 +177,7 @@ def _describe(result: dict) -> str:
     values = [{"metric": _title(name), "value": value} for name, value in result["metrics"].items()]
     columns = ("what", "source", "num_images", "num_unreadable", "resolution", "resizing")
     inputs = [{"input": name} | {column: result[name][column] for column in columns} for name in ("input1", "input2")]
+    inputs = [row | {"resolution": size_text(row["resolution"])} for row in inputs]
     extractors = [{"metric": metric} | facts for metric, facts in _extractor_rows(result).items()]
     parts = ["# Generation metrics", markdown_table(values)]
     if "by_class" in result:

@@ -15,6 +15,7 @@ from ..metrics.image_features import common_image_size, to_uint8
 from ..metrics.nearest_neighbours import load_embedding, near_copies, nearest_in_collection, neighbour_grid
 from ..training_utils.arguments import positive
 from ..utils.reports import markdown_table
+from ..utils.sizes import size_text
 from .generated import add_generated_arguments, load_generated, make_samples
 from .shared import add_collection_arguments, add_run_arguments, choose_device, publish, read_collection
 
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
             "split": args.dataset_split,
             "num_images": len(training) - unreadable.count,
             "num_unreadable": unreadable.count,
-            "resizing": f"central square, then Pillow's Lanczos, to {resolution} x {resolution}",
+            "resizing": f"central part, then Pillow's Lanczos, to {size_text(resolution)}",
         },
     }
     neighbours = torch.stack([_read(training.select(row), resolution)[0] for row in indices[:SHOWN].tolist()])
@@ -79,8 +80,8 @@ def run(args: argparse.Namespace) -> None:
     publish(args, "nearest-neighbours", result, _describe(result), lambda: {"grid": grid}, device)
 
 
-def _read(dataset, resolution: int) -> tuple[torch.Tensor, list[int]]:
-    """All readable images of a small collection, uint8 (N, 3, R, R), and their rows."""
+def _read(dataset, resolution: int | tuple[int, int]) -> tuple[torch.Tensor, list[int]]:
+    """All readable images of a small collection, uint8 (N, 3, H, W), and their rows."""
     (batch,) = evaluation_loader(dataset, resolution, batch_size=len(dataset))
     return to_uint8(batch["pixel_values"]), batch["index"].tolist()
 

@@ -18,15 +18,14 @@ import pyarrow.parquet
 from .classes import add_labels, read_classes
 from .files import IMAGE_EXTENSIONS, extension, is_hidden, list_files, only_images
 from .reading import image_size
-from .repositories import has_configs, is_saved, load_hub, load_repository, load_saved
+from .repositories import ARCHIVES, has_configs, is_saved, load_archives, load_hub, load_repository, load_saved
 from .splits import choose_split
 
 
 logger = logging.getLogger(__name__)
 
-ARCHIVES = {".arrow", ".tar", ".zip"}  # folders of them are read by `datasets`
 FINGERPRINT_THREADS = 8  # enough for drives on a network, which answer late
-EXPECTED = "a folder of images, a folder of parquet files, a zip of images or the name of a dataset on the Hub"
+EXPECTED = "a folder of images or of parquet files, a zip or a tar of images, or the name of a dataset on the Hub"
 
 
 def load_collection(
@@ -95,6 +94,8 @@ def load_collection(
         dataset = _load_zip(path, split, cache_dir)
     elif path.suffix.lower() == ".parquet" and path.is_file():
         dataset = _load_parquet(path.parent, [path.name], split, cache_dir)
+    elif path.suffix.lower() == ".tar" and path.is_file():
+        dataset = load_archives(path.parent, choose_split(path.parent, [path.name], split), split, cache_dir)
     elif path.is_file():
         raise ValueError(f"'{source}' is a single '{path.suffix}' file; give {EXPECTED}.")
     elif looks_like_path(str(source)):
@@ -151,7 +152,7 @@ def _digest_of_image(image: dict) -> bytes:
 def looks_like_path(source: str) -> bool:
     # A Hub name is "name" or "user/name"; anything of another form can only be a path.
     is_hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source)
-    return not is_hub_name or source.lower().endswith((".zip", ".parquet"))
+    return not is_hub_name or source.lower().endswith((".zip", ".tar", ".parquet"))
 
 
 def _load_folder(folder: Path, split: str, config_name: str | None, cache_dir) -> datasets.Dataset:
@@ -160,18 +161,30 @@ def _load_folder(folder: Path, split: str, config_name: str | None, cache_dir) -
     if config_name is not None or has_configs(folder):
         return load_repository(folder, split, config_name, cache_dir)
     names = list_files(folder)
+    if parquet := parquet_files(folder, names):
+        return _load_parquet(folder, parquet, split, cache_dir)
+    if archives := find_archives(names):
+        return load_archives(folder, choose_split(folder, archives, split), split, cache_dir)
+    names = choose_split(folder, only_images(folder, names), split)
+    paths = [str((folder / name).absolute()) for name in names]
+    return datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": datasets.Image()}))
+
+
+def parquet_files(folder: Path, names: list[str]) -> list[str]:
+    """Those that hold images; or all, if nothing else does."""
     parquet = [name for name in names if extension(name) == ".parquet"]
     kinds = {re.sub(r"\d+", "0", name): name for name in parquet}  # one of many shards
     kinds = {kind for kind, name in kinds.items() if _holds_images(folder / name)}
     holding = [name for name in parquet if re.sub(r"\d+", "0", name) in kinds]
-    has_images = any(extension(name) in IMAGE_EXTENSIONS for name in names)
-    if holding or parquet and not has_images:
-        return _load_parquet(folder, holding or parquet, split, cache_dir)
-    if not has_images and any(extension(name) in ARCHIVES for name in names):
-        return load_repository(folder, split, config_name, cache_dir)
-    names = choose_split(folder, only_images(folder, names), split)
-    paths = [str((folder / name).absolute()) for name in names]
-    return datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": datasets.Image()}))
+    has_others = any(extension(name) in IMAGE_EXTENSIONS | ARCHIVES.keys() for name in names)
+    return holding if holding or has_others else parquet
+
+
+def find_archives(names: list[str]) -> list[str]:
+    """Tars, zips and Arrow files among a folder's, if there are no images."""
+    if any(extension(name) in IMAGE_EXTENSIONS for name in names):
+        return []
+    return [name for name in names if extension(name) in ARCHIVES]
 
 
 def _holds_images(file: Path) -> bool:

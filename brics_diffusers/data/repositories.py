@@ -1,13 +1,18 @@
 """Loads collections in the formats of `datasets`: from the Hub, a local repository's folder, or `save_to_disk`."""
 
+import glob
 import os
+from collections import Counter
 from pathlib import Path
 
 import datasets
 import huggingface_hub
 from datasets.data_files import DataFilesList
 
-from .files import printable
+from .files import extension, printable
+
+
+ARCHIVES = {".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}  # and the builder of `datasets` for them
 
 
 def is_saved(folder: Path) -> bool:
@@ -70,6 +75,22 @@ def stream_repository(folder: Path, split: str, config_name: str | None, cache_d
         reason = _line(error.__cause__ or error)
         raise ValueError(f"'{folder}' cannot be streamed with config_name {config_name!r}: {reason}") from error
     return _of_split(folder, splits, split)
+
+
+def load_archives(
+    folder: Path, names: list[str], split: str, cache_dir, streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
+    """A split of files with images in them, whatever lies beside them: those of the most frequent of `ARCHIVES`."""
+    kind, _ = Counter(extension(name) for name in names).most_common(1)[0]
+    names = [name for name in printable(folder, names) if extension(name) == kind]
+    files = [glob.escape(str((folder / name).resolve())) for name in names]  # `datasets` takes each for a pattern
+    options = {"data_files": {split: files}, "split": split, "cache_dir": cache_dir, "streaming": streaming}
+    try:
+        dataset = datasets.load_dataset(ARCHIVES[kind], **options)
+        return _with_features(dataset) if streaming else dataset
+    except Exception as error:
+        reason = _line(error.__cause__ or error)
+        raise ValueError(f"{kind} files of '{folder}' cannot be loaded: {reason}") from error
 
 
 def _with_features(stream: datasets.IterableDataset) -> datasets.IterableDataset:

@@ -31,7 +31,8 @@ def choose_split(source: str | os.PathLike, names: list[str], split: str) -> lis
     Args:
         source (`str` or `os.PathLike`): What to call the collection in messages.
         names (`list[str]`): At least one path relative to the collection.
-        split (`str`): The split, or one of the folders of a split ("val2017").
+        split (`str`): The split, or one of the folders of a split ("val2017"), or one that is nearly named
+            after one ("trainA").
 
     Returns:
         `list[str]`: some of `names`.
@@ -40,7 +41,8 @@ def choose_split(source: str | os.PathLike, names: list[str], split: str) -> lis
         ValueError: no such split.
     """
     groups = _group(source, names)
-    in_folder = [name for name in groups.get(_split_in_word(split), ()) if split in _folders(name)]
+    members = names if NEARLY_A_SPLIT.match(split) else groups.get(_split_in_word(split), ())
+    in_folder = [name for name in members if split in _folders(name)]
     found = groups.get(split) or in_folder or groups.get(SPLIT_WORDS.get(split.lower()))
     if not found:
         raise ValueError(f"'{source}' has no split '{split}'; available splits: {', '.join(sorted(groups))}.")
@@ -70,8 +72,8 @@ def _group(source: str | os.PathLike, names: list[str]) -> dict[str, list[str]]:
         if alike:
             text = (
                 "'%s' is read as one split, 'train', though %d of its %d files, such as %s, are named like a split; "
+                "for splits, sort all files into folders such as train and validation, or name a folder as the split."
             )
-            text += "for splits, sort all files into folders such as train and validation."
             logger.warning(text, source, len(alike), len(names), alike[0])
         return {"train": names}
     found = "; ".join(f"{split}: {len(files)} files such as {files[0]}" for split, files in sorted(groups.items()))

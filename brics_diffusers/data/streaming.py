@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -20,17 +21,19 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, get_worker_info
 
 from ..utils.sizes import height_and_width
-from .collection import find_image_column, load_collection, looks_like_path
+from .collection import find_archives, find_image_column, load_collection, looks_like_path, parquet_files
 from .files import IMAGE_EXTENSIONS, extension, list_files
 from .images import UnreadableLog, collate_images, none_readable, only_the_parent_terminates, to_pixels, to_tensor
 from .reading import UnreadableImageError
-from .repositories import is_saved, load_hub, stream_repository
+from .repositories import has_configs, is_saved, load_archives, load_hub, stream_repository
+from .splits import choose_split
 
 
 logger = logging.getLogger(__name__)
 
 SHARDED = {".tar", ".parquet", ".arrow"}
 LOCAL_SHARDS = 64  # of a folder of images, which has random access: so many lanes read none twice
+TENTH = 10  # of a stream's images one may be held out
 BLOCK = 1000  # examples that are permuted together, datasets' own default; files of these many images are in memory
 # Where a lane begins: epoch, shard's place among the lane's, example of that shard, examples of the block used.
 START = (0, 0, 0, 0)
@@ -60,8 +63,14 @@ def load_stream(
         ValueError: As [`load_collection`].
     """
     path = Path(os.path.expanduser(source))
-    if path.is_dir() and not is_saved(path) and _is_sharded({extension(name) for name in list_files(path)}):
-        stream = stream_repository(path, split, config_name, cache_dir)
+    names = list_files(path) if path.is_dir() and not is_saved(path) else []
+    if _is_sharded({extension(name) for name in names}):
+        by_card = config_name is not None or has_configs(path) or parquet_files(path, names)
+        archives = [] if by_card else find_archives(names)
+        if archives:
+            stream = load_archives(path, choose_split(path, archives, split), split, cache_dir, streaming=True)
+        else:
+            stream = stream_repository(path, split, config_name, cache_dir)
     elif path.exists() or looks_like_path(str(source)):
         dataset = load_collection(source, split, image_column, cache_dir, config_name=config_name)
         return dataset.to_iterable_dataset(min(LOCAL_SHARDS, len(dataset)))
@@ -86,9 +95,44 @@ def read_shard(stream: datasets.IterableDataset, shard: int, part: int = 0, part
 
 def first_images(stream: datasets.IterableDataset, count: int) -> datasets.Dataset:
     """The first images of a stream, in memory, as [`load_collection`] gives them."""
-    shards = (read_shard(stream, shard) for shard in range(stream.num_shards))
-    rows = [{"image": image} for image in itertools.islice(itertools.chain.from_iterable(shards), count)]
-    return datasets.Dataset.from_list(rows, features=datasets.Features({"image": datasets.Image(decode=False)}))
+    return _in_memory((read_shard(stream, shard) for shard in range(stream.num_shards)), count)
+
+
+def split_stream(
+    stream: datasets.IterableDataset, count: int
+) -> tuple[datasets.IterableDataset, datasets.Dataset | None]:
+    r"""
+    Holds images out of a stream whose length nobody knows: each shard gives up every tenth of its images until it has
+    given its share.
+
+    Args:
+        stream (`datasets.IterableDataset`): The result of [`load_stream`].
+        count (`int`): Images to hold out at most.
+
+    Returns:
+        `tuple`: the stream without the shares, and what was held out, in memory as [`load_collection`] gives it, or
+        `None` if no shard has ten images. The same ones in each call; with more shards than `count`, one of each
+        shard is left out of the stream.
+    """
+    stop = TENTH * -(-count // stream.num_shards)  # example of a shard before which its share lies
+    shares = (
+        itertools.islice(read_shard(stream, shard), TENTH - 1, stop, TENTH) for shard in range(stream.num_shards)
+    )
+    held_out = _in_memory(shares, count)
+    if len(held_out) == 0:
+        return stream, None
+    return stream.filter(partial(_is_kept, stop=stop), with_indices=True), held_out
+
+
+def _is_kept(example: dict, index: int, stop: int) -> bool:
+    """Of the `index`-th example of a shard."""
+    return index >= stop or index % TENTH != TENTH - 1
+
+
+def _in_memory(shards: Iterator[Iterator[dict]], count: int) -> datasets.Dataset:
+    images = list(itertools.islice(itertools.chain.from_iterable(shards), count))
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    return datasets.Dataset.from_dict({"image": images}, features)
 
 
 class StreamPosition:

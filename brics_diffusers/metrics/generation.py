@@ -152,7 +152,7 @@ def generation_metrics(
 ) -> dict:
     r"""
     Compares generated images (torch-fidelity's `input1`) with real ones (`input2`). Generated images are taken as they
-    are and must be square and of one size; real ones are cut and resized to that size by `center_crop_resize`.
+    are and must be of one size; real ones are cut and resized to that size by `center_crop_resize`.
 
     Args:
         generated (`datasets.Dataset`): Result of `load_collection`.
@@ -197,7 +197,7 @@ def generation_metrics(
             labels = _readable(generated, first, classes[0]), _readable(real, second, classes[1])
             _add_classes(result["by_class"], metrics, name, (first, second), labels, device)
         result["input1"] = _input_facts("generated", generated, first, resolution, "none: used as they are")
-        result["input2"] = _input_facts("real", real, second, resolution, "central square, then Pillow's Lanczos")
+        result["input2"] = _input_facts("real", real, second, resolution, "central part, then Pillow's Lanczos")
     return result
 
 
@@ -257,7 +257,7 @@ def _add_metric(result: dict, metric: str, name: str, generated, real, device) -
     result["metrics"] |= found
 
 
-def _input_facts(what: str, dataset, features, resolution: int, resizing: str) -> dict:
+def _input_facts(what: str, dataset, features, resolution: int | tuple[int, int], resizing: str) -> dict:
     return {
         "what": what,
         "num_images": len(features.features),

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +44,10 @@ class ImageFeatures:
     unreadable: list[str]
 
 
-def common_image_size(dataset: datasets.Dataset) -> int:
+def common_image_size(dataset: datasets.Dataset) -> int | tuple[int, int]:
     """
-    The side in pixels of images that all have the same size, from their headers. Unreadable files have none and are
-    passed over. A `ValueError` if sizes differ, an image is not square, or none is readable.
+    The size in pixels of images that all have the same, from their headers: the side of squares, or height and width.
+    Unreadable files have none and are passed over. A `ValueError` if sizes differ, or none is readable.
     """
     first = None
     for row in range(len(dataset)):
@@ -56,8 +57,6 @@ def common_image_size(dataset: datasets.Dataset) -> int:
         except UnreadableImageError:
             continue
         name = image_name(data, row)
-        if size[0] != size[1]:
-            raise ValueError(f"{name} is {size[0]}x{size[1]}; generated images must be square, cut them first.")
         if first is not None and size != first[0]:
             raise ValueError(
                 f"{name} is {size[0]}x{size[1]}, but {first[1]} is {first[0][0]}x{first[0][1]}; generated images must "
@@ -66,7 +65,8 @@ def common_image_size(dataset: datasets.Dataset) -> int:
         first = first or (size, name)
     if first is None:
         raise ValueError(f"none of the {len(dataset)} images is readable; give a collection of images.")
-    return first[0][0]
+    width, height = first[0]
+    return height if height == width else (height, width)
 
 
 def to_uint8(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ def to_uint8(pixel_values: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def extract_features(
     dataset: datasets.Dataset,
-    resolution: int,
+    resolution: int | Sequence[int],
     extractor: nn.Module,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -87,7 +87,7 @@ def extract_features(
 ) -> ImageFeatures:
     """
     Features of every readable image, in order; a `ValueError` if there is none. Images are cut and resized to
-    `resolution` pixels a side (`center_crop_resize`) before the extractor sees them.
+    `resolution` pixels, a side or height and width (`center_crop_resize`), before the extractor sees them.
     """
     loader = evaluation_loader(dataset, resolution, batch_size, num_workers)
     unreadable, features, logits = UnreadableLog(), [], []
@@ -104,7 +104,7 @@ def extract_features(
 
 def cached_features(
     dataset: datasets.Dataset,
-    resolution: int,
+    resolution: int | Sequence[int],
     extractor: nn.Module,
     cache_dir: str | os.PathLike,
     **options,
@@ -114,7 +114,8 @@ def cached_features(
     extractor's weights and the resolution: what changes is extracted anew. Logits are not kept. Also returns whether
     they were there.
     """
-    origin = f"{FORMAT} {collection_fingerprint(dataset)} {resolution} {extractor_digest(extractor)}"
+    size = resolution if isinstance(resolution, int) else tuple(resolution)
+    origin = f"{FORMAT} {collection_fingerprint(dataset)} {size} {extractor_digest(extractor)}"
     path = Path(cache_dir) / f"features-{hashlib.sha256(origin.encode()).hexdigest()[:32]}.safetensors"
     found = _read_features(path)
     if found is not None:

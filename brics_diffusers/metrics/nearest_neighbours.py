@@ -156,7 +156,7 @@ def nearest_in_collection(
     also returns the files that could not be read.
     """
     unreadable = UnreadableLog()
-    loader = evaluation_loader(dataset, queries.shape[-1], batch_size, num_workers)
+    loader = evaluation_loader(dataset, queries.shape[-2:], batch_size, num_workers)
 
     def read():
         for batch in tqdm(loader, desc="Comparing", unit="batch", disable=not progress):
@@ -186,27 +186,28 @@ def neighbour_grid(
 ) -> Image.Image:
     """
     A picture with one row a query: the query, a gap, and its neighbours with their distances (Q, K) below. Queries (Q,
-    3, R, R) and neighbours (Q, K, 3, R, R) are uint8; smaller than `smallest` pixels, they are enlarged by a whole
+    3, H, W) and neighbours (Q, K, 3, H, W) are uint8; narrower than `smallest` pixels, they are enlarged by a whole
     factor.
     """
-    resolution = queries.shape[-1]
-    side = resolution * max(1, -(-smallest // resolution))
+    *_, height, width = queries.shape
+    factor = max(1, -(-smallest // width))
+    size = width, height = width * factor, height * factor
     text, margin, gap = 16, 4, 16  # pixels
-    width = margin + (side + margin) * (1 + neighbours.shape[1]) + gap
-    height = margin + text + (side + text + margin) * len(queries)
-    picture = Image.new("RGB", (width, height), "white")
+    columns, rows = 1 + neighbours.shape[1], len(queries)
+    whole = margin + (width + margin) * columns + gap, margin + text + (height + text + margin) * rows
+    picture = Image.new("RGB", whole, "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
 
     def place(image: torch.Tensor, left: int, top: int) -> None:
-        picture.paste(to_pil_image(image).resize((side, side), Image.Resampling.NEAREST), (left, top))
+        picture.paste(to_pil_image(image).resize(size, Image.Resampling.NEAREST), (left, top))
 
     draw.text((margin, 2), "generated", "black", font)
-    draw.text((2 * margin + side + gap, 2), "nearest training images", "black", font)
+    draw.text((2 * margin + width + gap, 2), "nearest training images", "black", font)
     for row, (query, others) in enumerate(zip(queries, neighbours, strict=True)):
-        top = margin + text + row * (side + text + margin)
+        top = margin + text + row * (height + text + margin)
         place(query, margin, top)
         for column, other in enumerate(others):
-            left = 2 * margin + side + gap + column * (side + margin)
+            left = 2 * margin + width + gap + column * (width + margin)
             place(other, left, top)
-            draw.text((left, top + side), f"{distances[row, column].item():.4g}", "black", font)
+            draw.text((left, top + height), f"{distances[row, column].item():.4g}", "black", font)
     return picture

@@ -27,7 +27,7 @@ FREE_FLAGS = {
     *("mixed_precision", "gradient_checkpointing", "dataloader_num_workers", "encode_batch_size", "shard_size"),
     *("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps", "max_nonfinite_steps"),
     *("validation_split", "num_validation_images", "num_inference_steps", "pretrained_autoencoder_name_or_path"),
-    *("best_metric", "save_validation_weights", "cache_resized"),
+    *("best_metric", "save_validation_weights", "cache_resized", "compile"),
     *("num_held_out_images", "validation_metrics", "feature_extractor", "num_metric_samples"),
     *("resolution", "num_train_epochs", "report_to", "logging_dir", "tracker_project_name"),  # epochs are steps too
     *("pretrained_model_name_or_path", "autoencoder_name_or_path", "save_dtype"),
@@ -148,6 +148,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_grad_norm", type=float, default=None, help="Clip gradients to this norm; not clipped by default.")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Default: what `accelerate config` has chosen.")
     flag("--allow_tf32", help="Multiply matrices in TF32 on GPUs that can: faster, with 10 bits.")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Compile the networks: what `accelerate launch --dynamo_backend inductor` does.",
+    )
     add(
         "--dataloader_num_workers",
         type=not_negative,

@@ -34,7 +34,8 @@ class HeldOutLoss:
     ):
         self.accelerator = accelerator
         rows = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-        loader = evaluation_loader(dataset, autoencoder.config.sample_size, batch_size, num_workers, rows=rows)
+        channels, *size = autoencoder.sample_shape
+        loader = evaluation_loader(dataset, size, batch_size, num_workers, rows=rows, channels=channels)
         self.batches = []
         for batch in loader:
             if batch["index"].numel():

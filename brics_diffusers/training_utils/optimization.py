@@ -102,10 +102,11 @@ def set_adam(optimizer, learning_rate: float | None = None, beta1: float | None 
 
 def step_if_finite(
     accelerator: Accelerator, optimizers: list, max_grad_norm: float | None, loss: torch.Tensor
-) -> bool:
+) -> torch.Tensor:
     r"""
     Takes a step of each optimizer whose gradients are all finite, if the loss is, and drops the gradients. They are
-    summed over the processes by then, and so is the loss, so all come to the same decision.
+    summed over the processes by then, and so is the loss, so all come to the same decision. With fused optimizers
+    nothing here waits for a GPU.
 
     Args:
         accelerator (`Accelerator`): The run's accelerator.
@@ -114,50 +115,85 @@ def step_if_finite(
         loss (`torch.Tensor`): Scalar, the sum of this process's losses since the last step; detached.
 
     Returns:
-        `bool`: Whether all steps were taken.
+        `torch.Tensor`: scalar, bool: whether all steps were taken; for [`SkippedSteps`].
     """
     # accelerate's own clipping unscales the gradients of all optimizers at every call, and its optimizers change the
     # loss scale at every step: with two of them, gradients would be divided twice, or by another scale than theirs.
     scaler = accelerator.scaler
-    finite_loss = bool(accelerator.reduce(loss, reduction="sum").isfinite())
-    all_finite = True
+    finite_loss = accelerator.reduce(loss, reduction="sum").isfinite()
+    all_finite = finite_loss
     for optimizer in optimizers:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if scaler is not None:
             scaler.unscale_(optimizer.optimizer)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        finite = finite_loss and bool(torch.isfinite(norm))
-        if finite and max_grad_norm is not None:
+        finite = finite_loss & norm.isfinite()
+        if max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-        if finite:
-            optimizer.step() if scaler is None else scaler.step(optimizer.optimizer)
+        _step_where(optimizer.optimizer, finite)
         optimizer.zero_grad()
-        all_finite &= finite
+        all_finite = all_finite & finite
     if scaler is not None:
         scaler.update()
     return all_finite
 
 
-def count_skipped(state: RunState, finite: bool, limit: int, output_dir: str | Path) -> None:
+def _step_where(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
+    """A step of an optimizer, or none: fused ones read the flag where it lies, as `GradScaler` has them do."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
+        del optimizer.found_inf
+    elif finite:  # others, such as bitsandbytes' Adam8bit, wait for it
+        optimizer.step()
+
+
+class SkippedSteps:
     r"""
-    Counts steps that were skipped for gradients that are not finite.
+    Counts steps that were skipped for gradients that are not finite. Whether they were is read for several steps at
+    once, since reading waits for the device: a run of too many is noticed where it is logged, or that many steps
+    after the last time.
 
     Args:
         state (`RunState`): Holds the counts.
-        finite (`bool`): Whether the step was taken.
         limit (`int`): Skipped steps in a row that end the run.
+        interval (`int`): Steps between entries in the log.
         output_dir (`str`): Folder of the run.
-
-    Raises:
-        `FloatingPointError`: If the limit is reached; names the last checkpoint.
     """
-    state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
-    state.skipped_steps += not finite
-    if state.skipped_in_a_row >= limit:
-        fault = f"the loss or its gradient was not finite in {limit} steps in a row, up to step {state.global_step}"
-        # Weights are known to be good if the step after them was: leave out a checkpoint right before the first fault.
-        raise _not_finite(fault, output_dir, state.global_step - limit)
+
+    def __init__(self, state: RunState, limit: int, interval: int, output_dir: str | Path):
+        self.state, self.limit, self.interval, self.output_dir = state, limit, interval, output_dir
+        self.unread, self.last_was_finite = [], True
+
+    def add(self, finite: torch.Tensor) -> None:
+        """Call after every step, when the state has counted it, with the result of [`step_if_finite`]."""
+        self.unread.append(finite)
+        if len(self.unread) >= self.limit or self.state.global_step % self.interval == 0:
+            self.read()
+
+    def read(self) -> bool:
+        r"""
+        Brings the state's counts up to date, which belongs before a checkpoint.
+
+        Returns:
+            `bool`: Whether the last step was taken.
+
+        Raises:
+            `FloatingPointError`: If the limit is reached; names the last checkpoint.
+        """
+        state, flags = self.state, torch.stack(self.unread).tolist() if self.unread else []
+        self.unread.clear()
+        for step, finite in enumerate(flags, start=state.global_step - len(flags) + 1):
+            self.last_was_finite = finite
+            state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+            state.skipped_steps += not finite
+            if state.skipped_in_a_row >= self.limit:
+                fault = f"the loss or its gradient was not finite in {self.limit} steps in a row, up to step {step}"
+                # Weights are known to be good if the step after them was: leave out a checkpoint right before the
+                # first fault.
+                raise _not_finite(fault, self.output_dir, step - self.limit)
+        return self.last_was_finite
 
 
 def check_weights(networks: list[torch.nn.Module], state: RunState, output_dir: str | Path) -> None:

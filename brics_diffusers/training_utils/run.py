@@ -52,6 +52,7 @@ def start_run(args: argparse.Namespace) -> Iterator[Accelerator]:
         )
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
+        dynamo_backend="inductor" if args.compile else None,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to or None,  # an empty list makes accelerate warn
         # One process may have to download or prepare a collection while the others wait.
@@ -59,6 +60,7 @@ def start_run(args: argparse.Namespace) -> Iterator[Accelerator]:
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / args.logging_dir)),
     )
     check_world_size(accelerator.num_processes)
+    torch.backends.cudnn.benchmark = True  # images of a run have one size
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if args.dataloader_num_workers is None:

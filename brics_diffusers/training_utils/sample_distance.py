@@ -1,6 +1,7 @@
 """How far samples are from training images, at each validation of a diffusion model."""
 
 import os
+from collections.abc import Sequence
 
 import datasets
 import torch
@@ -17,6 +18,7 @@ from ..metrics.feature_distances import (
 )
 from ..metrics.feature_extractors import apply_extractor, load_feature_extractor
 from ..metrics.image_features import cached_features, to_uint8
+from ..utils.compositing import as_rgb
 
 
 DISTANCES = {"kid": "kid", "frechet": "fid"}  # what reports call them
@@ -39,7 +41,7 @@ class SampleDistance:
         feature_extractor: str,
         accelerator: Accelerator,
         dataset: datasets.Dataset,
-        resolution: int,
+        resolution: int | Sequence[int],
         num_samples: int,
         cache_dir: str | os.PathLike,
         num_workers: int = 0,
@@ -60,8 +62,8 @@ class SampleDistance:
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Features (B, D), on the CPU, of samples (B, 3, H, W) in [-1, 1]."""
-        return apply_extractor(self.extractor, to_uint8(images).to(self.accelerator.device))[0].cpu()
+        """Features (B, D), on the CPU, of samples (B, C, H, W) in [-1, 1], which are seen on white."""
+        return apply_extractor(self.extractor, to_uint8(as_rgb(images)).to(self.accelerator.device))[0].cpu()
 
     def __call__(self, features: torch.Tensor) -> float:
         """

@@ -10,7 +10,15 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from ..data import ImageCollection, collate_images, load_collection, training_loader
-from ..data.streaming import StreamedImages, StreamPosition, first_images, load_stream, read_shard, stream_loader
+from ..data.streaming import (
+    StreamedImages,
+    StreamPosition,
+    first_images,
+    load_stream,
+    read_shard,
+    split_stream,
+    stream_loader,
+)
 from ..models import BricsAutoencoder
 from .checkpoints import RunState
 from .run import hold_out, load_splits, resized_images
@@ -29,27 +37,39 @@ def open_stream(args: argparse.Namespace, split: str) -> datasets.IterableDatase
 
 def load_training_images(args: argparse.Namespace):
     """
-    What a run of stage one trains on, a collection or a stream, and validates with, a collection or `None`. Of a
-    stream, the first `num_validation_images` of the validation split are kept in memory; without such a split nothing
-    is held out.
+    What a run of stage one trains on, a collection or a stream, and validates with, a collection or `None`; of a
+    stream, validation images are kept in memory.
     """
     if not args.streaming:
         return load_splits(args)
-    return open_stream(args, args.dataset_split), hold_out_of_stream(args, args.num_validation_images)
+    return hold_out_of_stream(args, args.num_validation_images)
 
 
-def hold_out_of_stream(args: argparse.Namespace, count: int) -> datasets.Dataset | None:
-    """The first images of the validation split, at most `count`, in memory; `None` if there is no such split."""
+def hold_out_of_stream(args: argparse.Namespace, count: int, of_training: bool = True):
+    r"""
+    The training images of a streamed collection, and the first of its validation split or else some of its own.
+
+    Args:
+        args (`argparse.Namespace`): Flags of [`add_common_arguments`], and `validation_split`.
+        count (`int`): Images to hold out at most, which are kept in memory; 0 for none.
+        of_training (`bool`, defaults to `True`): Whether training images may be held out.
+
+    Returns:
+        `tuple`: a `datasets.IterableDataset`, and a `datasets.Dataset` or `None`.
+    """
+    stream = open_stream(args, args.dataset_split)
     if count == 0:
-        return None
+        return stream, None
     try:
-        held_out = open_stream(args, args.validation_split or "validation")
+        return stream, first_images(open_stream(args, args.validation_split or "validation"), count)
     except (ValueError, FileNotFoundError):
         if args.validation_split is not None:
             raise
-        logger.warning("No validation split: of a stream no images are held out; --validation_split names some.")
-        return None
-    return first_images(held_out, count)
+    if not of_training:
+        return stream, None
+    stream, held_out = split_stream(stream, count)
+    logger.info("No validation split: %d images of the stream are held out.", len(held_out or ()))
+    return stream, held_out
 
 
 def image_loader(
@@ -87,17 +107,20 @@ def load_images_to_encode(args: argparse.Namespace, class_names: list[str] | Non
     With `--class_conditional` the collection has labels, of `class_names` if they are given.
     """
     count = HELD_OUT_IMAGES if args.num_held_out_images is None else args.num_held_out_images
+    of_training = args.num_held_out_images is not None
     if args.streaming:
-        return open_stream(args, args.dataset_split), hold_out_of_stream(args, count)
+        return hold_out_of_stream(args, count, of_training)
     where = args.image_column, args.cache_dir, args.max_train_samples, args.dataset_config_name
     classes = args.class_conditional, args.class_column, args.min_class_images, class_names
     train = load_collection(args.dataset_name, args.dataset_split, *where, *classes)
-    return hold_out(args, train, count, of_training=args.num_held_out_images is not None)
+    return hold_out(args, train, count, of_training)
 
 
 def stream_fingerprint(args: argparse.Namespace, stream: datasets.IterableDataset) -> str:
-    """A digest of a stream's name, its shards, and the first images of some of them: reading all would take days."""
-    digest = hashlib.sha256(repr((args.dataset_config_name, args.dataset_split, stream.num_shards)).encode())
+    """A digest of a stream's name, its shards, how many of its images may be held out, and the first images of some
+    shards: reading all would take days."""
+    facts = args.dataset_config_name, args.dataset_split, stream.num_shards, args.num_held_out_images
+    digest = hashlib.sha256(repr(facts).encode())
     for shard in torch.linspace(0, stream.num_shards - 1, min(SHARDS_TO_TELL, stream.num_shards)).tolist():
         digest.update(repr(next(read_shard(stream, round(shard)), None)).encode())
     return digest.hexdigest()

@@ -136,11 +136,11 @@ def rows():
 
 
 def test_saved_to_disk(rows, folder, load):
-    rows.with_format("numpy").save_to_disk(folder / "one")
+    rows.with_format("numpy").save_to_disk(str(folder / "one"))
     assert len(load(folder / "one")) == 3 and load(folder / "one")[0]["image"]["bytes"] is not None
     with pytest.raises(ValueError, match="has no split 'validation'; available splits: train"):
         load(folder / "one", "validation")
-    datasets.DatasetDict(train=rows, validation=rows.select([0])).save_to_disk(folder / "both")
+    datasets.DatasetDict(train=rows, validation=rows.select([0])).save_to_disk(str(folder / "both"))
     assert len(load(folder / "both")) == 3
     assert len(load(folder / "both", "validation")) == len(load(folder / "both/validation")) == 1
     with pytest.raises(ValueError, match="has no split 'test'; available splits: train, validation"):

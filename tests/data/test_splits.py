@@ -80,7 +80,8 @@ def test_a_folder_as_a_split():
     assert choose_split("here", names, "val2017") == ["val2017/4.jpg"]
     assert choose_split("here", names, "train2014") == ["train2014/1.jpg"]
     assert choose_split("here", names, "val") == choose_split("here", names, "validation") == names[2:]
-    for wrong in ("val2012", "test2017", "images"):
+    assert choose_split("here", ["trainA/1.jpg", "trainB/2.jpg", "testA/3.jpg"], "trainA") == ["trainA/1.jpg"]
+    for wrong in ("val2012", "test2017", "images", "trainA"):
         with pytest.raises(ValueError, match=f"no split '{wrong}'; available splits: train, validation"):
             choose_split("here", names, wrong)
 

@@ -8,6 +8,7 @@ import torch
 from image_files import encoded, save
 from PIL import Image
 
+from brics_diffusers.data import load_collection
 from brics_diffusers.data.streaming import (
     StreamedImages,
     StreamPosition,
@@ -15,6 +16,7 @@ from brics_diffusers.data.streaming import (
     load_stream,
     read_shard,
     shard_batches,
+    split_stream,
     stream_loader,
 )
 
@@ -71,6 +73,21 @@ def test_sources(tars, tmp_path):
         assert len(first_images(stream, 2)) == 2
     with pytest.raises(ValueError, match="has no split 'test'; available splits: train"):
         load_stream(tars, "test", cache_dir=tmp_path / "cache")
+
+
+def test_metadata_beside_tars(tars, tmp_path):
+    """As img2dataset writes them: a parquet and a JSON file for each tar, which have no images."""
+    for shard in range(3):
+        metadata = datasets.Dataset.from_dict({"url": ["x"] * 7, "sha256": [b"x"] * 7})
+        metadata.to_parquet(tars / f"train-{shard:05d}.parquet")
+        (tars / f"train-{shard:05d}_stats.json").write_text("{}")
+    stream = load_stream(tars, cache_dir=tmp_path / "cache")
+    assert stream.num_shards == 3 and len(first_images(stream, 100)) == 21
+    assert len(load_collection(tars, cache_dir=tmp_path / "cache")) == 21
+    assert len(load_collection(tars / "train-00001.tar", cache_dir=tmp_path / "cache")) == 7
+    for source in (load_stream, load_collection):
+        with pytest.raises(ValueError, match="has no split 'test'; available splits: train"):
+            source(tars, "test", cache_dir=tmp_path / "cache")
 
 
 @pytest.mark.parametrize(("processes", "lanes"), [(1, 1), (2, 2), (5, 5)])
@@ -137,3 +154,28 @@ def test_unreadable_images(tmp_path):
     (folder / "train-00000.tar").unlink()
     with pytest.raises(ValueError, match="images is readable .*; give a collection of images"):
         next(iter(images_of(load_stream(folder))))
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_what_is_held_out_is_never_trained_on(tmp_path, count):
+    """Shards of 25 images give up two each at most, ones of 7 none."""
+    folder = write_tars(tmp_path / "tars", 3, 25)
+    names = [f"{shard}{index:03d}.png" for shard in range(3) for index in range(25)]
+    shares = [f"{shard}{index:03d}.png" for shard in range(3) for index in (9, 19)[: -(-count // 3)]]
+
+    def paths(images):
+        return [image["path"].rpartition("/")[2] for image in images]
+
+    rest, held_out = split_stream(load_stream(folder), count)
+    assert paths(held_out["image"]) == shares[:count] and rest.num_shards == 3
+    left = sorted(set(names) - set(shares))
+    for processes in (1, 5):  # also where a shard is shared by processes
+        found = []
+        for process in range(processes):
+            examples = images_of(rest, process, processes)._examples(process, (0, 0, 0, 0))
+            found += paths(image for image, *_ in itertools.takewhile(lambda example: example[3][0] == 0, examples))
+        assert sorted(found) == left
+    assert sum(len(batch) for shard in range(3) for batch in shard_batches(rest, shard, 8, 4)) == len(left)
+    assert paths(split_stream(load_stream(folder), count)[1]["image"]) == shares[:count]
+    stream = load_stream(write_tars(tmp_path / "small"))
+    assert split_stream(stream, count) == (stream, None)

@@ -286,3 +286,14 @@ def test_output_survives_accelerate(autoencoder):
     image = torch.zeros(1, 3, 32, 32)
     output = convert_to_fp32(autoencoder.to(torch.bfloat16)(image.to(torch.bfloat16)))
     assert output.sample.dtype == output.key_codes.dtype == torch.float32 and output.kl_loss is None
+
+
+def test_layerwise_casting_leaves_grids_and_decoder_as_they_are(autoencoder):
+    """It casts torch's own layers, which are the encoder's; the others hold their weights themselves."""
+    codes = torch.rand(2, *autoencoder.key_code_shape)
+    expected = autoencoder.decode(codes).sample
+    autoencoder.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert torch.equal(autoencoder.decode(codes).sample, expected)
+    cast = {name.partition(".")[0] for name, p in autoencoder.named_parameters() if p.dtype == torch.float8_e4m3fn}
+    assert cast == {"encoder"}
+    assert autoencoder(torch.zeros(2, *autoencoder.sample_shape)).sample.isfinite().all()

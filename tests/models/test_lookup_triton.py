@@ -91,3 +91,10 @@ def test_kernels_compile(capability):
         assert len(compiled.asm["cubin"]) > 0
         if kernel is kernels._lookup_kernel:
             assert compiled.asm["ptx"].count("ld.global.v4") >= 8  # each of the 8 corners is one read of 16 bytes
+            continue
+        additions = [line for line in compiled.asm["ptx"].splitlines() if "atom.global" in line]
+        together = sum("v4.f32" in line for line in additions)
+        # A node's 4 channels are one addition from 9.0 on; before, 4 threads side by side add them.
+        assert (len(additions), together) == ((8, 8) if capability >= 90 else (32, 0))
+        if capability < 90:
+            assert "threadsPerWarp = [8, 4]" in compiled.asm["ttgir"].partition("atomic_rmw")[0]

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 import train_key_codes
-from launching import launch
+from launching import launch, train_here
 from safetensors.torch import load_file
 
 from brics_diffusers import BricsKeyCodePipeline
@@ -18,10 +18,10 @@ def flags(image_folder, write_config, stage_one):
     return [*flags, "--num_validation_images", 0, "--checkpointing_steps", 1, "--random_flip"]
 
 
-def test_snapshots_change_nothing_else_and_a_resumed_run_has_the_same(stage_two, flags, tmp_path, run_here):
+def test_snapshots_change_nothing_else_and_a_resumed_run_has_the_same(stage_two, flags, tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     flags = [*flags, "--key_codes_dir", stage_two[0] / "key_codes"]
-    run_here(train_key_codes.main, *flags, "--output_dir", whole, "--ema_snapshot_steps", 3)
+    train_here(train_key_codes.main, *flags, "--output_dir", whole, "--ema_snapshot_steps", 3)
     assert [path.name for path in snapshot_files(whole / SNAPSHOTS)] == [
         "00000003.safetensors",
         "00000004.safetensors",
@@ -32,7 +32,7 @@ def test_snapshots_change_nothing_else_and_a_resumed_run_has_the_same(stage_two,
     shutil.copytree(whole, resumed)
     for step in (3, 4):
         shutil.rmtree(resumed / f"checkpoint-{step}")
-    run_here(
+    train_here(
         train_key_codes.main,
         *[*flags, "--output_dir", resumed, "--ema_snapshot_steps", 3, "--resume_from_checkpoint", "latest"],
     )
@@ -65,10 +65,10 @@ def test_two_processes(flags, tmp_path):
     assert_by_definition(tmp_path, 4)
 
 
-def test_averages_begin_with_the_first_step(stage_one, stage_two, flags, tmp_path, run_here):
+def test_averages_begin_with_the_first_step(stage_one, stage_two, flags, tmp_path):
     folder = shutil.copytree(stage_two[0], tmp_path / "run")
     with pytest.raises(ValueError, match="--ema_snapshot_steps averages from the first step on, but the checkpoint"):
-        run_here(
+        train_here(
             train_key_codes.main,
             *[*flags, "--output_dir", folder, "--ema_snapshot_steps", 3, "--resume_from_checkpoint", "latest"],
         )

@@ -11,12 +11,13 @@ import pytest
 import torch
 import train_autoencoder
 import train_key_codes
+from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
-from launching import train_here
+from launching import assert_same_movement, movement, train_here
 from safetensors.torch import load_file
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline
-from brics_diffusers.training_utils import processes
+from brics_diffusers.training_utils import processes, run
 from brics_diffusers.training_utils.arguments import MAX_TRAIN_STEPS
 from brics_diffusers.training_utils.checkpoints import list_checkpoints
 from brics_diffusers.training_utils.curves import read_curves
@@ -193,6 +194,26 @@ def test_tf32(flags):
         assert torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.slow
+def test_compiled_networks_learn_the_same(image_folder, write_config, tmp_path, monkeypatch):
+    """With R1, whose double backward compiled code does not know; without inductor, which needs a C++ compiler."""
+
+    def accelerator(**options):
+        backend = {"inductor": "aot_eager", None: None}[options["dynamo_backend"]]
+        return Accelerator(**options | {"dynamo_backend": backend})
+
+    monkeypatch.setattr(run, "Accelerator", accelerator)
+    config = write_config({"autoencoder": {"regularization": "none"}})
+    flags = ["--config", config, "--dataset_name", image_folder, "--max_train_steps", 2, "--num_validation_images", 0]
+    flags += ["--adam_epsilon", 1.0, "--discriminator_adam_epsilon", 1.0, "--learning_rate", 0.1]
+    flags += ["--checkpointing_steps", 1, "--gradient_penalty_interval", 1]
+    for name in ("plain", "compile"):
+        more = ["--output_dir", tmp_path / name] + ["--compile"] * (name == "compile")
+        train_here(train_autoencoder.main, *flags, *more)
+    moves = [movement(tmp_path / name, 1, 2, ("model", "model_1")) for name in ("plain", "compile")]
+    assert_same_movement(*moves)
 
 
 def test_a_checkpoint_by_its_name(stage_one, flags, tmp_path, monkeypatch):

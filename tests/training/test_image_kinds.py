@@ -55,8 +55,12 @@ def test_from_collection_to_pipeline(kind, sprites, write_config, tmp_path, monk
     train_here(
         train_autoencoder.main, *flags, tmp_path / "one", *more, "--num_validation_images", 4, "--set", *changes
     )
-    more = ["--autoencoder_name_or_path", tmp_path / "one", "--num_validation_images", 2]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "features"))
+    more = ["--autoencoder_name_or_path", tmp_path / "one", "--num_validation_images", 2, "--num_held_out_images", 2]
+    more += ["--validation_metrics", "kid", "--feature_extractor", "random-conv", "--num_metric_samples", 4]
     train_here(train_key_codes.main, *flags, tmp_path / "two", *more)
+    validation = json.loads((tmp_path / "two/training_summary.json").read_text())["validation"]
+    assert {"loss", "kid_random_conv"} <= validation.keys()
 
     autoencoder = BricsAutoencoder.from_pretrained(tmp_path / "one/autoencoder")
     channels = len(mode)
@@ -80,6 +84,16 @@ def test_from_collection_to_pipeline(kind, sprites, write_config, tmp_path, monk
     main(["reconstruct-metrics", *words, str(tmp_path / "metrics"), "--no_perceptual"])
     result = json.loads((tmp_path / "metrics/reconstruct-metrics-standard.json").read_text())
     assert result["images"] == 12 and f"{height} x {width}" in result["preprocessing"]
+    samples = ["--dataset_name", str(sprites), "--num_samples", "4", "--num_inference_steps", "2", "--generated"]
+    samples += [str(tmp_path / "two"), "--samples_dir", str(tmp_path / "samples"), "--output_dir"]
+    metrics = ["--metrics", "fid", "kid", "--feature_extractor", "random-conv", "--kid_extractor", "random-conv"]
+    main(["generation-metrics", *samples, str(tmp_path / "generated"), *metrics])
+    assert f"| {height} x {width} |" in (tmp_path / "generated/generation-metrics.md").read_text()
+    main(["nearest-neighbours", *samples, str(tmp_path / "nearest"), "--distance", "pixels"])
+    assert f"to {height} x {width}" in (tmp_path / "nearest/nearest-neighbours.md").read_text()
+    for command in ("code-statistics", "grid-usage"):
+        main([command, *words, str(tmp_path / command)])
+        assert (tmp_path / command / f"{command}.json").is_file()
 
 
 def test_transparency_survives_reading_and_writing(sprites):

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from accelerate import Accelerator
 
 from brics_diffusers.training_utils.checkpoints import RunState
 from brics_diffusers.training_utils.optimization import (
+    SkippedSteps,
     build_lr_scheduler,
     check_weights,
-    count_skipped,
     step_if_finite,
 )
 from brics_diffusers.training_utils.run import StepLog
@@ -30,14 +31,25 @@ def test_warmup(name):
     assert rates == [0, 0.25, 0.5, 0.75] and scheduler.get_last_lr()[0] == 1
 
 
-def test_step_if_finite():
+OPTIMIZERS = {"fused": partial(torch.optim.Adam, fused=True), "plain": partial(torch.optim.Adam, foreach=False)}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_step_if_finite(kind):
+    """What is not finite changes nothing of its optimizer, and later steps are as if it had not been."""
     accelerator = Accelerator(cpu=True)
     weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
-    optimizers = [accelerator.prepare(torch.optim.SGD([weight], 1.0)) for weight in weights]
-    weights[0].grad, weights[1].grad = torch.tensor([3.0, 4.0, 0.0]), torch.tensor([0.0, float("nan"), 0.0])
-    assert not step_if_finite(accelerator, optimizers, 1.0, torch.tensor(0.0))
-    torch.testing.assert_close(weights[0].detach(), torch.tensor([0.4, 0.2, 1.0]))  # clipped from norm 5 to 1
-    assert torch.equal(weights[1].detach(), torch.ones(3)) and weights[1].grad is None
+    optimizers = [accelerator.prepare(OPTIMIZERS[kind]([weight], 1.0, eps=1.0)) for weight in weights]
+    nan = float("nan")
+    for gradient, taken in (([0.0, nan, 0.0], False), ([3.0, 4.0, 0.0], True), ([nan] * 3, False)):
+        before = weights[1].detach().clone()
+        weights[0].grad, weights[1].grad = torch.tensor([3.0, 4.0, 0.0]), torch.tensor(gradient)
+        assert step_if_finite(accelerator, optimizers, 1.0, torch.tensor(0.0)) == taken
+        assert weights[1].equal(before) != taken and weights[1].grad is None
+        assert not hasattr(optimizers[1].optimizer, "found_inf")
+    # Clipped from norm 5 to 1; Adam's first step is g / (|g| + eps).
+    torch.testing.assert_close(weights[1].detach(), 1 - torch.tensor([0.6 / 1.6, 0.8 / 1.8, 0.0]))
+    assert optimizers[1].state[weights[1]]["step"] == 1 and optimizers[0].state[weights[0]]["step"] == 3
 
 
 def test_a_norm_that_overflows_is_not_finite():
@@ -73,18 +85,23 @@ def test_check_weights(tmp_path):
         check_weights(networks, state, tmp_path)
 
 
-def test_count_skipped_names_the_last_good_checkpoint(tmp_path):
+@pytest.mark.parametrize("interval", [1, 5, 100])
+def test_skipped_steps_name_the_last_good_checkpoint(interval, tmp_path):
+    """Whenever the log makes them be read: each time, after some steps, or never."""
     for step in (2, 4, 6):
         (tmp_path / f"checkpoint-{step}").mkdir()
     state = RunState({})
+    skipped = SkippedSteps(state, 3, interval, tmp_path)
     for finite, step in ((True, 4), (False, 5), (True, 6), (False, 7), (False, 8)):
         state.global_step = step
-        count_skipped(state, finite, 3, tmp_path)
+        skipped.add(torch.tensor(finite))
+    assert not skipped.read() and not skipped.read()
     assert (state.skipped_steps, state.skipped_in_a_row) == (3, 2)
     state.global_step = 9
     # Step 7, the first after checkpoint 6, went wrong: that checkpoint may be to blame.
     with pytest.raises(FloatingPointError, match="3 steps in a row, up to step 9.*resume from .*checkpoint-4"):
-        count_skipped(state, False, 3, tmp_path)
+        skipped.add(torch.tensor(False))
+        skipped.read()
 
 
 def test_step_log_averages_and_keeps_rare_losses():
