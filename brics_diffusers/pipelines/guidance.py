@@ -86,12 +86,13 @@ class GuidanceMixin:
         if weights is None:
             return None
         weights = torch.tensor(weights, dtype=torch.float64)
-        draws = [
-            torch.rand((), generator=one, device=None if one is None else one.device, dtype=torch.float64)
-            for one in generator or [None] * num_images
-        ]
+        draws = []
+        for one in generator or [None] * num_images:
+            device = torch.device("cpu") if one is None else one.device
+            dtype = torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
+            draws.append(torch.rand((), generator=one, device=device, dtype=dtype).cpu().double())
         shares = weights.cumsum(0) / weights.sum()
-        return [min(int(torch.searchsorted(shares, draw.cpu(), right=True)), len(weights) - 1) for draw in draws]
+        return [min(int(torch.searchsorted(shares, draw, right=True)), len(weights) - 1) for draw in draws]
 
     def prepare_guidance(
         self,
