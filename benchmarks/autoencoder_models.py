@@ -145,6 +145,7 @@ VARIANTS = {
     "BRICS without shortcut": replace(BRICS, changes={"encoder_shortcut": False}),
     "BRICS, grids from 4 cells": replace(BRICS, changes={"min_resolution": 4}),
     "BRICS, decoder as costly as the others'": replace(BRICS, changes={"decoder_block_out_channels": (80, 40)}),
+    "BRICS, decoder's learning rate 24e-3": replace(BRICS, part_learning_rates={"encoder": 2e-3, "decoder": 24e-3}),
     "BRICS, one learning rate 4e-3": replace(BRICS, learning_rate=4e-3, part_learning_rates={}),
     "BRICS, the paper's learning rate 2e-3": replace(BRICS, learning_rate=2e-3, part_learning_rates={}),
 }
