@@ -28,7 +28,7 @@ from ..metrics.generation import INCEPTION, KID_FEATURES, check_image_counts, ge
 from ..pipelines.sampling import load_pipeline, load_samples
 from ..training_utils.arguments import positive
 from ..training_utils.checkpoints import appearing_folder
-from ..training_utils.post_hoc_ema import SNAPSHOTS, load_average, power_exponent
+from ..training_utils.post_hoc_ema import SNAPSHOTS, load_average, power_exponent, snapshot_files
 from ..training_utils.record import SUMMARY, write_summary
 from ..utils.files import atomic_write, default_cache_dir
 from ..utils.reports import make_output_folder, markdown_table
@@ -97,9 +97,7 @@ def run(args: argparse.Namespace) -> None:
     device, state = choose_device(args.device), PartialState()
     if args.save and not (Path(args.model) / "model_index.json").is_file():
         raise ValueError(f"--save needs a pipeline's folder to write into, and {args.model} is none; leave it out.")
-    for length in args.ema_lengths:
-        if length is not None:
-            power_exponent(length)  # refuses one that there is not
+    check_model(args)
     if state.is_main_process:  # what can fail does so before the samples are made
         cache_dir = make_output_folder(args.features_cache_dir or default_cache_dir(), "--features_cache_dir")
         real = read_collection(args)
@@ -127,9 +125,9 @@ def run(args: argparse.Namespace) -> None:
         return
     best = min(rows, key=lambda row: row[name])
     if args.save:
-        save_defaults(args, best["guidance_scale"], (best["from"], best["to"]))
         if "ema_length" in best:
             save_average(args.model, best["ema_length"])
+        save_defaults(args, best["guidance_scale"], (best["from"], best["to"]))
     found = {"model": args.model, "dataset_name": args.dataset_name, "split": args.dataset_split, "metric": name}
     found |= {"num_samples": args.num_samples, "seed": args.seed, "values": rows, "best": best}
     text = f"# Guidance\n\n`{args.model}`, {args.num_samples} samples of seed {args.seed} for each line.\n\n"
@@ -137,6 +135,25 @@ def run(args: argparse.Namespace) -> None:
     text += f"{markdown_table(rows)}\nThe best is {average}guidance_scale {best['guidance_scale']:g} at times "
     text += f"{best['from']:g} to {best['to']:g}{', which the pipeline now has' if args.save else ''}.\n"
     publish(args, "guidance-search", found, text, dict, device)
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """A `ValueError` for what the pipeline's folder can't do, before samples are made."""
+    folder, lengths = Path(args.model), [length for length in args.ema_lengths if length is not None]
+    for length in lengths:
+        power_exponent(length)  # refuses one that there is not
+    if (folder / "model_index.json").is_file() and any(scale != 1 for scale in args.guidance_scales):
+        content = json.loads((folder / "model_index.json").read_text())
+        if not content.get("id2label") and not any(content.get("guide") or []):
+            raise ValueError(f"{folder} has neither classes nor a guide; give --guidance_scales 1.")
+    snapshots = snapshot_files(folder / SNAPSHOTS)
+    if lengths and snapshots and (folder / SUMMARY).is_file():
+        last, steps = int(snapshots[-1].stem), json.loads((folder / SUMMARY).read_text())["steps"]
+        if last != steps:
+            raise ValueError(
+                f"the snapshots of {folder} end at step {last} and the training at step {steps}; train with "
+                "--ema_snapshot_steps to the end, or leave --ema_lengths out."
+            )
 
 
 def take_average(tried: dict, model: str, length: float, pipe: DiffusionPipeline) -> None:

@@ -84,7 +84,8 @@ def load_archives(
     kind, _ = Counter(extension(name) for name in names).most_common(1)[0]
     names = [name for name in printable(folder, names) if extension(name) == kind]
     files = [glob.escape(str((folder / name).resolve())) for name in names]  # `datasets` takes each for a pattern
-    options = {"data_files": {split: files}, "split": split, "cache_dir": cache_dir, "streaming": streaming}
+    # Not by the split's name: "val-2017" is a folder's, but none that `datasets` takes.
+    options = {"data_files": {"train": files}, "split": "train", "cache_dir": cache_dir, "streaming": streaming}
     try:
         dataset = datasets.load_dataset(ARCHIVES[kind], **options)
         return _with_features(dataset) if streaming else dataset

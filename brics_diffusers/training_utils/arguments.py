@@ -27,7 +27,7 @@ FREE_FLAGS = {
     *("mixed_precision", "gradient_checkpointing", "dataloader_num_workers", "encode_batch_size", "shard_size"),
     *("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps", "max_nonfinite_steps"),
     *("validation_split", "num_validation_images", "num_inference_steps", "pretrained_autoencoder_name_or_path"),
-    *("best_metric", "save_validation_weights", "cache_resized", "compile"),
+    *("best_metric", "save_validation_weights", "cache_resized", "compile", "ema_snapshot_steps"),
     *("num_held_out_images", "validation_metrics", "feature_extractor", "num_metric_samples"),
     *("resolution", "num_train_epochs", "report_to", "logging_dir", "tracker_project_name"),  # epochs are steps too
     *("pretrained_model_name_or_path", "autoencoder_name_or_path", "save_dtype"),
@@ -302,6 +302,9 @@ def run_settings(args: argparse.Namespace, accelerator: Accelerator, num_images:
     if args.lr_scheduler in ("constant", "constant_with_warmup", "piecewise_constant"):
         del settings["max_train_steps"]  # no schedule bends to it
     processes = {"number of processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+    if args.streaming:  # whose length nobody knows, and from which these may take images away
+        held_out = ("validation_split", "num_validation_images", "num_held_out_images")
+        settings |= {name: getattr(args, name) for name in held_out if hasattr(args, name)}
     return settings | processes | {"number of training images": num_images}
 
 

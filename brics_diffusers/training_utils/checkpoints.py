@@ -258,6 +258,11 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
             torch.load(random_states, weights_only=False)
         accelerator.load_state(str(checkpoint))
     except Exception as error:
+        if "parameter groups" in str(error):
+            raise ValueError(
+                f"{checkpoint} was trained with learning rates of other parts; give --encoder_learning_rate and "
+                "--decoder_learning_rate if, and only if, they were given before."
+            ) from error
         raise OSError(
             f"{checkpoint} can't be read ({type(error).__name__}: {error}); resume from another checkpoint, of "
             f"{', '.join(path.name for path in found if path != checkpoint) or 'which there is none'}."

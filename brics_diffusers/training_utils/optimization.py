@@ -140,8 +140,9 @@ def step_if_finite(
 
 
 def _step_where(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
-    """A step of an optimizer, or none: fused ones read the flag where it lies, as `GradScaler` has them do."""
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    """A step of an optimizer, or none: fused ones read the flag where it lies, as `GradScaler` has them do, but on
+    MPS not before torch of mid-2026."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and finite.device.type != "mps":
         optimizer.found_inf = (~finite).float()
         optimizer.step()
         del optimizer.found_inf

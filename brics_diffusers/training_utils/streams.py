@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import itertools
 import logging
 
 import datasets
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from ..data import ImageCollection, collate_images, load_collection, training_loader
 from ..data.streaming import (
+    TENTH,
     StreamedImages,
     StreamPosition,
     first_images,
@@ -60,15 +62,21 @@ def hold_out_of_stream(args: argparse.Namespace, count: int, of_training: bool =
     stream = open_stream(args, args.dataset_split)
     if count == 0:
         return stream, None
+    validation = None
     try:
-        return stream, first_images(open_stream(args, args.validation_split or "validation"), count)
+        validation = open_stream(args, args.validation_split or "validation")
     except (ValueError, FileNotFoundError):
         if args.validation_split is not None:
             raise
+    if validation is not None:
+        return stream, first_images(validation, count)
     if not of_training:
         return stream, None
     stream, held_out = split_stream(stream, count)
-    logger.info("No validation split: %d images of the stream are held out.", len(held_out or ()))
+    if held_out is None:
+        logger.warning("No images are held out: there is no validation split, and no shard has ten images.")
+    else:
+        logger.info("No validation split: %d images of the stream are held out.", len(held_out))
     return stream, held_out
 
 
@@ -118,9 +126,9 @@ def load_images_to_encode(args: argparse.Namespace, class_names: list[str] | Non
 
 def stream_fingerprint(args: argparse.Namespace, stream: datasets.IterableDataset) -> str:
     """A digest of a stream's name, its shards, how many of its images may be held out, and the first images of some
-    shards: reading all would take days."""
+    shards, of which the last is missing where images are held out: reading all would take days."""
     facts = args.dataset_config_name, args.dataset_split, stream.num_shards, args.num_held_out_images
     digest = hashlib.sha256(repr(facts).encode())
     for shard in torch.linspace(0, stream.num_shards - 1, min(SHARDS_TO_TELL, stream.num_shards)).tolist():
-        digest.update(repr(next(read_shard(stream, round(shard)), None)).encode())
+        digest.update(repr(list(itertools.islice(read_shard(stream, round(shard)), TENTH))).encode())
     return digest.hexdigest()

@@ -132,11 +132,33 @@ def test_averages_of_some_lengths(pipe, flags, run_command, tmp_path):
 
 
 def test_averages_that_there_are_not(saved_pipe, flags, tmp_path):
-    words = ["guidance-search", saved_pipe, *flags, "--output_dir", tmp_path / "out", "--ema_lengths"]
+    words = [
+        "guidance-search",
+        saved_pipe,
+        *flags,
+        "--output_dir",
+        tmp_path / "out",
+        "--guidance_scales",
+        1,
+        "--ema_lengths",
+    ]
     with pytest.raises(SystemExit, match="the length of an average is 0.5; give one above 0 and at most 0.28"):
         main([*map(str, [*words, 0.1, 0.5])])
     with pytest.raises(SystemExit, match="ema_snapshots has no snapshots of averages; train with --ema_snapshot_st"):
         main([*map(str, [*words, 0.1])])
+
+
+def test_what_the_pipeline_has_not(pipe, flags, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe")
+    words = ["guidance-search", tmp_path / "pipe", *flags, "--output_dir", tmp_path / "out"]
+    with pytest.raises(SystemExit, match="pipe has neither classes nor a guide; give --guidance_scales 1"):
+        main([*map(str, words)])
+    (tmp_path / "pipe" / SNAPSHOTS).mkdir()
+    (tmp_path / "pipe" / SNAPSHOTS / "00000003.safetensors").touch()
+    (tmp_path / "pipe/training_summary.json").write_text('{"steps": 4}')
+    with pytest.raises(SystemExit, match="end at step 3 and the training at step 4; train with"):
+        main([*map(str, [*words, "--guidance_scales", 1, "--ema_lengths", 0.1])])
+    assert not (tmp_path / "out/samples-1-0-1").exists()
 
 
 def test_a_pipeline_without_classes_and_guide(saved_pipe, flags, tmp_path):
