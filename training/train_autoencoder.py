@@ -69,8 +69,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--validation_split", help="Held-out split; default: `validation`, or images held out from training.")
     add("--num_validation_images", type=int, default=256, help="Held-out images to use at most; 0 for no validation.")
     add("--learning_rate", type=float, default=2e-3, help="Adam's learning rate, both networks.")
-    for part in PARTS_WITH_RATES:
-        add(f"--{part}_learning_rate", type=float, help=f"That of the {part}; default: that of --learning_rate.")
+    add("--encoder_learning_rate", type=float, help="That of the encoder; default: that of --learning_rate.")
+    add("--decoder_learning_rate", type=float, help="That of the decoder; default: that of --learning_rate.")
     add("--adam_beta1", type=float, default=0.9, help="Adam's momentum.")
     add(
         "--adam_beta1_gan",
