@@ -13,7 +13,7 @@ from brics_diffusers.analysis.cost import count_multiply_adds
 from brics_diffusers.data import evaluation_loader
 from brics_diffusers.metrics.perceptual import LPIPS_WEIGHTS
 from brics_diffusers.metrics.reconstruction import image_batches, image_metrics, reconstruction_metrics, row_generator
-from brics_diffusers.training_utils.averaging import averaged_weights
+from brics_diffusers.training_utils.ema import averaged_weights
 from brics_diffusers.utils.image_grids import image_grid
 from brics_diffusers.utils.reports import machine, markdown_table, write_report
 

@@ -35,8 +35,8 @@ from brics_diffusers.data import (
 from brics_diffusers.metrics.perceptual import load_lpips, lpips_is_cached
 from brics_diffusers.metrics.reconstruction import reconstruction_metrics
 from brics_diffusers.training_utils.arguments import positive
-from brics_diffusers.training_utils.averaging import averaged_weights, ema_half_life_decay
 from brics_diffusers.training_utils.checkpoints import appearing_folder, clean_up
+from brics_diffusers.training_utils.ema import averaged_weights, ema_half_life_decay
 from brics_diffusers.training_utils.losses import reconstruction_loss
 from brics_diffusers.training_utils.optimization import build_lr_scheduler, build_optimizer
 from brics_diffusers.training_utils.run import load_splits

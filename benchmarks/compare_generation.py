@@ -52,8 +52,8 @@ from brics_diffusers.metrics.generation import KID_FEATURES, check_image_counts
 from brics_diffusers.metrics.image_features import cached_features, to_uint8
 from brics_diffusers.metrics.nearest_neighbours import FeatureEmbedding, embed_images
 from brics_diffusers.training_utils.arguments import flag_words, positive
-from brics_diffusers.training_utils.averaging import averaged_weights
 from brics_diffusers.training_utils.checkpoints import appearing_folder, clean_up
+from brics_diffusers.training_utils.ema import averaged_weights
 from brics_diffusers.training_utils.optimization import build_lr_scheduler, build_optimizer, step_if_finite
 from brics_diffusers.training_utils.run import load_splits
 from brics_diffusers.utils.files import atomic_write, weights_digest

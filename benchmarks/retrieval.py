@@ -25,7 +25,7 @@ from timing import interleaved, medians, peak_bytes
 
 from brics_diffusers.models.grids import lookup_lattice
 from brics_diffusers.models.grids.feature_grids import FeatureGrids
-from brics_diffusers.models.grids.lookup import retrieval_implementation, retrieve
+from brics_diffusers.models.grids.lookup_operator import retrieval_implementation, retrieve
 from brics_diffusers.models.grids.lookup_reference import entry_index, pixel_centers
 from brics_diffusers.models.presets import PRESETS
 from brics_diffusers.utils.reports import markdown_table

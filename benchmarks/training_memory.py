@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from brics_diffusers import BricsAutoencoder
 from brics_diffusers.metrics.perceptual import load_lpips
-from brics_diffusers.training_utils.adversarial import build_discriminator
+from brics_diffusers.training_utils.adversary import build_discriminator
 from brics_diffusers.training_utils.losses import DiscriminatorLoss, adversarial_loss, reconstruction_loss
 
 

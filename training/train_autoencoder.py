@@ -18,10 +18,9 @@ from brics_diffusers.data import UnreadableLog, evaluation_loader
 from brics_diffusers.data.streaming import StreamPosition
 from brics_diffusers.metrics.perceptual import PERCEPTUAL_NETWORKS, load_perceptual_network, perceptual_is_cached
 from brics_diffusers.metrics.reconstruction import reconstruction_metrics
-from brics_diffusers.training_utils.adversarial import DISCRIMINATOR_TYPES, Adversary
+from brics_diffusers.training_utils.adversary import DISCRIMINATOR_TYPES, Adversary
 from brics_diffusers.training_utils.arguments import add_common_arguments, parse_arguments, positive, run_settings
 from brics_diffusers.training_utils.augmentation import policy
-from brics_diffusers.training_utils.averaging import averaged_weights, ema_half_life_decay
 from brics_diffusers.training_utils.checkpoints import (
     NO_BEST,
     RunState,
@@ -31,6 +30,7 @@ from brics_diffusers.training_utils.checkpoints import (
     naming_the_last_checkpoint,
     save_checkpoint,
 )
+from brics_diffusers.training_utils.ema import averaged_weights, ema_half_life_decay
 from brics_diffusers.training_utils.losses import reconstruction_loss
 from brics_diffusers.training_utils.optimization import (
     SkippedSteps,

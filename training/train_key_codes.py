@@ -39,7 +39,7 @@ from brics_diffusers.training_utils.arguments import (
     positive,
     run_settings,
 )
-from brics_diffusers.training_utils.averaging import averaged_weights
+from brics_diffusers.training_utils.autoguidance import check_guide_step, keep_guide, load_guide
 from brics_diffusers.training_utils.checkpoints import (
     NO_BEST,
     RunState,
@@ -57,7 +57,7 @@ from brics_diffusers.training_utils.classes import (
     drop_labels,
     known_classes,
 )
-from brics_diffusers.training_utils.guide import check_guide_step, keep_guide, load_guide
+from brics_diffusers.training_utils.ema import averaged_weights
 from brics_diffusers.training_utils.key_code_validation import KeyCodeValidation
 from brics_diffusers.training_utils.losses import denoising_loss
 from brics_diffusers.training_utils.optimization import (

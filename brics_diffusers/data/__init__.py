@@ -1,6 +1,7 @@
 """Collections of images, reading of single images, and key codes of a collection on disk."""
 
 from .collection import collection_fingerprint, load_collection
+from .decoding import UnreadableImageError, image_name, image_size, read_image
 from .images import (
     ImageCollection,
     InfiniteBatchSampler,
@@ -10,5 +11,4 @@ from .images import (
     evaluation_loader,
     training_loader,
 )
-from .reading import UnreadableImageError, image_name, image_size, read_image
 from .resized import ResizedImages

@@ -10,8 +10,8 @@ import datasets
 import pandas
 import pyarrow.compute
 
+from .decoding import image_name
 from .files import list_files
-from .reading import image_name
 
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ import datasets
 import pyarrow.parquet
 
 from .classes import add_labels, read_classes
+from .decoding import image_size
 from .files import IMAGE_EXTENSIONS, extension, is_hidden, list_files, only_images
-from .reading import image_size
 from .repositories import ARCHIVES, has_configs, is_saved, load_archives, load_hub, load_repository, load_saved
 from .splits import choose_split
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from .reading import pillow_heif
+from .decoding import pillow_heif
 
 
 logger = logging.getLogger(__name__)

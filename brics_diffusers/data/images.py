@@ -13,8 +13,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ..utils.sizes import height_and_width
+from .decoding import UnreadableImageError, image_name, read_image
 from .image_modes import check_channels, white_where_transparent
-from .reading import UnreadableImageError, image_name, read_image
 from .resized import ResizedImages
 
 

@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from ..utils.sizes import height_and_width
 from .collection import find_archives, find_image_column, load_collection, looks_like_path, parquet_files
+from .decoding import UnreadableImageError
 from .files import IMAGE_EXTENSIONS, extension, list_files
 from .images import UnreadableLog, collate_images, none_readable, only_the_parent_terminates, to_pixels, to_tensor
-from .reading import UnreadableImageError
 from .repositories import has_configs, is_saved, load_archives, load_hub, stream_repository
 from .splits import choose_split
 

@@ -17,9 +17,9 @@ from ..pipelines import BricsKeyCodePipeline
 from ..pipelines.sampling import with_scheduler
 from ..utils.files import default_cache_dir
 from ..utils.image_grids import image_grid
-from .averaging import averaged_weights
 from .checkpoints import RunState, appearing_folder, improves
 from .classes import frequent_labels, spread_labels
+from .ema import averaged_weights
 from .held_out_loss import HeldOutLoss
 from .sample_distance import SampleDistance
 from .tracking import log_image

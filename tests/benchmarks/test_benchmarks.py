@@ -9,7 +9,7 @@ from retrieval import grid_sample_lookup
 from timing import log_slope, peak_bytes
 
 from brics_diffusers.models.grids.feature_grids import FeatureGrids
-from brics_diffusers.models.grids.lookup import retrieve
+from brics_diffusers.models.grids.lookup_operator import retrieve
 
 
 @pytest.fixture(scope="module")

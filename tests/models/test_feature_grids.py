@@ -21,7 +21,7 @@ from grid_reference import (
 
 from brics_diffusers.models.grids import feature_grids
 from brics_diffusers.models.grids.feature_grids import FeatureGrids, grid_resolutions
-from brics_diffusers.models.grids.lookup import retrieve
+from brics_diffusers.models.grids.lookup_operator import retrieve
 from brics_diffusers.models.grids.lookup_reference import pixel_centers
 
 
@@ -38,7 +38,7 @@ def definition(monkeypatch):
 
 
 class TestAgainstReference:
-    """The definition against plain loops; test_lookup.py holds the fast lookups against the definition."""
+    """The definition against plain loops; test_lookup_operator.py holds the fast lookups against the definition."""
 
     @pytest.mark.parametrize("table", TABLES)
     @pytest.mark.parametrize("kind", ["zero", "one", "nodes", "between"])

@@ -18,7 +18,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 sys.path.append("tests/models")
 
 import torch
-from test_lookup import TOLERANCES, compare, make_case, run
+from test_lookup_operator import TOLERANCES, compare, make_case, run
 
 from brics_diffusers.models.grids import lookup_triton
 from brics_diffusers.models.grids.feature_grids import FeatureGrids

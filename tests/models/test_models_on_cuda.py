@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from test_lookup import TOLERANCES, make_case, run
+from test_lookup_operator import TOLERANCES, make_case, run
 
 from brics_diffusers.models.grids import lookup_triton
-from brics_diffusers.models.grids.lookup import retrieval_implementation
+from brics_diffusers.models.grids.lookup_operator import retrieval_implementation
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

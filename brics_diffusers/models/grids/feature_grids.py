@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from .lookup import retrieve
+from .lookup_operator import retrieve
 from .lookup_reference import entry_index, lookup_reference
 
 

@@ -10,7 +10,7 @@ from launching import CONFIG, assert_same_movement, launch, movement, train_here
 from test_train_autoencoder import read_log
 
 from brics_diffusers import BricsAutoencoder, BricsDiscriminator
-from brics_diffusers.training_utils.adversarial import adaptive_weight, last_layer_weight, lazy_correction
+from brics_diffusers.training_utils.adversary import adaptive_weight, last_layer_weight, lazy_correction
 from brics_diffusers.training_utils.losses import DiscriminatorLoss
 
 

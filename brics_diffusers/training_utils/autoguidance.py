@@ -7,8 +7,8 @@ from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 
 from ..utils.safe_loading import load_class_safely
-from .averaging import averaged_weights
 from .checkpoints import RunState, appearing_folder
+from .ema import averaged_weights
 
 
 GUIDE = "guide"

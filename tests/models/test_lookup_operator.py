@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from brics_diffusers.models.grids import lookup as retrieval
 from brics_diffusers.models.grids import lookup_lattice, lookup_torch, lookup_triton
+from brics_diffusers.models.grids import lookup_operator as retrieval
 from brics_diffusers.models.grids.feature_grids import FeatureGrids
-from brics_diffusers.models.grids.lookup import retrieval_implementation, retrieve
+from brics_diffusers.models.grids.lookup_operator import retrieval_implementation, retrieve
 
 
 # Features, gradient to keys, gradient to entries; entries and upstream gradients are of order 1. Positions up to 20
