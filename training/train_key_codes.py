@@ -296,7 +296,6 @@ def train(args, accelerator) -> None:
     check_guide_step(args, state)
     if power_ema:
         power_ema.check_resumed(state.global_step)
-
     start = state.images_seen // (args.train_batch_size * accelerator.num_processes)
     loader = training_loader(
         key_codes,
@@ -319,8 +318,7 @@ def train(args, accelerator) -> None:
 
     log = StepLog(accelerator, state, args.max_train_steps, global_batch, args.logging_steps)
     skipped = SkippedSteps(state, args.max_nonfinite_steps, args.logging_steps, output_dir)
-    labels = None
-    due, step_loss = False, torch.zeros((), device=accelerator.device)
+    labels, due, step_loss = None, False, torch.zeros((), device=accelerator.device)
     batches = enumerate(loader, start=start)
     unet.train()
     while state.global_step < args.max_train_steps:
