@@ -88,7 +88,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser, *aliases: str, requir
         *aliases,
         dest="dataset_name",
         required=required,
-        help="Folder of images, folder of parquet files, zip of images, or name of a data set on the Hub.",
+        help="Folder of images or of parquet files, zip or tar of images, or name of a data set on the Hub.",
     )
     add("--dataset_config_name", help="Configuration of a data set that has several.")
     add("--image_column", help="Column that holds the images; default: `image`, or the only one.")
@@ -148,12 +148,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_grad_norm", type=float, default=None, help="Clip gradients to this norm; not clipped by default.")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Default: what `accelerate config` has chosen.")
     flag("--allow_tf32", help="Multiply matrices in TF32 on GPUs that can: faster, with 10 bits.")
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="Compile the networks: what `accelerate launch --dynamo_backend inductor` does.",
-    )
+    flag("--compile", help="Compile the networks: what `accelerate launch --dynamo_backend inductor` does.")
     add(
         "--dataloader_num_workers",
         type=not_negative,
