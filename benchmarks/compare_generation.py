@@ -88,7 +88,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         metavar="MODEL",
         help=f"Names in compare_autoencoders.py. Default: {'; '.join(DEFAULT_MODELS)}.",
     )
-    add("--autoencoder_seed", type=int, default=0, help="The seed of which each autoencoder is taken.")
+    add("--autoencoder_seed", type=int, help="Of which seed autoencoders are. Default: of the UNet's own.")
     add("--schedules", nargs="+", choices=list(SCHEDULES), default=["b"], help="Those of Table 4.")
     add("--max_train_steps", type=positive, default=4000, help="Steps of each UNet.")
     add("--validation_steps", type=positive, default=1000, help="Steps from one validation to the next.")
@@ -250,9 +250,10 @@ def main(argv=None):
     if validation_set is None or len(validation_set) < 2:
         raise ValueError(f"{args.dataset_name} has fewer than 2 images to hold out; give a larger collection.")
     extractor = load_feature_extractor(args.extractor, args.device)
-    folders = {name: args.autoencoders / folder_name(name, args.autoencoder_seed) for name in args.models}
+    seeds = {seed: seed if args.autoencoder_seed is None else args.autoencoder_seed for seed in args.seeds}
+    names = dict.fromkeys(folder_name(name, seed) for seed in seeds.values() for name in args.models)
     spaces = {
-        name: latent_space(args, folder, train_set, validation_set, extractor) for name, folder in folders.items()
+        name: latent_space(args, args.autoencoders / name, train_set, validation_set, extractor) for name in names
     }
     sizes = {space.autoencoder.config.sample_size for space in spaces.values()}
     if len(sizes) > 1:
@@ -268,7 +269,8 @@ def main(argv=None):
     runs = []
     for seed in args.seeds:
         for schedule in args.schedules:
-            for name, space in spaces.items():
+            for name in args.models:
+                space = spaces[folder_name(name, seeds[seed])]
                 settings = common | {"autoencoder": weights_digest({"autoencoder": space.autoencoder})}
                 runs.append(Run(args, name, schedule, seed, space, settings))
     for run in runs:

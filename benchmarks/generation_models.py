@@ -52,8 +52,9 @@ class LatentSpace:
     `deviation`, their standard deviation over the training images, as LDM scales them. `VQModel`'s are those before
     the quantisation, which is part of decoding.
 
-    On the CPU: `latents` (N, C, H, W) of the training images, and of their mirror images after them if training has
-    those; `held_out` (M, C, H, W); and features (R, D) of reconstructions, of training and of held-out images.
+    `name` is that of the autoencoder's folder. On the CPU: `latents` (N, C, H, W) of the training images, and of their
+    mirror images after them if training has those; `held_out` (M, C, H, W); and features (R, D) of reconstructions, of
+    training and of held-out images.
     """
 
     autoencoder: torch.nn.Module
@@ -62,6 +63,7 @@ class LatentSpace:
     held_out: torch.Tensor
     reconstruction_features: torch.Tensor
     held_out_reconstruction_features: torch.Tensor
+    name: str
 
     @property
     def bounded(self) -> bool:
@@ -97,7 +99,7 @@ def latent_space(args, folder: Path, train_set, validation_set, extractor) -> La
         with atomic_write(path) as file:
             file.write(safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()}))
     tensors = safetensors.torch.load_file(path)
-    return LatentSpace(autoencoder, tensors.pop("deviation").item(), **tensors)
+    return LatentSpace(autoencoder, tensors.pop("deviation").item(), **tensors, name=folder.name)
 
 
 def _encode_all(args, autoencoder, train_set, validation_set, extractor) -> dict[str, torch.Tensor]:

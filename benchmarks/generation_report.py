@@ -67,8 +67,8 @@ def measure_space(space, references: torch.Tensor) -> dict:
     return {"kid_reconstructions": kid, "deviation": space.deviation} | code_errors(space, space.held_out)
 
 
-def table_row(name: str, schedule: str, found: list[dict], of_space: dict, extractor) -> dict:
-    """A line of the table: mean and standard deviation over the seeds."""
+def table_row(name: str, schedule: str, found: list[dict], of_spaces: list[dict], extractor) -> dict:
+    """A line of the table: mean and standard deviation over the seeds, of UNets and of autoencoders."""
     kid = name_with_features("kid", extractor)
 
     def cell(key: str, digits: int) -> str:
@@ -76,12 +76,12 @@ def table_row(name: str, schedule: str, found: list[dict], of_space: dict, extra
 
     row = {"latents of": name, "schedule": schedule, "KID": cell(kid, 0)}
     row["KID from own reconstructions"] = cell(f"{kid}_from_reconstructions", 0)
-    row["KID of reconstructions"] = f"{of_space['kid_reconstructions']:.0f}"
+    row["KID of reconstructions"] = spread([values["kid_reconstructions"] for values in of_spaces], 0)
     row["Fréchet distance"] = cell(name_with_features("fid", extractor), 1)
     for key in ("precision", "recall"):
         row[key] = cell(name_with_features(key, extractor), 2)
     for heading, key in (("to the nearest code", "nearest_code"), ("encoded again", "encoded_again")):
-        row[heading] = f"{cell(key, 2)} ({of_space[key]:.2f})"
+        row[heading] = f"{cell(key, 2)} ({statistics.mean(values[key] for values in of_spaces):.2f})"
     row["denoising, s"], row["decoding, s"] = cell("denoising_seconds", 3), cell("decoding_seconds", 3)
     return row
 
@@ -129,9 +129,11 @@ def report_text(args, table: list[dict], result: dict, extractor) -> str:
         "encoded_again": "encoded again",
     }
     alone = [
-        {"latents of": name} | {heading: found[key] for key, heading in headings.items()}
+        {"latents of": name}
+        | {heading: spread([values[key] for values in found.values()], 2) for key, heading in headings.items()}
         for name, found in result["autoencoders"].items()
     ]
+    of_seed = f"of seed {args.autoencoder_seed}" if args.autoencoder_seed is not None else "of the same seeds"
     one = "One seed: exploratory, differences may be chance. " if len(args.seeds) == 1 else ""
     few = (
         f"The Fréchet distance is biased with fewer than {FEW_IMAGES:,} samples and compares within this table only. "
@@ -148,9 +150,8 @@ def report_text(args, table: list[dict], result: dict, extractor) -> str:
 One UNet of {result["parameters"] / 1e6:.1f} M parameters, {flags.max_train_steps} steps of {flags.train_batch_size}
 latents out of {counts["latents"]}, {args.flags.scheduler.get("prediction_type", "v_prediction")}, the same noise,
 timesteps and order of images for all; averaged weights. {args.num_samples} samples of one and the same noise,
-DPM-Solver++ (2M) with {args.num_inference_steps} steps. Autoencoders of seed {args.autoencoder_seed}; seeds of the
-UNets {seeds}. Mean ± standard deviation over the latter. {one}Schedule a: cosine of Nichol and Dhariwal with
-min-SNR-5; b: cosine variant.
+DPM-Solver++ (2M) with {args.num_inference_steps} steps. Seeds of the UNets {seeds}; autoencoders {of_seed}. Mean ±
+standard deviation over the seeds. {one}Schedule a: cosine of Nichol and Dhariwal with min-SNR-5; b: cosine variant.
 
 {markdown_table(table)}
 KID (times 1,000) and the rest by features of {args.extractor}, from {counts["references"]} training images; `from own
@@ -175,14 +176,18 @@ def write_generation_report(args, runs: list, references: torch.Tensor, train_se
     by_variant = {(name, schedule): [] for name in args.models for schedule in args.schedules}
     for run in runs:
         by_variant[run.name, run.schedule].append(run)
-    spaces = {run.name: run.space for run in runs}
     held_out = cached_features(
         validation_set, args.size, extractor, Path(args.output_dir) / "features", device=args.device, progress=False
     )[0].features
     found = {run.folder.name: measure(run, references, extractor) for run in runs}
-    autoencoders = {name: measure_space(space, references) for name, space in spaces.items()}
+    spaces = {run.space.name: run.space for run in runs}
+    measured = {name: measure_space(space, references) for name, space in spaces.items()}
+    autoencoders = {
+        name: {run.space.name: measured[run.space.name] for run in by_variant[name, args.schedules[0]]}
+        for name in args.models
+    }
     table = [
-        table_row(name, schedule, [found[run.folder.name] for run in group], autoencoders[name], extractor)
+        table_row(name, schedule, [found[run.folder.name] for run in group], [*autoencoders[name].values()], extractor)
         for (name, schedule), group in by_variant.items()
     ]
     counts = {"references": len(references), "held_out": len(held_out), "latents": len(runs[0].space.latents)}

@@ -1,5 +1,6 @@
 """The comparison of latents with tiny models: what is trained on, its report, and going on."""
 
+import itertools
 import json
 
 import compare_generation
@@ -31,14 +32,14 @@ KID = "kid_random_conv"
 
 @pytest.fixture(scope="module")
 def autoencoders(tmp_path_factory):
-    """A folder with saved autoencoders of random weights."""
+    """A folder with saved autoencoders of random weights, of two seeds."""
     folder = tmp_path_factory.mktemp("autoencoders")
-    for name, (class_name, arguments) in MODELS.items():
-        torch.manual_seed(0)
+    for seed, (name, (class_name, arguments)) in itertools.product((0, 1), MODELS.items()):
+        torch.manual_seed(seed)
         model = CLASSES[class_name](**arguments)
         if class_name == "BricsAutoencoder":
             torch.nn.init.normal_(model.grids.entries)  # as large as after training, so that codes matter
-        model.save_pretrained(folder / folder_name(name, 0))
+        model.save_pretrained(folder / folder_name(name, seed))
     return folder
 
 
@@ -90,7 +91,7 @@ def make_space(autoencoders, name, image_folder, **tensors):
     autoencoder = load_saved_autoencoder(autoencoders / folder_name(name, 0))
     batch = next(iter(evaluation_loader(load_collection(image_folder), 32, 24)))["pixel_values"]
     latents = encode(autoencoder, batch)
-    space = LatentSpace(autoencoder, latents.std().item(), None, None, None, None)
+    space = LatentSpace(autoencoder, latents.std().item(), None, None, None, None, name)
     space.latents = space.encode(batch)
     return space, batch, latents
 
@@ -109,8 +110,9 @@ class TestLatentSpaces:
 
     def test_kept_ones(self, autoencoders, folder, image_folder):
         files = sorted((folder / "latents").iterdir())
-        assert [path.name.rpartition("-")[0] for path in files] == ["AutoencoderKL-0", "BRICS-0", "VQModel-0"]
-        kept = generation_models.safetensors.torch.load_file(files[1])
+        expected = [f"{name}-{seed}" for name in ("AutoencoderKL", "BRICS", "VQModel") for seed in (0, 1)]
+        assert [path.name.rpartition("-")[0] for path in files] == expected
+        kept = generation_models.safetensors.torch.load_file(files[2])
         # 25 files, one of them unreadable; two are held out.
         assert len(kept["latents"]) + 2 * len(kept["held_out"]) == 2 * 24
         half = len(kept["latents"]) // 2
@@ -206,9 +208,11 @@ class TestReport:
             assert last[KID] != last[f"{KID}_from_reconstructions"]
             assert 0 <= last["precision_random_conv"] <= 1 and last["fid_random_conv"] > 0
             assert min(last[key] for key in ("seconds", "denoising_seconds", "nearest_code", "encoded_again")) > 0
+        for name, of_spaces in result["autoencoders"].items():
+            assert list(of_spaces) == [f"{name}-0", f"{name}-1"]
+            for of_space in of_spaces.values():
+                assert 0 < of_space["nearest_code"] < 3 and of_space["encoded_again"] >= 0
         assert set(result["autoencoders"]) == set(MODELS)
-        for of_space in result["autoencoders"].values():
-            assert 0 < of_space["nearest_code"] < 3 and of_space["encoded_again"] >= 0
         by_seed = [result["runs"][f"VQModel-a-{seed}"]["last"][KID] for seed in (0, 1)]
         assert by_seed[0] != by_seed[1] and result["means"]["VQModel, a"][KID] == pytest.approx(sum(by_seed) / 2)
         rows = {(row["latents of"], row["schedule"]): row for row in result["table"]}
@@ -217,7 +221,7 @@ class TestReport:
     def test_text_and_pictures(self, folder):
         text = (folder / "generation.md").read_text()
         assert "6 steps of 2\nlatents out of 44, v_prediction" in text and "| VQModel | a |" in text
-        assert "exploratory" not in text and "UNets 0, 1. Mean" in text
+        assert "exploratory" not in text and "UNets 0, 1; autoencoders of the same seeds. Mean" in text
         assert "seed 0: BRICS (b), BRICS (a), AutoencoderKL (b), " in text
         assert Image.open(folder / "generation-samples.png").size == (5 * 34 + 2, 6 * 34 + 2)
         assert Image.open(folder / "generation-curves.png").width > 1000
@@ -229,11 +233,12 @@ class TestReport:
         for path in folder.glob("generation*"):
             path.unlink()
         assert run(flags, folder, "--no-report") is None
-        again = run(flags, folder, "--no-show_images")
+        again = run(flags, folder, "--no-show_images", "--autoencoder_seed", 0)
         assert list(again["runs"]) == [f"{name}-b-0" for name in MODELS]
         assert values(again) == {name: of_run for name, of_run in values(result).items() if name.endswith("-b-0")}
         text = (folder / "generation.md").read_text()
-        assert "One seed: exploratory" in text and "nearest training images" not in text
+        assert "One seed: exploratory" in text and "autoencoders of seed 0." in text
+        assert "nearest training images" not in text
         assert not (folder / "generation-nearest.png").exists()
 
     @torch.no_grad()
