@@ -7,7 +7,8 @@ best, and the best of many values is too good by chance: measure it again with a
 the pipeline's folder as what calls take by default, together with --num_inference_steps and --scheduler.
 
 --ema_lengths tries averages of the weights of these lengths besides, from the folder of a training with
---ema_snapshot_steps; --guidance_scales 1 tries nothing else. --save puts the best average in place of the weights.
+--ema_snapshot_steps; --guidance_scales 1 tries nothing else. --save puts the best average in place of the weights and
+renews the card, if there is one.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
+from ..hub.card import read_card, write_card
 from ..metrics.generation import INCEPTION, KID_FEATURES, check_image_counts, generation_metrics, load_extractors
 from ..pipelines.sampling import load_pipeline, load_samples
 from ..training_utils.arguments import positive
@@ -128,6 +130,8 @@ def run(args: argparse.Namespace) -> None:
         if "ema_length" in best:
             save_average(args.model, best["ema_length"])
         save_defaults(args, best["guidance_scale"], (best["from"], best["to"]))
+        if read_card(args.model) is not None:
+            write_card(args.model)
     found = {"model": args.model, "dataset_name": args.dataset_name, "split": args.dataset_split, "metric": name}
     found |= {"num_samples": args.num_samples, "seed": args.seed, "values": rows, "best": best}
     text = f"# Guidance\n\n`{args.model}`, {args.num_samples} samples of seed {args.seed} for each line.\n\n"

@@ -101,6 +101,8 @@ def test_averages_of_some_lengths(pipe, flags, run_command, tmp_path):
     pipe.save_pretrained(tmp_path / "pipe")
     before = UNet2DModel.from_pretrained(tmp_path / "pipe/unet").state_dict()
     (tmp_path / "pipe/training_summary.json").write_text('{"steps": 4}')
+    old_metrics = "<!-- begin metrics -->\n| kid | 1 |\n<!-- end metrics -->"
+    (tmp_path / "pipe/README.md").write_text(f"---\nlicense: mit\n---\nOwn words.\n\n{old_metrics}\n")
     accelerator = SimpleNamespace(
         is_main_process=True, register_save_state_pre_hook=id, register_load_state_pre_hook=id
     )
@@ -129,6 +131,8 @@ def test_averages_of_some_lengths(pipe, flags, run_command, tmp_path):
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
     summary = json.loads((tmp_path / "pipe/training_summary.json").read_text())
     assert summary["ema_length"] == length and summary["steps"] == 4 and len(summary["weights"]) == 64
+    card = (tmp_path / "pipe/README.md").read_text()
+    assert "Own words." in card and "license: mit" in card and "| kid | 1 |" not in card  # that of other weights
 
 
 def test_averages_that_there_are_not(saved_pipe, flags, tmp_path):
