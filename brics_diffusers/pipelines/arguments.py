@@ -3,7 +3,9 @@
 import difflib
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -71,16 +73,33 @@ def check_denoiser(unet: torch.nn.Module) -> None:
 def check_scheduler(scheduler: SchedulerMixin) -> None:
     """
     Refuses schedulers that cannot denoise what the diffusion model predicts, with a `ValueError`: those whose noise
-    levels are not those of `betas`, which models are trained with and which a config carries (flow matching, EDM,
-    consistency models, IPNDM).
+    levels are not those of the betas that models are trained with and that a config carries (flow matching, EDM,
+    consistency models, IPNDM, CogVideoX), and those whose `step` takes more than a prediction, a timestep and latents.
     """
     config = scheduler.config
     flows = getattr(config, "use_flow_sigmas", False) or getattr(config, "prediction_type", "") == "flow_prediction"
-    if flows or not hasattr(scheduler, "alphas_cumprod"):
+    if flows or not _visits_trained_levels(scheduler) or not _steps_as_denoisers_do(scheduler):
         raise ValueError(
             f"{type(scheduler).__name__}{' for flow matching' if flows else ''} does not denoise predictions of noise "
             "at the noise levels that a model was trained with; give a scheduler such as DPMSolverMultistepScheduler."
         )
+
+
+def _steps_as_denoisers_do(scheduler: SchedulerMixin) -> bool:
+    arguments = list(inspect.signature(scheduler.step).parameters.values())[3:]
+    return all(
+        argument.default is not argument.empty or argument.kind == argument.VAR_KEYWORD for argument in arguments
+    )
+
+
+def _visits_trained_levels(scheduler: SchedulerMixin) -> bool:
+    levels = getattr(scheduler, "alphas_cumprod", None)
+    if levels is None or getattr(scheduler.config, "rescale_betas_zero_snr", False):  # asked for by name
+        return levels is not None
+    betas = getattr(scheduler.config, "trained_betas", None)
+    betas = scheduler.betas if betas is None else torch.as_tensor(betas, dtype=torch.float64)
+    expected = (1 - betas).cumprod(0)
+    return levels.shape == expected.shape and torch.allclose(levels.to(expected), expected, atol=1e-3)
 
 
 def set_timesteps(
@@ -91,9 +110,12 @@ def set_timesteps(
 ) -> None:
     """
     Sets a scheduler's steps: their number, or custom train steps or noise levels, descending, where it takes them. A
-    `ValueError` if both are given, one is empty, the scheduler does not take it, or as [`check_scheduler`].
+    `ValueError` if both are given, one is not a list that descends, the scheduler does not take it or would go from
+    less noise to more, or as [`check_scheduler`].
     """
     check_scheduler(scheduler)
+    if not isinstance(num_inference_steps, Integral):
+        raise ValueError(f"num_inference_steps is {num_inference_steps!r}; give a whole number of at least 1.")
     custom = {"timesteps": timesteps, "sigmas": sigmas}
     custom = {name: values for name, values in custom.items() if values is not None}
     if len(custom) == 2:
@@ -104,9 +126,18 @@ def set_timesteps(
                 f"{type(scheduler).__name__} takes no custom {name}; leave them out or give another scheduler, such "
                 "as EulerDiscreteScheduler."
             )
-        if len(values) == 0:
-            raise ValueError(f"{name} is empty; give at least one.")
+        if not isinstance(values, (list, tuple, np.ndarray, torch.Tensor)) or len(values) == 0:
+            raise ValueError(f"{name} is {values!r}; give a list with at least one.")
+        if any(later >= earlier for earlier, later in itertools.pairwise(values)):
+            raise ValueError(f"{name} is {values!r}; give it in descending order, from noise to image.")
+        if name == "sigmas" and values[-1] != 0:
+            raise ValueError(f"sigmas is {values!r}; end it with 0, the image without noise.")
     scheduler.set_timesteps(**custom or {"num_inference_steps": num_inference_steps})
+    if scheduler.timesteps[0] < scheduler.timesteps[-1]:
+        raise ValueError(
+            f"{type(scheduler).__name__} goes from images to noise; give a scheduler that denoises, such as "
+            "DPMSolverMultistepScheduler."
+        )
 
 
 def check_images(images, name: str = "images") -> None:

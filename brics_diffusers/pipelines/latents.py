@@ -26,6 +26,10 @@ def generators_per_image(
         return generator
     if generator is None:
         return None
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"generator is {generator!r}; give a torch.Generator, of a seed by torch.Generator().manual_seed(seed)."
+        )
     device = generator.device
     # One draw a seed: a longer draw advances some generators by other amounts.
     seeds = [torch.randint(2**62, (1,), generator=generator, device=device).item() for _ in range(batch_size)]

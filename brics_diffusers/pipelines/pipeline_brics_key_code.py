@@ -146,13 +146,16 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, GuidanceMixin,
         width: int | None = None,
     ):
         """Raises a `ValueError` for arguments of `__call__` that can't be served."""
+        check_denoiser(self.unet)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(
                 f"output_type is {output_type!r}; it must be one of {', '.join(map(repr, OUTPUT_TYPES))}."
             )
-        if not isinstance(batch_size, Integral) or batch_size < 1:
+        if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; it must be at least 1: the number of images.")
         shape = (batch_size, *self.latents_shape(height, width))
+        if latents is not None and not isinstance(latents, torch.Tensor):
+            raise ValueError(f"latents is a {type(latents).__name__}; give a tensor of shape {shape}.")
         if latents is not None and latents.shape != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; expected {shape}.")
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]

@@ -123,7 +123,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     flag("--random_flip", help="Add mirror images.")
     add("--output_dir", help="Folder for checkpoints, logs and the result.")
-    add("--seed", type=int, default=0, help="Seed of weights, data order and noise.")
+    add("--seed", type=not_negative, default=0, help="Seed of weights, data order and noise.")
     add("--train_batch_size", type=positive, default=16, help="Images of one process in one step.")
     add("--gradient_accumulation_steps", type=positive, default=1, help="Batches to sum gradients over before a step.")
     flag("--gradient_checkpointing", help="Less memory, slower.")
@@ -144,7 +144,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="For piecewise_constant: 1:1000,0.1:5000,0.01 is the rate up to step 1000, a tenth up to step 5000, then "
         "a hundredth.",
     )
-    add("--lr_warmup_steps", type=int, default=0, help="Steps in which the learning rate rises from 0.")
+    add("--lr_warmup_steps", type=not_negative, default=0, help="Steps in which the learning rate rises from 0.")
     add("--max_grad_norm", type=float, default=None, help="Clip gradients to this norm; not clipped by default.")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Default: what `accelerate config` has chosen.")
     flag("--allow_tf32", help="Multiply matrices in TF32 on GPUs that can: faster, with 10 bits.")

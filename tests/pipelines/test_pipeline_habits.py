@@ -1,6 +1,7 @@
 """What users of diffusers' other pipelines type: it works, or a sentence says what does."""
 
 import inspect
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -129,7 +130,11 @@ class TestSteps:
             (DDIMScheduler, {"timesteps": [9, 3]}, "DDIMScheduler takes no custom timesteps; leave them out or"),
             (DPMSolverMultistepScheduler, {"sigmas": [9.0, 0.0]}, "MultistepScheduler takes no custom sigmas; leave"),
             (EulerDiscreteScheduler, {"sigmas": [9.0, 0.0], "timesteps": [9]}, "both given; give one of them"),
-            (EulerDiscreteScheduler, {"timesteps": []}, "timesteps is empty; give at least one"),
+            (EulerDiscreteScheduler, {"timesteps": []}, r"timesteps is \[\]; give a list with at least one"),
+            (EulerDiscreteScheduler, {"timesteps": 900}, "timesteps is 900; give a list with at least one"),
+            (EulerDiscreteScheduler, {"timesteps": [10, 500]}, r"\[10, 500\]; give it in descending order"),
+            (EulerDiscreteScheduler, {"sigmas": [10.0, 1.0]}, r"\[10.0, 1.0\]; end it with 0"),
+            (DDIMScheduler, {"num_inference_steps": 2.5}, "num_inference_steps is 2.5; give a whole number"),
         ],
     )
     def test_errors(self, pipe, scheduler, options, message):
@@ -148,6 +153,9 @@ class TestSchedulers:
             "EDMDPMSolverMultistepScheduler",
             "IPNDMScheduler",
             "CMStochasticIterativeScheduler",
+            "CogVideoXDDIMScheduler",
+            "CogVideoXDPMScheduler",
+            "UnCLIPScheduler",
         ],
     )
     def test_those_that_cannot_work_are_refused_by_name(self, pipe, name):
@@ -158,6 +166,37 @@ class TestSchedulers:
             pipe.inpaint(PICTURE, PICTURE.convert("L"), num_inference_steps=2)
         pipe.reconstruct(PICTURE, output_type="pt")  # it takes no part
 
+    @pytest.mark.parametrize("name", ["DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"])
+    def test_those_that_make_noise_are_refused(self, pipe, name):
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+        with pytest.raises(ValueError, match=f"{name} goes from images to noise; give a scheduler that denoises"):
+            pipe(1, 2)
+
+    @pytest.mark.parametrize("name", [name for name in dir(diffusers) if name.endswith("Scheduler")])
+    def test_what_is_accepted_denoises(self, pipe, monkeypatch, name):
+        """With a model that knows the image all others end at it, up to what a last step leaves."""
+        clean = torch.rand(1, 4, 8, 8, generator=seeded()) - 0.5
+        levels = pipe.scheduler.alphas_cumprod.double()
+        log_sigmas = ((1 - levels) / levels).log() / 2
+
+        def noise(latents, timestep, *_, **__):
+            low = int(timestep)
+            log_sigma = torch.lerp(log_sigmas[low], log_sigmas[min(low + 1, 999)], float(timestep) - low)
+            signal = (1 + (2 * log_sigma).exp()) ** -0.5
+            return SimpleNamespace(sample=((latents - signal * clean) / (1 - signal**2) ** 0.5).float())
+
+        monkeypatch.setattr(pipe.unet, "forward", noise)
+        try:
+            pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+        except (TypeError, ValueError, AttributeError, NotImplementedError, ImportError):
+            return  # diffusers itself does not make one of this config, or only with a package that is not here
+        try:
+            found = pipe(1, 20, output_type="latent", generator=seeded()).images
+        except ValueError as error:
+            assert name in str(error)
+        else:
+            assert (found - clean).square().mean() < 0.06**2
+
     def test_from_the_start(self, pipe):
         with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler does not denoise"):
             BricsKeyCodePipeline(pipe.autoencoder, pipe.unet, FlowMatchEulerDiscreteScheduler())
@@ -166,6 +205,29 @@ class TestSchedulers:
     def test_options_for_flow_matching(self, pipe, option):
         with pytest.raises(ValueError, match="MultistepScheduler for flow matching does not denoise"):
             with_scheduler(pipe, DPMSolverMultistepScheduler, option)
+
+
+class TestWrongTypes:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (
+                {"generator": 0},
+                r"generator is 0; give a torch.Generator, of a seed by torch.Generator\(\).manual_seed",
+            ),
+            ({"batch_size": True}, "batch_size is True; it must be at least 1"),
+            ({"latents": np.zeros((1, 4, 8, 8))}, r"latents is a ndarray; give a tensor of shape \(1, 4, 8, 8\)"),
+        ],
+    )
+    def test_arguments(self, pipe, options, message):
+        with pytest.raises(ValueError, match=message):
+            pipe(num_inference_steps=2, **options)
+
+    def test_a_denoiser_put_in_later(self, pipe):
+        small = {"num_attention_heads": 1, "attention_head_dim": 8, "in_channels": 4, "num_layers": 1}
+        pipe.unet = DiTTransformer2DModel(**small, sample_size=8, patch_size=2, norm_num_groups=4)
+        with pytest.raises(ValueError, match="unet is a DiTTransformer2DModel, which takes other arguments"):
+            pipe(1, 2)
 
 
 class TestImages:

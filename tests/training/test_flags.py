@@ -122,6 +122,11 @@ def test_learning_rates_are_scaled():
     assert (args.learning_rate, args.encoder_learning_rate, args.decoder_learning_rate) == (8e-3, 1, 2)
 
 
+def test_what_is_negative_is_refused(refusal):
+    for flag in ("--seed", "--lr_warmup_steps"):
+        assert f"argument {flag}: must be" in refusal(f"{flag}=-1")
+
+
 class TestEpochs:
     def test_the_command_line_beats_the_file(self, write_config, refusal):
         file = ["--config", write_config()]  # which has max_train_steps
