@@ -10,7 +10,9 @@ from brics_diffusers.utils.locks import LOCK, locked_folder
 
 def _hold(folder, pipe, worker):
     with locked_folder(folder):
-        pipe.send(os.fork() if worker else None)
+        started = os.fork() if worker else None
+        if started != 0:  # the worker itself says nothing
+            pipe.send(started)
         time.sleep(600)
 
 
@@ -20,6 +22,7 @@ def hold(folder, worker=False):
     pipe, end = context.Pipe()
     process = context.Process(target=_hold, args=(folder, end, worker))
     process.start()
+    end.close()  # that a process which ends early is not waited for
     return process, pipe.recv()
 
 
