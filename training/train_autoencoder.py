@@ -19,8 +19,13 @@ from brics_diffusers.data.streaming import StreamPosition
 from brics_diffusers.metrics.perceptual import PERCEPTUAL_NETWORKS, load_perceptual_network, perceptual_is_cached
 from brics_diffusers.metrics.reconstruction import reconstruction_metrics
 from brics_diffusers.training_utils.adversary import DISCRIMINATOR_TYPES, Adversary
-from brics_diffusers.training_utils.arguments import add_common_arguments, parse_arguments, positive, run_settings
-from brics_diffusers.training_utils.augmentation import policy
+from brics_diffusers.training_utils.arguments import (
+    add_common_arguments,
+    parse_arguments,
+    policy,
+    positive,
+    run_settings,
+)
 from brics_diffusers.training_utils.checkpoints import (
     NO_BEST,
     RunState,

@@ -50,13 +50,8 @@ from brics_diffusers.training_utils.checkpoints import (
     naming_the_last_checkpoint,
     save_checkpoint,
 )
-from brics_diffusers.training_utils.classes import (
-    add_class_arguments,
-    check_class_arguments,
-    count_classes,
-    drop_labels,
-    known_classes,
-)
+from brics_diffusers.training_utils.class_arguments import add_class_arguments, check_class_arguments
+from brics_diffusers.training_utils.classes import count_classes, drop_labels, known_classes
 from brics_diffusers.training_utils.ema import averaged_weights
 from brics_diffusers.training_utils.key_code_validation import KeyCodeValidation
 from brics_diffusers.training_utils.losses import denoising_loss

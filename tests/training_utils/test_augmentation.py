@@ -3,7 +3,8 @@ import argparse
 import pytest
 import torch
 
-from brics_diffusers.training_utils.augmentation import augment, color, cutout, policy, translation
+from brics_diffusers.training_utils.arguments import policy
+from brics_diffusers.training_utils.augmentation import augment, color, cutout, translation
 
 
 @pytest.fixture
