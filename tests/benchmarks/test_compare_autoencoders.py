@@ -310,7 +310,7 @@ class TestModels:
 
 
 def as_run(model, batch_size=4):
-    """What of a run a noise curve needs."""
+    """A stand-in for a run, with what a noise curve needs of it."""
     ema = EMAModel(model.parameters())
     return SimpleNamespace(model=model, ema=ema, args=SimpleNamespace(train_batch_size=batch_size))
 
