@@ -1,3 +1,5 @@
+"""The comparison of autoencoders with tiny models: runs, going on, noise curves, and its report."""
+
 import dataclasses
 import json
 import shutil

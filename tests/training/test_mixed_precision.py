@@ -1,3 +1,5 @@
+"""Stage one in bfloat16 and float16, and one loss scale for two optimizers."""
+
 import pytest
 import torch
 import train_autoencoder

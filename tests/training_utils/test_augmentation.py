@@ -1,3 +1,5 @@
+"""What augmentation does to images: values, shifts, cut-outs, gradients, random numbers."""
+
 import argparse
 
 import pytest
