@@ -1,6 +1,7 @@
 """What compare_generation.py measures of finished runs, and its report: table, curves, samples, nearest images."""
 
 import statistics
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from brics_diffusers.metrics.feature_distances import (
     kernel_distance,
     name_with_features,
 )
+from brics_diffusers.metrics.feature_extractors import extractor_description
 from brics_diffusers.metrics.generation import precision_recall
 from brics_diffusers.metrics.image_features import cached_features, to_uint8
 from brics_diffusers.metrics.nearest_neighbours import (
@@ -61,25 +63,32 @@ def measure(run, references: torch.Tensor, extractor) -> dict:
     return last | code_errors(run.space, samples["latents"])
 
 
-def measure_space(space, references: torch.Tensor) -> dict:
+def measure_space(space, references: torch.Tensor, extractor) -> dict:
     """What the autoencoder alone does to held-out images."""
     kid = KID_SCALE * kernel_distance(space.held_out_reconstruction_features, references)
-    return {"kid_reconstructions": kid, "deviation": space.deviation} | code_errors(space, space.held_out)
+    name = f"{name_with_features('kid', extractor)}_of_reconstructions"
+    return {name: kid, "deviation": space.deviation} | code_errors(space, space.held_out)
+
+
+def heading_with_features(heading: str, extractor) -> str:
+    """The heading of a metric of the extractor's features, for instance `KID (efficientnet-lite2)`."""
+    return f"{heading} ({extractor_description(extractor)['name']})"
 
 
 def table_row(name: str, schedule: str, found: list[dict], of_spaces: list[dict], extractor) -> dict:
     """A line of the table: mean and standard deviation over the seeds, of UNets and of autoencoders."""
-    kid = name_with_features("kid", extractor)
+    kid, heading_of = name_with_features("kid", extractor), partial(heading_with_features, extractor=extractor)
 
     def cell(key: str, digits: int) -> str:
         return spread([values[key] for values in found], digits)
 
-    row = {"latents of": name, "schedule": schedule, "KID": cell(kid, 0)}
-    row["KID from own reconstructions"] = cell(f"{kid}_from_reconstructions", 0)
-    row["KID of reconstructions"] = spread([values["kid_reconstructions"] for values in of_spaces], 0)
-    row["Fréchet distance"] = cell(name_with_features("fid", extractor), 1)
+    row = {"latents of": name, "schedule": schedule, heading_of("KID"): cell(kid, 0)}
+    row[heading_of("KID from own reconstructions")] = cell(f"{kid}_from_reconstructions", 0)
+    of_reconstructions = [values[f"{kid}_of_reconstructions"] for values in of_spaces]
+    row[heading_of("KID of reconstructions")] = spread(of_reconstructions, 0)
+    row[heading_of("Fréchet distance")] = cell(name_with_features("fid", extractor), 1)
     for key in ("precision", "recall"):
-        row[key] = cell(name_with_features(key, extractor), 2)
+        row[heading_of(key)] = cell(name_with_features(key, extractor), 2)
     for heading, key in (("to the nearest code", "nearest_code"), ("encoded again", "encoded_again")):
         row[heading] = f"{cell(key, 2)} ({statistics.mean(values[key] for values in of_spaces):.2f})"
     row["denoising, s"], row["decoding, s"] = cell("denoising_seconds", 3), cell("decoding_seconds", 3)
@@ -122,8 +131,9 @@ def nearest_picture(args, firsts: list, train_set, extractor):
 def report_text(args, table: list[dict], result: dict, extractor) -> str:
     """The Markdown file."""
     flags, on, counts, seeds = args.flags, result["machine"], result["images"], ", ".join(map(str, args.seeds))
+    kid = name_with_features("kid", extractor)
     headings = {
-        "kid_reconstructions": "KID of reconstructions",
+        f"{kid}_of_reconstructions": heading_with_features("KID of reconstructions", extractor),
         "deviation": "standard deviation of the latents",
         "nearest_code": "to the nearest code",
         "encoded_again": "encoded again",
@@ -157,7 +167,7 @@ standard deviation over the seeds. {one}Schedule a: cosine of Nichol and Dhariwa
 KID (times 1,000) and the rest by features of {args.extractor}, from {counts["references"]} training images; `from own
 reconstructions`: from the autoencoder's reconstructions of these; `of reconstructions`: of {counts["held_out"]}
 held-out images' reconstructions from the training images, where a perfect diffusion model would end; the held-out
-images themselves are at {result["kid_held_out"]:.0f}. {few}Distances of codes are root mean squares over a code's
+images themselves are at {result[f"{kid}_held_out"]:.0f}. {few}Distances of codes are root mean squares over a code's
 elements, in units of the standard deviation of the training images' codes, means over the samples, and in brackets
 over the held-out images: to the nearest code of a training image (or of its mirror image, if these are trained on),
 and from a code to that of the image which it is decoded to. Seconds are for one image (on a CPU: of all its cores,
@@ -181,7 +191,7 @@ def write_generation_report(args, runs: list, references: torch.Tensor, train_se
     )[0].features
     found = {run.folder.name: measure(run, references, extractor) for run in runs}
     spaces = {run.space.name: run.space for run in runs}
-    measured = {name: measure_space(space, references) for name, space in spaces.items()}
+    measured = {name: measure_space(space, references, extractor) for name, space in spaces.items()}
     autoencoders = {
         name: {run.space.name: measured[run.space.name] for run in by_variant[name, args.schedules[0]]}
         for name in args.models
@@ -200,7 +210,8 @@ def write_generation_report(args, runs: list, references: torch.Tensor, train_se
     }
     result = {"machine": machine(args.device), "config": Path(args.config).stem, "images": counts}
     result |= {"parameters": runs[0].num_parameters(), "autoencoders": autoencoders, "table": table, "means": means}
-    result |= {"kid_held_out": KID_SCALE * kernel_distance(held_out, references), "runs": details}
+    kid_held_out = f"{name_with_features('kid', extractor)}_held_out"
+    result |= {kid_held_out: KID_SCALE * kernel_distance(held_out, references), "runs": details}
     firsts = [group[0] for group in by_variant.values()]
     samples = torch.cat([pixels(run.samples()["images"][:COLUMNS]) for run in firsts])
     figures = {"curves": plot_curves(args, by_variant, extractor)}

@@ -18,6 +18,7 @@ from timing import interleaved, medians, seconds
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
 from brics_diffusers.data import load_collection
+from brics_diffusers.metrics.feature_distances import name_with_features
 from brics_diffusers.metrics.generation import generation_metrics, load_extractors
 from brics_diffusers.pipelines.sampling import SAMPLERS as SCHEDULERS
 from brics_diffusers.pipelines.sampling import load_pipeline, sample_images_to_folder, with_scheduler
@@ -30,6 +31,8 @@ SAMPLERS = (
     ("DDIM", *SCHEDULERS["DDIM"], 50),
     ("ancestral", *SCHEDULERS["own"], 1000),
 )
+FEATURES = "random-conv"
+FRECHET = f"Fréchet distance ({FEATURES})"
 # Half precision is worth trying where hardware has it; CPUs have no float16 that is faster than float32.
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
 CONFIG = yaml.safe_load((Path(__file__).parents[1] / "training/configs/noto-emoji-64.yaml").read_text())
@@ -71,12 +74,12 @@ def host_synchronisation(pipe, num_steps: int) -> str:
 
 def quality(pipe, dataset, num_images: int, num_steps: int, cache_dir: str, batch_size: int = 64) -> float:
     """Fréchet distance of `num_images` samples from the collection, whose features are kept in `cache_dir`."""
-    extractors = load_extractors(["fid"], "random-conv", device=pipe.device)
+    extractors = load_extractors(["fid"], FEATURES, device=pipe.device)
     with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
         sample_images_to_folder(pipe, folder, num_images, batch_size, num_steps, progress=False)
         samples = load_collection(folder)
         found = generation_metrics(samples, dataset, extractors, batch_size, device=pipe.device, cache_dir=cache_dir)
-    return found["metrics"]["fid_random_conv"]
+    return found["metrics"][name_with_features("fid", FEATURES)]
 
 
 def time_compiled(pipe, batch_size: int, device: torch.device, rounds: int) -> dict[str, float]:
@@ -142,7 +145,7 @@ def measure(
                         "dtype": str(dtype).removeprefix("torch."),
                         "seconds an image": times[name] / batch_size,
                         "its time / the last one's": times[name] / times[samplers[-1][0]],
-                        "Fréchet distance": judge(pipes[name], num_steps=num_steps) if judged else None,
+                        FRECHET: judge(pipes[name], num_steps=num_steps) if judged else None,
                         "host synchronisation": host_synchronisation(pipes[name], num_steps),
                     }
                 )
@@ -158,7 +161,7 @@ def describe(result: dict) -> str:
     """The part of the report."""
     weights = f"`{result['pipeline']}`" if result["pipeline"] else "A small pipeline of random weights"
     if "num_images" in result:
-        measured = f"Fréchet distance of {result['num_images']} samples from the images, features `random-conv`"
+        measured = f"Fréchet distance of {result['num_images']} samples from the images, features `{FEATURES}`"
     else:
         measured = "quality was not measured: that takes a trained pipeline and its images (`--dataset_name`)"
     text = f"{weights}, batch {result['batch']}, up to the pixels; {measured}.\n\n{markdown_table(result['samplers'])}"

@@ -1,4 +1,4 @@
-"""BRICS (arXiv 2305.18601) in the style of Hugging Face diffusers."""
+"""BRICS (arXiv 2305.18601) in the style of Hugging Face diffusers; without the training loops and the benchmarks."""
 
 import diffusers
 from diffusers.pipelines import pipeline_loading_utils

@@ -1,3 +1,5 @@
+"""Which folders the demo clears and which it leaves alone."""
+
 import pytest
 
 

@@ -19,8 +19,13 @@ from brics_diffusers.data.streaming import StreamPosition
 from brics_diffusers.metrics.perceptual import PERCEPTUAL_NETWORKS, load_perceptual_network, perceptual_is_cached
 from brics_diffusers.metrics.reconstruction import reconstruction_metrics
 from brics_diffusers.training_utils.adversary import DISCRIMINATOR_TYPES, Adversary
-from brics_diffusers.training_utils.arguments import add_common_arguments, parse_arguments, positive, run_settings
-from brics_diffusers.training_utils.augmentation import policy
+from brics_diffusers.training_utils.arguments import (
+    add_common_arguments,
+    parse_arguments,
+    policy,
+    positive,
+    run_settings,
+)
 from brics_diffusers.training_utils.checkpoints import (
     NO_BEST,
     RunState,
@@ -159,22 +164,22 @@ class Trainer:
 
     def __init__(self, args, accelerator):
         self.args, self.accelerator = args, accelerator
-        self.bare = build_autoencoder(args)
+        self.unwrapped = build_autoencoder(args)
         self.perceptual_metric = build_perceptual_metric(args)
         if self.perceptual_metric is not None:
             self.perceptual_metric.to(accelerator.device)
         self.part_rates = {part: getattr(args, f"{part}_learning_rate") for part in PARTS_WITH_RATES}
         self.part_rates = {part: rate for part, rate in self.part_rates.items() if rate is not None}
         adam = args.adam_beta1, args.adam_beta2, args.adam_epsilon
-        optimizer = build_optimizer(self.bare, args.learning_rate, *adam, self.part_rates)
+        optimizer = build_optimizer(self.unwrapped, args.learning_rate, *adam, self.part_rates)
         # Not prepared: accelerate would advance it once a process.
         self.lr_scheduler = build_lr_scheduler(args, optimizer)
         self.loss = torch.zeros((), device=accelerator.device)  # summed since the last step
-        self.autoencoder, self.optimizer = accelerator.prepare(self.bare, optimizer)
+        self.autoencoder, self.optimizer = accelerator.prepare(self.unwrapped, optimizer)
         self.networks, self.optimizers = [self.autoencoder], [self.optimizer]
         self.adversary = None
         if args.adversarial_weight > 0:
-            self.adversary = Adversary(args, accelerator, self.bare, self.lr_scheduler)
+            self.adversary = Adversary(args, accelerator, self.unwrapped, self.lr_scheduler)
             self.networks.append(self.adversary.network)
             self.optimizers.append(self.adversary.optimizer)
 
@@ -260,7 +265,7 @@ def show(accelerator, autoencoder, dataset, output_dir: Path, step: int, count: 
 def validate_and_keep_best(args, accelerator, trainer: Trainer, ema, dataset, state: RunState) -> None:
     """Metrics and pictures from the averaged weights, which are kept if no earlier ones were better."""
     output_dir, step = Path(args.output_dir), state.global_step
-    with averaged_weights(trainer.bare, ema) as autoencoder:
+    with averaged_weights(trainer.unwrapped, ema) as autoencoder:
         metrics = validate(args, accelerator, autoencoder, dataset, trainer.perceptual_metric)
         state.validation = {"step": step} | metrics
         accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=step)
@@ -289,10 +294,11 @@ def train(args, accelerator) -> None:
     num_images = None if args.streaming else len(train_set)
     count_steps(args, accelerator, num_images)
     trainer = Trainer(args, accelerator)
-    bare = trainer.bare
+    unwrapped = trainer.unwrapped
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    ema = EMAModel(bare.parameters(), decay=ema_half_life_decay(global_batch, args.ema_half_life_images), foreach=True)
-    usage = GridUsage(bare.grids)
+    decay = ema_half_life_decay(global_batch, args.ema_half_life_images)
+    ema = EMAModel(unwrapped.parameters(), decay=decay, foreach=True)
+    usage = GridUsage(unwrapped.grids)
     state = RunState(run_settings(args, accelerator, num_images), **NO_BEST, validation=None)
     position = StreamPosition(accelerator.process_index, accelerator.num_processes, args.dataloader_num_workers)
     streamed = [position] if args.streaming else []
@@ -300,15 +306,15 @@ def train(args, accelerator) -> None:
     set_seed(args.seed, device_specific=True)  # noise differs between processes
     resume_run(args, accelerator, state, ema, trainer.lr_scheduler, trainer.optimizers)
 
-    loader = image_loader(args, accelerator, train_set, bare, state, position)
-    counts = num_images or "streamed", len(validation_set or ()), global_batch, bare.num_parameters() / 1e6
+    loader = image_loader(args, accelerator, train_set, unwrapped, state, position)
+    counts = num_images or "streamed", len(validation_set or ()), global_batch, unwrapped.num_parameters() / 1e6
     logger.info("%s training images, %d held out; %d images a step; %.1f M parameters", *counts)
 
     unreadable = UnreadableLog()
     log = StepLog(accelerator, state, args.max_train_steps, global_batch, args.logging_steps)
     skipped = SkippedSteps(state, args.max_nonfinite_steps, args.logging_steps, output_dir)
     batches, due = iter(loader), False
-    bare.train()
+    unwrapped.train()
     while state.global_step < args.max_train_steps:
         with log.waiting():
             batch = next(batches)
@@ -321,7 +327,7 @@ def train(args, accelerator) -> None:
         if not accelerator.sync_gradients:
             continue
 
-        ema.step(bare.parameters())
+        ema.step(unwrapped.parameters())
         state.global_step += 1
         state.images_seen += global_batch
         skipped.add(finite)
@@ -356,10 +362,10 @@ def train(args, accelerator) -> None:
     if accelerator.is_main_process:
         if unreadable.count:
             logger.warning("%s", unreadable.summary())
-        with averaged_weights(bare, ema), naming_the_last_checkpoint(output_dir, "the autoencoder"):
-            save_autoencoder(bare, output_dir / "autoencoder")
+        with averaged_weights(unwrapped, ema), naming_the_last_checkpoint(output_dir, "the autoencoder"):
+            save_autoencoder(unwrapped, output_dir / "autoencoder")
         logger.info("The autoencoder is in %s", output_dir / "autoencoder")
-        finish_run(args, summarize_run(args, accelerator, state, num_images, bare))
+        finish_run(args, summarize_run(args, accelerator, state, num_images, unwrapped))
 
 
 def main(argv=None):

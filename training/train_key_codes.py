@@ -50,13 +50,8 @@ from brics_diffusers.training_utils.checkpoints import (
     naming_the_last_checkpoint,
     save_checkpoint,
 )
-from brics_diffusers.training_utils.classes import (
-    add_class_arguments,
-    check_class_arguments,
-    count_classes,
-    drop_labels,
-    known_classes,
-)
+from brics_diffusers.training_utils.class_arguments import add_class_arguments, check_class_arguments
+from brics_diffusers.training_utils.classes import count_classes, drop_labels, known_classes
 from brics_diffusers.training_utils.ema import averaged_weights
 from brics_diffusers.training_utils.key_code_validation import KeyCodeValidation
 from brics_diffusers.training_utils.losses import denoising_loss
@@ -289,8 +284,8 @@ def train(args, accelerator) -> None:
     state = RunState(run_settings(args, accelerator, len(key_codes)), **NO_BEST, validation=None)
     unet, optimizer = accelerator.prepare(unet, optimizer)  # the schedule would advance once a process
     accelerator.register_for_checkpointing(ema, lr_scheduler, state)
-    bare = accelerator.unwrap_model(unet, keep_torch_compile=False)
-    power_ema = args.ema_snapshot_steps and PowerEMA(accelerator, bare, output_dir, args.ema_snapshot_steps)
+    unwrapped = accelerator.unwrap_model(unet, keep_torch_compile=False)
+    power_ema = args.ema_snapshot_steps and PowerEMA(accelerator, unwrapped, output_dir, args.ema_snapshot_steps)
     set_seed(args.seed, device_specific=True)  # dropout, where the UNet has it, differs between processes
     resume_run(args, accelerator, state, ema, lr_scheduler, [optimizer])
     check_guide_step(args, state)
@@ -308,13 +303,13 @@ def train(args, accelerator) -> None:
         balance=key_codes.labels if args.balance_classes else None,
     )
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    millions = sum(parameter.numel() for parameter in bare.parameters()) / 1e6
+    millions = sum(parameter.numel() for parameter in unwrapped.parameters()) / 1e6
     logger.info("%d key codes; %d a step; %.1f M parameters", len(key_codes), global_batch, millions)
 
     def held_out_loss(latents, noise, timesteps) -> torch.Tensor:
         """That of training, without classes: those of held-out images may be unknown."""
         no_class = None if class_names is None else timesteps.new_full(timesteps.shape, len(class_names))
-        return training_loss(bare, scheduler, latents, noise, timesteps, args.snr_gamma, no_class)
+        return training_loss(unwrapped, scheduler, latents, noise, timesteps, args.snr_gamma, no_class)
 
     log = StepLog(accelerator, state, args.max_train_steps, global_batch, args.logging_steps)
     skipped = SkippedSteps(state, args.max_nonfinite_steps, args.logging_steps, output_dir)
@@ -345,7 +340,7 @@ def train(args, accelerator) -> None:
             continue
 
         lr_scheduler.step()
-        ema.step(bare.parameters())
+        ema.step(unwrapped.parameters())
         state.global_step += 1
         state.images_seen += global_batch
         skipped.add(finite)
@@ -355,11 +350,11 @@ def train(args, accelerator) -> None:
         due = due or step % args.checkpointing_steps == 0  # and waits for a step that is finite
         saves = (due and skipped.read()) or last or stop
         if step == args.guide_step and accelerator.is_main_process:
-            keep_guide(bare, ema, output_dir)
+            keep_guide(unwrapped, ema, output_dir)
         validates = validation and (last or (step % args.validation_steps == 0 and not stop))
         if saves or validates:
             skipped.read()
-            check_weights([bare], state, output_dir)
+            check_weights([unwrapped], state, output_dir)
         if power_ema:
             power_ema.step(state, last)
         if validates:
@@ -375,15 +370,15 @@ def train(args, accelerator) -> None:
             return
 
     if accelerator.is_main_process:
-        with averaged_weights(bare, ema), naming_the_last_checkpoint(output_dir, "the pipeline"):
+        with averaged_weights(unwrapped, ema), naming_the_last_checkpoint(output_dir, "the pipeline"):
             if args.guide_step is not None:
                 pipeline.register_modules(guide=load_guide(output_dir))
-            models = filter(None, (autoencoder, bare, pipeline.guide))  # which have done their work
+            models = filter(None, (autoencoder, unwrapped, pipeline.guide))  # which have done their work
             for model in models:  # diffusers' own `to` warns of any type
                 torch.nn.Module.to(model, DTYPES[args.save_dtype])
             save_pipeline(pipeline, output_dir)
         logger.info("The pipeline is in %s", output_dir)
-        summary = summarize_run(args, accelerator, state, None if args.streaming else len(dataset), bare)
+        summary = summarize_run(args, accelerator, state, None if args.streaming else len(dataset), unwrapped)
         if class_images is not None:
             summary["class_images"] = class_images
         finish_run(args, summary)

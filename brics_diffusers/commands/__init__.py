@@ -1,4 +1,7 @@
-"""The command `brics-diffusers`: one module a subcommand, each with `add_arguments(parser)` and `run(args)`."""
+"""The command `brics-diffusers`: one module a subcommand, each with `add_arguments(parser)` and `run(args)`.
+
+Nothing in the package imports from here.
+"""
 
 import argparse
 import importlib

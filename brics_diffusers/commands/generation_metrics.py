@@ -2,10 +2,10 @@
 
 Samples are made on all processes of `accelerate launch --multi_gpu --num_processes N -m brics_diffusers.commands
 generation-metrics ...` (on a CPU with `ACCELERATE_USE_CPU=true` in front of it, not with `--cpu`, which starts one
-process), kept as PNG files and gone on with after an interruption. All metrics but KID are torch-fidelity's.
-`input1` is the generated images (--num_samples), taken as they are: square and of one size. `input2` is the real ones
-(all of the split, or --max_images), cut to their central square and resized (Lanczos) to the size of the generated
-ones. Unreadable files are left out and counted. With other features than these, a metric's name says which:
+process) and kept as PNG files, so that an interrupted command continues where it stopped. All metrics but KID are
+torch-fidelity's. `input1` is the generated images (--num_samples), taken as they are: all of one size. `input2` is the
+real ones (all of the split, or --max_images), cut to the central part of the same proportions and resized (Lanczos) to
+that size. Unreadable files are left out and counted. With other features than these, a metric's name says which:
 
 FID: squared Fréchet distance between 2048 features of inception-v3-compat (images resized to 299 x 299, bilinear as in
 TensorFlow 1), covariances unbiased.

@@ -1,4 +1,4 @@
-"""Collections of images, reading of single images, and key codes of a collection on disk."""
+"""Collections of images, reading of single images, and key codes of a collection on disk, without any model."""
 
 from .collection import collection_fingerprint, load_collection
 from .decoding import UnreadableImageError, image_name, image_size, read_image

@@ -1,3 +1,3 @@
-"""Noise schedules of the diffusion model."""
+"""Noise schedules of the diffusion model, without anything of pipelines and training loops."""
 
 from .scheduling_cosine_variant import CosineVariantScheduler

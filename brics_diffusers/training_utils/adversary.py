@@ -102,7 +102,7 @@ class Adversary:
         name, detached. An adaptive weight heeds `reconstruction`, the weighted reconstruction loss.
         """
         args = self.args
-        # The bare network: its parameters take no gradient here, so there is nothing to synchronise.
+        # Unwrapped: its parameters take no gradient here, so there is nothing to synchronise.
         self.network.requires_grad_(False)
         with self.accelerator.autocast():
             logits = self.accelerator.unwrap_model(self.network).logits(sample)

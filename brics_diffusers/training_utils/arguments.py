@@ -10,11 +10,13 @@ from pathlib import Path
 
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 
 from ..utils.sizes import height_and_width
+from .augmentation import POLICIES
 from .pretrained import check_image_channels, resized
-from .tracking import tracker_names
 
 
 MAX_TRAIN_STEPS = 100_000
@@ -63,6 +65,30 @@ def step_rules(text: str) -> str:
             f"1:1000,0.1:5000,0.01, not {text}"
         )
     return text
+
+
+def policy(text: str) -> str:
+    """Type of a flag that names augmentations, such as `color,translation`; empty for none."""
+    unknown = [name for name in filter(None, text.split(",")) if name not in POLICIES]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"must be some of {', '.join(POLICIES)} with commas between, not {', '.join(unknown)}"
+        )
+    return text
+
+
+def tracker_names(text: str) -> list[str]:
+    """Type of `--report_to`: names of accelerate's trackers beside TensorBoard's, which is there in any case."""
+    available = [str(name) for name in get_available_trackers()]
+    own = LOGGER_TYPE_TO_CLASS.keys() - set(LoggerType.list())  # registered with accelerate by who needs them
+    names = available if text == "all" else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in {*LOGGER_TYPE_TO_CLASS, "none"}:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise argparse.ArgumentTypeError(f"{name!r} is no tracker; give all, none, or some of {known}")
+        if name not in {*available, *own, "none"}:
+            raise argparse.ArgumentTypeError(f"{name} needs its package; install it, for instance with pip")
+    return [name for name in dict.fromkeys(names) if name not in ("tensorboard", "none")]
 
 
 def setting(text: str) -> tuple[str, str, object]:

@@ -4,8 +4,6 @@ Each function takes images (B, C, H, W) in [-1, 1], changes each at random by it
 Random numbers come from the default generator of the images' device. What is moved or cut out is 0, a mid grey.
 """
 
-import argparse
-
 import torch
 import torch.nn.functional as F
 
@@ -50,16 +48,6 @@ def cutout(images: torch.Tensor, ratio: float = 1 / 2) -> torch.Tensor:
 
 
 POLICIES = {"color": color, "translation": translation, "cutout": cutout}
-
-
-def policy(text: str) -> str:
-    """Type of a flag that names augmentations, such as `color,translation`; empty for none."""
-    unknown = [name for name in filter(None, text.split(",")) if name not in POLICIES]
-    if unknown:
-        raise argparse.ArgumentTypeError(
-            f"must be some of {', '.join(POLICIES)} with commas between, not {', '.join(unknown)}"
-        )
-    return text
 
 
 def augment(images: torch.Tensor, names: str) -> torch.Tensor:

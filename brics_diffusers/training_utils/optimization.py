@@ -131,7 +131,7 @@ def step_if_finite(
         finite = finite_loss & norm.isfinite()
         if max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-        _step_where(getattr(optimizer, "optimizer", optimizer), finite)  # as accelerate wraps it, or bare
+        _step_where(getattr(optimizer, "optimizer", optimizer), finite)  # accelerate may have wrapped it
         optimizer.zero_grad()
         all_finite = all_finite & finite
     if scaler is not None:

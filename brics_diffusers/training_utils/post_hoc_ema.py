@@ -52,7 +52,7 @@ class PowerEMA:
 
     Args:
         accelerator (`Accelerator`): The run's accelerator, with the model prepared.
-        model (`torch.nn.Module`): The bare model.
+        model (`torch.nn.Module`): The model, unwrapped.
         output_dir (`str`): Folder of the run; snapshots go into `ema_snapshots`.
         every (`int`): Steps from one snapshot to the next; the last step always has one.
     """

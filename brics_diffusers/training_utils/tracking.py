@@ -4,27 +4,12 @@ import argparse
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, TensorBoardTracker, get_available_trackers
-from accelerate.utils import LoggerType
+from accelerate.tracking import TensorBoardTracker
 from torchvision.transforms.functional import to_tensor
 
 
 # Trackers whose `log_images` takes one image under a name, not a list of them.
 ONE_IMAGE = ("aim", "clearml")
-
-
-def tracker_names(text: str) -> list[str]:
-    """Type of `--report_to`: names of accelerate's trackers beside TensorBoard's, which is there in any case."""
-    available = [str(name) for name in get_available_trackers()]
-    own = LOGGER_TYPE_TO_CLASS.keys() - set(LoggerType.list())  # registered with accelerate by who needs them
-    names = available if text == "all" else [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in {*LOGGER_TYPE_TO_CLASS, "none"}:
-            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-            raise argparse.ArgumentTypeError(f"{name!r} is no tracker; give all, none, or some of {known}")
-        if name not in {*available, *own, "none"}:
-            raise argparse.ArgumentTypeError(f"{name} needs its package; install it, for instance with pip")
-    return [name for name in dict.fromkeys(names) if name not in ("tensorboard", "none")]
 
 
 def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:

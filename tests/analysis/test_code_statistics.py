@@ -1,3 +1,5 @@
+"""Statistics of key codes: noise behind a sigmoid against drawn codes, and that batches do not matter."""
+
 import pytest
 import torch
 from small_models import AUTOENCODER

@@ -1,3 +1,5 @@
+"""Multiply-adds, parameters and memory: formulas against what is counted, and the paper's sizes."""
+
 import pytest
 import torch
 from small_models import AUTOENCODER

@@ -1,3 +1,5 @@
+"""Which entries of the grids and of codebooks are used, against brute force."""
+
 import itertools
 import math
 

@@ -1,3 +1,5 @@
+"""Signal-to-noise ratios and loss weights against formulas, and decoding of key codes with noise."""
+
 import math
 
 import pytest

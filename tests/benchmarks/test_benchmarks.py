@@ -84,7 +84,7 @@ def test_sampling_without_a_pipeline(report):
     assert [row["steps"] for row in found["samplers"]] == [2, 3, 4] * 2
     assert [row["dtype"] for row in found["samplers"]] == ["float32"] * 3 + ["bfloat16"] * 3
     for row in found["samplers"]:
-        assert row["seconds an image"] > 0 and row["Fréchet distance"] is None
+        assert row["seconds an image"] > 0 and row["Fréchet distance (random-conv)"] is None
         assert row["host synchronisation"] == "not applicable"
     assert found["samplers"][-1]["its time / the last one's"] == 1
     assert "quality was not measured" in (report["folder"] / "speed.md").read_text()
@@ -95,8 +95,8 @@ def test_sampling_with_a_pipeline(pipe, image_folder, tmp_path):
     options = bench.TINY["sampling"] | {"pipeline": str(tmp_path / "pipeline"), "dataset_name": str(image_folder)}
     found = bench.sampling.measure(**options, num_images=4)
     # Quality is that of one dtype.
-    assert [row["Fréchet distance"] is None for row in found["samplers"]] == [True] * 3 + [False] * 3
-    assert all(row["Fréchet distance"] > 0 for row in found["samplers"][3:])
+    assert [row["Fréchet distance (random-conv)"] is None for row in found["samplers"]] == [True] * 3 + [False] * 3
+    assert all(row["Fréchet distance (random-conv)"] > 0 for row in found["samplers"][3:])
     assert "Fréchet distance of 4 samples" in bench.sampling.describe(found)
 
 

@@ -1,3 +1,5 @@
+"""The comparison of autoencoders with tiny models: runs, going on, noise curves, and its report."""
+
 import dataclasses
 import json
 import shutil
@@ -310,7 +312,7 @@ class TestModels:
 
 
 def as_run(model, batch_size=4):
-    """What of a run a noise curve needs."""
+    """A stand-in for a run, with what a noise curve needs of it."""
     ema = EMAModel(model.parameters())
     return SimpleNamespace(model=model, ema=ema, args=SimpleNamespace(train_batch_size=batch_size))
 

@@ -212,11 +212,12 @@ class TestReport:
             assert list(of_spaces) == [f"{name}-0", f"{name}-1"]
             for of_space in of_spaces.values():
                 assert 0 < of_space["nearest_code"] < 3 and of_space["encoded_again"] >= 0
+                assert of_space[f"{KID}_of_reconstructions"] != result[f"{KID}_held_out"]
         assert set(result["autoencoders"]) == set(MODELS)
         by_seed = [result["runs"][f"VQModel-a-{seed}"]["last"][KID] for seed in (0, 1)]
         assert by_seed[0] != by_seed[1] and result["means"]["VQModel, a"][KID] == pytest.approx(sum(by_seed) / 2)
         rows = {(row["latents of"], row["schedule"]): row for row in result["table"]}
-        assert len(rows) == 6 and rows["VQModel", "a"]["KID"] == spread(by_seed, 0)
+        assert len(rows) == 6 and rows["VQModel", "a"]["KID (random-conv)"] == spread(by_seed, 0)
 
     def test_text_and_pictures(self, folder):
         text = (folder / "generation.md").read_text()

@@ -1,3 +1,5 @@
+"""Memory and operations of training, as counted on tensors without values."""
+
 import pytest
 import torch
 import training_memory

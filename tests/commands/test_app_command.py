@@ -1,3 +1,5 @@
+"""`brics-diffusers app` in a browser: samples, reconstructions, interpolations; and starts that fail."""
+
 import re
 import socket
 import sys

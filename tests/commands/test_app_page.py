@@ -1,3 +1,5 @@
+"""What the page in the browser computes, without a browser."""
+
 import numpy as np
 import pytest
 import torch

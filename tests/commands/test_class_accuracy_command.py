@@ -1,3 +1,5 @@
+"""`brics-diffusers class-accuracy`: its report, and what it refuses."""
+
 import numpy as np
 import pytest
 import torch

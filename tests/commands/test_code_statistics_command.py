@@ -1,3 +1,5 @@
+"""`brics-diffusers code-statistics`: its report and pictures."""
+
 import pytest
 from PIL import Image
 from small_models import AUTOENCODER

@@ -1,3 +1,5 @@
+"""`brics-diffusers cost`: its report, and configs that it can't use."""
+
 import pytest
 import yaml
 from launching import CONFIG

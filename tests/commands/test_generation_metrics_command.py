@@ -1,3 +1,5 @@
+"""`brics-diffusers generation-metrics`: samples and reports, by class too, and what it refuses."""
+
 import ast
 import json
 import shutil

@@ -1,3 +1,5 @@
+"""`brics-diffusers grid-usage`: its report, and models and images that it can't use."""
+
 import pytest
 from diffusers import VQModel
 from PIL import Image

@@ -1,3 +1,5 @@
+"""`brics-diffusers guidance-search`: what it tries and saves, and what it refuses."""
+
 import json
 from types import SimpleNamespace
 

@@ -1,3 +1,5 @@
+"""`brics-diffusers nearest-neighbours`: neighbours of samples, copies, and what it refuses."""
+
 import json
 
 import pytest

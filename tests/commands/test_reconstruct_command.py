@@ -1,3 +1,5 @@
+"""`brics-diffusers reconstruct`: files, their names, and the picture."""
+
 import numpy as np
 import pytest
 import torch

@@ -1,3 +1,5 @@
+"""`brics-diffusers reconstruct-metrics`: its report, on several processes too, and what it refuses."""
+
 import json
 
 import pytest

@@ -1,3 +1,5 @@
+"""`brics-diffusers sample`: files and picture, classes, and what it refuses."""
+
 import json
 from collections import Counter
 

@@ -1,3 +1,5 @@
+"""`brics-diffusers schedules`: its report, with and without pictures of a model."""
+
 import pytest
 from PIL import Image
 

@@ -1,3 +1,5 @@
+"""What all subcommands share: help, devices, processes, output folders, values that are refused."""
+
 import sys
 
 import pytest

@@ -1,3 +1,5 @@
+"""Collections in a temporary folder, with the Hub out of reach."""
+
 import datasets
 import pytest
 

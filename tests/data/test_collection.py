@@ -1,3 +1,5 @@
+"""Loading of collections: folders, zips, parquet, the choice of columns, fingerprints."""
+
 import os
 import zipfile
 from pathlib import Path

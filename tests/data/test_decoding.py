@@ -1,3 +1,5 @@
+"""Reading of single images: modes, depths, orientation, first frames, and files that are broken."""
+
 import io
 import pickle
 import struct

@@ -1,3 +1,5 @@
+"""Which files of folders and archives are images: odd names, trash, links, HEIC, unreadable ones."""
+
 import os
 import zipfile
 

@@ -1,3 +1,5 @@
+"""Crops, flips, the order of batches, and the loaders of training and evaluation."""
+
 import itertools
 import logging
 import os

@@ -1,3 +1,5 @@
+"""Key codes on disk: encoding that goes on after an interruption, and what is refused."""
+
 import numpy as np
 import pytest
 import torch

@@ -1,3 +1,5 @@
+"""Splits and configurations from a data set's card, archives in folders, saved data sets, choice of columns."""
+
 import argparse
 import io
 import logging

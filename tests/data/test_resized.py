@@ -1,3 +1,5 @@
+"""Resized images that are kept on disk: the same values, also after interruptions."""
+
 import itertools
 import logging
 

@@ -1,3 +1,5 @@
+"""Which files belong to which split, by the names of folders and files."""
+
 import logging
 import zipfile
 

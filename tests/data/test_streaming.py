@@ -1,3 +1,5 @@
+"""Collections that are read as streams: order, resuming, several processes, held-out images."""
+
 import io
 import itertools
 import tarfile

@@ -1,3 +1,5 @@
+"""Model cards: what they say of a run, that users' edits stay, and the folder for publishing."""
+
 import json
 
 import pytest

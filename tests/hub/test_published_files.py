@@ -1,3 +1,5 @@
+"""Which files of a folder are published: those of the model, and the pictures that its card names."""
+
 import pytest
 from PIL import Image
 from small_models import ROOT

@@ -1,3 +1,5 @@
+"""The package's code in single files, for pipelines that are loaded without it."""
+
 import inspect
 import re
 import sys

@@ -1,3 +1,5 @@
+"""The linear classifier of features, and the share of each class that it finds."""
+
 import pytest
 import torch
 import torch.nn.functional as F

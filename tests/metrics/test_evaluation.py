@@ -1,3 +1,5 @@
+"""Metrics of reconstructions against scikit-image, and their summary over the images."""
+
 import numpy as np
 import pytest
 import torch

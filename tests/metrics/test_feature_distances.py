@@ -1,3 +1,5 @@
+"""Fréchet and kernel distances against their definitions, and features of reconstructions."""
+
 import itertools
 from types import SimpleNamespace
 

@@ -1,3 +1,5 @@
+"""Networks whose features are compared: preprocessing, modules of one's own, missing weights."""
+
 import pickle
 import socket
 import sys

@@ -1,3 +1,5 @@
+"""Metrics of generated images against definitions, brute force and torch-fidelity."""
+
 import shutil
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""Features of whole collections, and their cache."""
+
 import numpy as np
 import pytest
 import torch

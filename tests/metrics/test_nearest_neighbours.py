@@ -1,3 +1,5 @@
+"""Nearest images of a collection against brute force, and LPIPS against its own package."""
+
 import weakref
 
 import pytest

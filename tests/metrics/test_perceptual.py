@@ -1,3 +1,5 @@
+"""Perceptual networks: where their weights come from, and the EfficientNet distance by its definition."""
+
 import sys
 import urllib.error
 

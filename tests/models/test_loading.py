@@ -1,3 +1,5 @@
+"""What is not loaded as an autoencoder, and what the error says."""
+
 import pytest
 from diffusers import VQModel
 

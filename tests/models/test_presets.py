@@ -1,3 +1,5 @@
+"""The presets of the autoencoder against the configs of training."""
+
 import json
 
 import pytest

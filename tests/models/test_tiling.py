@@ -1,3 +1,5 @@
+"""Encoding and decoding in tiles against the whole image."""
+
 import pytest
 import torch
 from small_autoencoders import make_model

@@ -1,3 +1,5 @@
+"""Variations, interpolations and inpainting of images by the pipeline."""
+
 import diffusers
 import numpy as np
 import pytest

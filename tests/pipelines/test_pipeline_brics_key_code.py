@@ -1,3 +1,5 @@
+"""The pipeline: samples, reconstructions, saving and loading."""
+
 import builtins
 import doctest
 import inspect

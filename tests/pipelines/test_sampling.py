@@ -1,3 +1,5 @@
+"""Samples into a folder: the same however they are shared out, going on, and choice of schedulers."""
+
 import json
 
 import numpy as np

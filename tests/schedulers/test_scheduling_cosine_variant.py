@@ -1,3 +1,5 @@
+"""The noise schedule against its formulas, swaps for other schedulers, and min-SNR weights."""
+
 import inspect
 
 import diffusers

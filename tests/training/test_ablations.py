@@ -75,8 +75,8 @@ def train_small(write_config, accelerator):
                 assert finite and parts["mse"].isfinite()
                 assert ("kl" in parts) == ("kl" in row)
 
-        assert share_that_moves(trainer.bare, take_steps) >= 0.9
-        return trainer.bare
+        assert share_that_moves(trainer.unwrapped, take_steps) >= 0.9
+        return trainer.unwrapped
 
     return train
 

@@ -52,7 +52,7 @@ class TestStart:
             trainer = build_trainer("--gan_start_step", 9, *flags)
             for step in range(2):
                 trainer.step(images, step)
-            weights.append(torch.cat([parameter.detach().flatten() for parameter in trainer.bare.parameters()]))
+            weights.append(torch.cat([parameter.detach().flatten() for parameter in trainer.unwrapped.parameters()]))
         assert torch.equal(*weights)
 
     def test_it_can_not_count_before_it_learns(self):
@@ -97,7 +97,7 @@ class TestAdaptiveWeight:
             trainer = build_trainer("--adaptive_gan_weight", flag, **decoder)
             parts, finite = trainer.step(images, 0)
             assert finite
-            weights.append(torch.cat([parameter.detach().flatten() for parameter in trainer.bare.parameters()]))
+            weights.append(torch.cat([parameter.detach().flatten() for parameter in trainer.unwrapped.parameters()]))
         torch.testing.assert_close(*weights)
 
     def test_with_a_loss_scale(self, images):
@@ -117,13 +117,13 @@ class TestAdaptiveWeight:
     def test_in_training_with_accumulation(self, images):
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
         trainer = build_trainer("--adaptive_gan_weight", "--gan_warmup_steps", 4, accelerator=accelerator)
-        before = trainer.bare.decoder.blocks[-1].to_rgb.weight.detach().clone()
+        before = trainer.unwrapped.decoder.blocks[-1].to_rgb.weight.detach().clone()
         for half in images.chunk(2):
             parts, finite = trainer.step(half, 0)
             assert 0 < parts["adaptive_gan_weight"] < 1e4
             assert (finite is None) == (not accelerator.sync_gradients)
         assert finite
-        assert not torch.equal(trainer.bare.decoder.blocks[-1].to_rgb.weight, before)
+        assert not torch.equal(trainer.unwrapped.decoder.blocks[-1].to_rgb.weight, before)
 
     @pytest.mark.slow
     def test_two_processes_equal_one_with_doubled_batch(self, tmp_path, image_folder, write_config):

@@ -184,7 +184,7 @@ class TestTrackers:
     def test_names(self, refusal, monkeypatch):
         assert parse().report_to == parse("--report_to", "none").report_to == []
         monkeypatch.setattr(
-            "brics_diffusers.training_utils.tracking.get_available_trackers", lambda: ["tensorboard", "wandb"]
+            "brics_diffusers.training_utils.arguments.get_available_trackers", lambda: ["tensorboard", "wandb"]
         )
         for names in ("all", "wandb", "wandb,tensorboard"):
             assert parse("--report_to", names).report_to == ["wandb"]

@@ -1,3 +1,5 @@
+"""Stage one in bfloat16 and float16, and one loss scale for two optimizers."""
+
 import pytest
 import torch
 import train_autoencoder
@@ -58,7 +60,7 @@ class TestTwoOptimizersWithOneLossScale:
         accelerator.scaler = scaler
         torch.manual_seed(0)
         trainer = train_autoencoder.Trainer(args, accelerator)
-        torch.nn.init.normal_(trainer.bare.grids.entries)  # near 0, rounding would grow from step to step
+        torch.nn.init.normal_(trainer.unwrapped.grids.entries)  # near 0, rounding would grow from step to step
         parameters = [parameter for model in trainer.networks for parameter in model.parameters()]
         before = [parameter.detach().clone() for parameter in parameters]
         images = torch.rand(3, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -1,3 +1,5 @@
+"""Training of the autoencoder: results, logs, flags, several processes, and that it learns."""
+
 import pytest
 import torch
 import train_autoencoder

@@ -1,3 +1,5 @@
+"""Training of the diffusion model: what is saved, key codes that are kept, several processes."""
+
 import json
 import shutil
 from types import SimpleNamespace

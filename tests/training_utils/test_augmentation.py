@@ -1,9 +1,12 @@
+"""What augmentation does to images: values, shifts, cut-outs, gradients, random numbers."""
+
 import argparse
 
 import pytest
 import torch
 
-from brics_diffusers.training_utils.augmentation import augment, color, cutout, policy, translation
+from brics_diffusers.training_utils.arguments import policy
+from brics_diffusers.training_utils.augmentation import augment, color, cutout, translation
 
 
 @pytest.fixture

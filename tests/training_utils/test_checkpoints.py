@@ -1,3 +1,5 @@
+"""Folders that appear whole or not at all, and what is cleaned up after a kill."""
+
 import itertools
 import multiprocessing
 import os

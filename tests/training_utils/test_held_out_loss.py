@@ -1,3 +1,5 @@
+"""The diffusion model's loss on held-out key codes, by parts of the schedule."""
+
 from types import SimpleNamespace
 
 import pytest

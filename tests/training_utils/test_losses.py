@@ -1,3 +1,5 @@
+"""Losses of both stages: weights, gradients, the gradient penalty, the ramp."""
+
 import pytest
 import torch
 import torch.nn.functional as F

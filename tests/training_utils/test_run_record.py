@@ -1,3 +1,5 @@
+"""What is recorded of a finished run, and reports of earlier weights beside it."""
+
 import argparse
 import json
 from types import SimpleNamespace

@@ -1,3 +1,5 @@
+"""The distance of samples from training images at validations."""
+
 import contextlib
 from types import SimpleNamespace
 

@@ -1,3 +1,5 @@
+"""Curves that are read from the logs of a run, and drawn."""
+
 import sys
 
 import pytest

@@ -1,3 +1,5 @@
+"""Digests of weights, files that appear whole, and the cache's folder."""
+
 import pytest
 import torch
 

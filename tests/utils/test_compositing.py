@@ -1,3 +1,5 @@
+"""Transparent images on white, and sizes in pixels."""
+
 import pytest
 import torch
 

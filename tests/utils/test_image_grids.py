@@ -1,3 +1,5 @@
+"""Many images in one picture."""
+
 import torch
 
 from brics_diffusers.utils.image_grids import image_grid, side_by_side

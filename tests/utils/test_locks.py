@@ -1,3 +1,5 @@
+"""Folders for one process at a time."""
+
 import multiprocessing
 import os
 import time

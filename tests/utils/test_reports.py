@@ -1,3 +1,5 @@
+"""Reports in JSON and Markdown, and the folder that they are written into."""
+
 import json
 import sys
 

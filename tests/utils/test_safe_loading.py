@@ -1,3 +1,5 @@
+"""Loading of saved models: no pickles, weights that do not fit, foreign code, little memory."""
+
 import functools
 import json
 import sys

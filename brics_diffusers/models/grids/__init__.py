@@ -1,1 +1,4 @@
-"""Feature grids and the lookup in them: its definition, and fast implementations for CPU and GPU."""
+"""Feature grids and the lookup in them: its definition, and fast implementations for CPU and GPU.
+
+Nothing of the encoder or of decoders.
+"""

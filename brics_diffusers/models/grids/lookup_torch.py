@@ -61,7 +61,7 @@ def lookup(
     grid_type: str,
     with_slopes: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arguments and result as of the operator `lookup` in lookup.py."""
+    """Arguments and result as of the operator `lookup` in lookup_operator.py."""
     (num_groups, total_entries, channels), (height, width) = entries.shape, keys.shape[2:]
     batch_size, num_features = len(keys), channels * len(resolutions)
     keys = split_keys(keys, num_groups)
@@ -100,7 +100,7 @@ def scatter(
     level_entries: Sequence[int],
     grid_type: str,
 ) -> torch.Tensor:
-    """Arguments and result as of the operator `scatter` in lookup.py. Deterministic where torch is told to be."""
+    """Arguments and result as of the operator `scatter` in lookup_operator.py. Deterministic if torch is set to be."""
     num_groups, total_entries = len(grad_features), sum(level_entries)
     channels, (height, width) = grad_features.shape[1] // len(resolutions), keys.shape[2:]
     keys = split_keys(keys, num_groups)

@@ -139,7 +139,7 @@ def lookup(
     grid_type: str,
     with_slopes: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arguments and result as of the operator `lookup` in lookup.py."""
+    """Arguments and result as of the operator `lookup` in lookup_operator.py."""
     (num_groups, _, channels), (batch_size, key_channels, height, width) = entries.shape, keys.shape
     features = entries.new_empty(num_groups, channels * len(resolutions), batch_size, height * width)
     slopes = keys.new_empty(key_channels // num_groups if with_slopes else 0, *features.shape)
@@ -155,7 +155,7 @@ def scatter(
     level_entries: Sequence[int],
     grid_type: str,
 ) -> torch.Tensor:
-    """Arguments and result as of the operator `scatter` in lookup.py. Additions come in any order."""
+    """Arguments and result as of the operator `scatter` in lookup_operator.py. Additions come in any order."""
     num_groups, channels = len(grad_features), grad_features.shape[1] // len(resolutions)
     grad_entries = keys.new_zeros(num_groups, sum(level_entries), channels)
     grids = (resolutions, level_entries, grid_type)
