@@ -30,5 +30,5 @@ train train_key_codes.py --mixed_precision bf16 --autoencoder_name_or_path $runs
     --train_batch_size 128 --max_train_steps 5000 --learning_rate 6e-4 --lr_warmup_steps 150 \
     --set "unet.block_out_channels=[96,160,224]" unet.dropout=0.1
 
-bash model_cards/finish.sh $runs "$images" model_cards/brics-noto-emoji-64 apache-2.0 25 \
-    --num_samples 256 --guidance_scales 1 2 3 4 --guidance_intervals 0.2:0.8
+bash model_cards/finish.sh $runs "$images" model_cards/brics-noto-emoji-64 apache-2.0 30 \
+    --num_samples 192 --guidance_scales 1 1.5 2 3 --guidance_intervals 0:1
