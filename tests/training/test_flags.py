@@ -7,6 +7,7 @@ import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 import train_autoencoder
@@ -14,6 +15,7 @@ import train_key_codes
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from launching import assert_same_movement, movement, train_here
+from packaging.version import parse as parse_version
 from safetensors.torch import load_file
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline
@@ -172,6 +174,7 @@ class Recorder(GeneralTracker):
 
 
 class TestTrackers:
+    @pytest.mark.skipif(parse_version(accelerate.__version__) < parse_version("1.15"), reason="takes no new trackers")
     def test_images_and_curves_go_to_all(self, flags, tmp_path, monkeypatch):
         monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
         flags += ["--report_to", "recorder", "--logging_dir", "curves", "--num_validation_images", 2]
