@@ -6,19 +6,18 @@ import itertools
 import logging
 import os
 import re
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
 import pyarrow.parquet
 
+from .archives import load_archives
 from .classes import add_labels, read_classes
 from .decoding import image_size
-from .files import IMAGE_EXTENSIONS, extension, is_hidden, list_files, only_images
-from .repositories import ARCHIVES, has_configs, is_saved, load_archives, load_hub, load_repository, load_saved
+from .files import IMAGE_EXTENSIONS, extension, list_files, only_images
+from .repositories import KINDS, has_configs, is_saved, load_hub, load_repository, load_saved
 from .splits import choose_split
 
 
@@ -90,12 +89,10 @@ def load_collection(
         raise ValueError(f"'{source}' is a file, which has no configuration '{config_name}'; leave config_name out.")
     if path.is_dir():
         dataset = _load_folder(path, split, config_name, cache_dir)
-    elif path.suffix.lower() == ".zip" and path.is_file():
-        dataset = _load_zip(path, split, cache_dir)
+    elif path.suffix.lower() in (".zip", ".tar") and path.is_file():
+        dataset = load_archives(path, [path.name], split, cache_dir)
     elif path.suffix.lower() == ".parquet" and path.is_file():
         dataset = _load_parquet(path.parent, [path.name], split, cache_dir)
-    elif path.suffix.lower() == ".tar" and path.is_file():
-        dataset = load_archives(path.parent, choose_split(path.parent, [path.name], split), split, cache_dir)
     elif path.is_file():
         raise ValueError(f"'{source}' is a single '{path.suffix}' file; give {EXPECTED}.")
     elif looks_like_path(str(source)):
@@ -164,7 +161,7 @@ def _load_folder(folder: Path, split: str, config_name: str | None, cache_dir) -
     if parquet := parquet_files(folder, names):
         return _load_parquet(folder, parquet, split, cache_dir)
     if archives := find_archives(names):
-        return load_archives(folder, choose_split(folder, archives, split), split, cache_dir)
+        return load_archives(folder, archives, split, cache_dir)
     names = choose_split(folder, only_images(folder, names), split)
     paths = [str((folder / name).absolute()) for name in names]
     return datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": datasets.Image()}))
@@ -176,7 +173,7 @@ def parquet_files(folder: Path, names: list[str]) -> list[str]:
     kinds = {re.sub(r"\d+", "0", name): name for name in parquet}  # one of many shards
     kinds = {kind for kind, name in kinds.items() if _holds_images(folder / name)}
     holding = [name for name in parquet if re.sub(r"\d+", "0", name) in kinds]
-    has_others = any(extension(name) in IMAGE_EXTENSIONS | ARCHIVES.keys() for name in names)
+    has_others = any(extension(name) in IMAGE_EXTENSIONS | KINDS.keys() for name in names)
     return holding if holding or has_others else parquet
 
 
@@ -184,7 +181,7 @@ def find_archives(names: list[str]) -> list[str]:
     """Tars, zips and Arrow files among a folder's, if there are no images."""
     if any(extension(name) in IMAGE_EXTENSIONS for name in names):
         return []
-    return [name for name in names if extension(name) in ARCHIVES]
+    return [name for name in names if extension(name) in KINDS]
 
 
 def _holds_images(file: Path) -> bool:
@@ -200,33 +197,6 @@ def _holds_images(file: Path) -> bool:
         return any(image_size({"bytes": value}) for value in row.values())
     except Exception:  # whatever the readers of damaged files and of no images raise
         return False
-
-
-def _load_zip(archive: Path, split: str, cache_dir) -> datasets.Dataset:
-    try:
-        with zipfile.ZipFile(archive) as file:
-            names = [info.filename for info in file.infolist() if not info.is_dir()]
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"'{archive}' is not a valid zip file ({error}); create it again.") from error
-    names = sorted(name for name in names if not any(is_hidden(part) for part in name.split("/")))
-    names = choose_split(archive, only_images(archive, names), split)
-    status = archive.stat()
-    # The stamp enters the fingerprint of the cached copy, so that a changed archive is read again.
-    arguments = {"archive": str(archive.resolve()), "names": names, "stamp": (status.st_mtime_ns, status.st_size)}
-    # Plain binary and string: encoding as `datasets.Image` would prefer a local file that bears a member's name.
-    features = datasets.Features({"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
-    cache_dir = None if cache_dir is None else str(cache_dir)
-    return datasets.Dataset.from_generator(_zip_rows, features=features, cache_dir=cache_dir, gen_kwargs=arguments)
-
-
-def _zip_rows(archive: str, names: list[str], stamp: tuple[int, int]) -> Iterator[dict]:
-    with zipfile.ZipFile(archive) as file:
-        for name in names:
-            try:
-                data = file.read(name)
-            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError):
-                data = b""  # a damaged or encrypted member is one unreadable image, not the end of the archive
-            yield {"image": {"bytes": data, "path": name}}
 
 
 def _load_parquet(folder: Path, names: list[str], split: str, cache_dir) -> datasets.Dataset:

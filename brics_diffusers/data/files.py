@@ -20,6 +20,8 @@ IMAGE_EXTENSIONS = frozenset(
 ) | (HEIF_EXTENSIONS if pillow_heif else set())
 OTHER_IMAGES = HEIF_EXTENSIONS.union(ImageFolder.EXTENSIONS, ".arw .cr2 .cr3 .dng .jxl .nef .svg".split())
 OTHER_IMAGES -= IMAGE_EXTENSIONS
+# What `datasets` reads beside the images of a folder.
+METADATA_FILES = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 # Folders in which network drives and systems keep thumbnails and what was deleted.
 JUNK = {"@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler", "lost+found"}
 JUNK |= {"system volume information"}
@@ -53,7 +55,7 @@ def printable(folder: Path, names: list[str]) -> list[str]:
     """The names that are UTF-8, as Arrow can't hold others, which are logged."""
     odd = [name for name in names if not _is_utf8(name)]
     if odd:
-        found = _shorten([str(os.fsencode(name)) for name in odd])
+        found = shorten([str(os.fsencode(name)) for name in odd])
         text = "%d file(s) of '%s' have names that are not UTF-8 and are left out, rename them: %s."
         logger.warning(text, len(odd), folder, found)
         odd = set(odd)
@@ -97,9 +99,9 @@ def only_images(source: Path, names: list[str]) -> list[str]:
     if IMAGE_EXTENSIONS & set(kinds):
         if others:
             text = "%d image(s) of '%s' are of formats that can't be read and are left out, %s: %s."
-            logger.warning(text, len(others), source, remedy, _shorten(others))
+            logger.warning(text, len(others), source, remedy, shorten(others))
         return [name for name in names if extension(name) in IMAGE_EXTENSIONS]
-    place = "folder" if source.is_dir() else "zip"
+    place = "folder" if source.is_dir() else source.suffix[1:]
     if not names:
         raise ValueError(f"{place} '{source}' is empty; expected images such as .png or .jpg in it.")
     found, remedy = ", ".join(sorted(kinds)[:8]), f", or {remedy}" if others else ""
@@ -113,5 +115,6 @@ def extension(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _shorten(names: list[str], limit: int = 10) -> str:
+def shorten(names: list[str], limit: int = 10) -> str:
+    """The first names."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

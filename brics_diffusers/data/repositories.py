@@ -2,17 +2,16 @@
 
 import glob
 import os
-from collections import Counter
 from pathlib import Path
 
 import datasets
 import huggingface_hub
 from datasets.data_files import DataFilesList
 
-from .files import extension, printable
+from .files import printable
 
 
-ARCHIVES = {".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}  # and the builder of `datasets` for them
+KINDS = {".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}  # by the builders of `datasets`
 
 
 def is_saved(folder: Path) -> bool:
@@ -70,31 +69,31 @@ def stream_repository(folder: Path, split: str, config_name: str | None, cache_d
         builder = datasets.load_dataset_builder(str(folder.absolute()), config_name, cache_dir=cache_dir)
         splits = builder.config.data_files
         if split in splits:
-            return _with_features(builder.as_streaming_dataset(split=split))
+            return with_features(builder.as_streaming_dataset(split=split))
     except Exception as error:
         reason = _line(error.__cause__ or error)
         raise ValueError(f"'{folder}' cannot be streamed with config_name {config_name!r}: {reason}") from error
     return _of_split(folder, splits, split)
 
 
-def load_archives(
-    folder: Path, names: list[str], split: str, cache_dir, streaming: bool = False
+def load_files(
+    folder: Path, names: list[str], kind: str, cache_dir, streaming: bool = False
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """A split of files with images in them, whatever lies beside them: those of the most frequent of `ARCHIVES`."""
-    kind, _ = Counter(extension(name) for name in names).most_common(1)[0]
-    names = [name for name in printable(folder, names) if extension(name) == kind]
+    """All rows of files of one of the `KINDS`; a `ValueError` if `datasets` can't read them."""
     files = [glob.escape(str((folder / name).resolve())) for name in names]  # `datasets` takes each for a pattern
     # Not by the split's name: "val-2017" is a folder's, but none that `datasets` takes.
     options = {"data_files": {"train": files}, "split": "train", "cache_dir": cache_dir, "streaming": streaming}
     try:
-        dataset = datasets.load_dataset(ARCHIVES[kind], **options)
-        return _with_features(dataset) if streaming else dataset
+        dataset = datasets.load_dataset(KINDS[kind], **options)
+        return with_features(dataset) if streaming else dataset
     except Exception as error:
         reason = _line(error.__cause__ or error)
+        if "in WebDataset format" in reason:
+            reason = "each sample's files must follow one another, with the same extensions in all samples; pack anew."
         raise ValueError(f"{kind} files of '{folder}' cannot be loaded: {reason}") from error
 
 
-def _with_features(stream: datasets.IterableDataset) -> datasets.IterableDataset:
+def with_features(stream: datasets.IterableDataset) -> datasets.IterableDataset:
     """A stream that knows its columns, if need be from its first rows."""
     return stream if stream.features is not None else stream._resolve_features()
 
@@ -111,7 +110,7 @@ def load_hub(
     """One split of a dataset on the Hub; a `FileNotFoundError` if that provides none, else a `ValueError`."""
     try:
         dataset = datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir, streaming=streaming)
-        return _with_features(dataset) if streaming else dataset
+        return with_features(dataset) if streaming else dataset
     except ValueError as error:  # an unknown split, a missing or unknown configuration: the message lists the choices
         what = f"dataset '{name}' with split '{split}' and config_name {config_name!r}"
         raise ValueError(f"{what} cannot be loaded: {_line(error)}") from error

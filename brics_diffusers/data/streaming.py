@@ -21,12 +21,12 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, get_worker_info
 
 from ..utils.sizes import height_and_width
+from .archives import load_archives
 from .collection import find_archives, find_image_column, load_collection, looks_like_path, parquet_files
 from .decoding import UnreadableImageError
 from .files import IMAGE_EXTENSIONS, extension, list_files
 from .images import UnreadableLog, collate_images, none_readable, only_the_parent_terminates, to_pixels, to_tensor
-from .repositories import has_configs, is_saved, load_archives, load_hub, stream_repository
-from .splits import choose_split
+from .repositories import has_configs, is_saved, load_hub, stream_repository
 
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def load_stream(
         by_card = config_name is not None or has_configs(path) or parquet_files(path, names)
         archives = [] if by_card else find_archives(names)
         if archives:
-            stream = load_archives(path, choose_split(path, archives, split), split, cache_dir, streaming=True)
+            stream = load_archives(path, archives, split, cache_dir, streaming=True)
         else:
             stream = stream_repository(path, split, config_name, cache_dir)
     elif path.exists() or looks_like_path(str(source)):
