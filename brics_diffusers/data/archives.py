@@ -16,7 +16,7 @@ from pathlib import Path
 
 import datasets
 
-from .files import IMAGE_EXTENSIONS, METADATA_FILES, extension, is_hidden, only_images, printable, shorten
+from .files import IMAGE_EXTENSIONS, METADATA_FILES, extension, is_hidden, only_images, shorten
 from .repositories import load_files
 from .splits import choose_split
 
@@ -39,7 +39,7 @@ def load_archives(
 
     Args:
         source (`Path`): The folder, or the archive.
-        names (`list[str]`): Archives in it, of which the most frequent kind is read; or the archive's own name.
+        names (`list[str]`): Archives of one kind in it, or the archive's own name.
         split, cache_dir: As in `load_collection`.
         streaming (`bool`, *optional*, defaults to `False`): Read as a stream, whose shards are the archives.
 
@@ -47,8 +47,7 @@ def load_archives(
         ValueError: no such split, no images, or archives that can't be read.
     """
     folder = source if source.is_dir() else source.parent
-    kind, _ = Counter(map(extension, names)).most_common(1)[0]
-    names = [name for name in printable(folder, names) if extension(name) == kind]
+    kind = extension(names[0])
     members = None  # of each archive that is read; `None` for all of them
     if kind == ".zip":
         members = {name: _zip_members(folder / name) for name in names}
@@ -93,7 +92,8 @@ def _rows(archives: list[tuple[str, str, list[str] | None, tuple[int, int]]]) ->
     for archive, folder, members, _ in archives:
         read = _read_zip if extension(archive) == ".zip" else _read_tar
         for member, data in read(archive, members):
-            yield {"image": {"bytes": data, "path": folder + os.path.normpath(member)}}
+            path = os.fsencode(folder + os.path.normpath(member)).decode(errors="replace")  # Arrow has UTF-8 only
+            yield {"image": {"bytes": data, "path": path}}
 
 
 def _is_data(member: str) -> bool:

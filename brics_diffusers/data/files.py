@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ IMAGE_EXTENSIONS = frozenset(
 ) | (HEIF_EXTENSIONS if pillow_heif else set())
 OTHER_IMAGES = HEIF_EXTENSIONS.union(ImageFolder.EXTENSIONS, ".arw .cr2 .cr3 .dng .jxl .nef .svg".split())
 OTHER_IMAGES -= IMAGE_EXTENSIONS
+ARCHIVES = {".arrow", ".tar", ".zip"} | {".7z", ".rar", ".tbz", ".tgz", ".txz"}  # the latter aren't read
 # What `datasets` reads beside the images of a folder.
 METADATA_FILES = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 # Folders in which network drives and systems keep thumbnails and what was deleted.
@@ -108,6 +110,19 @@ def only_images(source: Path, names: list[str]) -> list[str]:
     raise ValueError(
         f"{place} '{source}' has no images (found: {found}); expected files such as .png or .jpg in it{remedy}."
     )
+
+
+def warn_of_others(folder: Path, taken: list[str], names: list[str]) -> None:
+    """Logs which images and archives of a folder, that has several kinds of these, are not `taken`."""
+    kinds = IMAGE_EXTENSIONS if extension(taken[0]) in IMAGE_EXTENSIONS else {extension(taken[0])}
+    others = (IMAGE_EXTENSIONS | ARCHIVES) - kinds
+    left = [name for name in names if extension(name) in others or re.search(r"\.tar\.\w+$", name)]
+    if left:
+        text = (
+            "Of '%s' only the %d file(s) like %s are read; %d other(s) are left out, put them into a folder of their "
+            "own: %s."
+        )
+        logger.warning(text, folder, len(taken), taken[0], len(left), shorten(left))
 
 
 def extension(name: str) -> str:

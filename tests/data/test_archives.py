@@ -3,8 +3,9 @@ import itertools
 import tarfile
 import zipfile
 
+import datasets
 import pytest
-from image_files import encoded
+from image_files import encoded, save
 from PIL import Image
 
 from brics_diffusers.data.streaming import load_stream, read_shard
@@ -50,14 +51,14 @@ def names(load, tmp_path):
         {f"{i}.{'png' if i % 2 else 'jpg'}": PNG if i % 2 else JPG for i in range(12)},
         {f"{i}.{'png' if i < 6 else 'jpg'}": PNG if i < 6 else JPG for i in range(12)},
         {f"photo.{i}.final.jpg": JPG for i in range(4)},
-        {f"cats/{i}.png": PNG for i in range(4)},
+        {f"cats/{i}.png": PNG for i in range(4)} | {"caf\udce9.png": PNG},
     ],
 )
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_tars_of_images(folder, names, members, mode):
     write_tar(folder / "a.tar", members, mode)
     write_tar(folder / "b.tar", {"0.jpg": JPG}, mode)
-    images = [name.removeprefix("./") for name in members if name not in OTHERS]
+    images = [name.removeprefix("./").replace("\udce9", "\ufffd") for name in members if name not in OTHERS]
     assert names(folder) == [f"a/{name}" for name in images] + ["b/0.jpg"]
     assert sorted(names(folder / "a.tar")) == sorted(images)
 
@@ -127,3 +128,22 @@ def test_folder_of_zips(folder, names, load):
     (folder / "x0.zip").write_bytes(b"no zip")
     with pytest.raises(ValueError, match="x0.zip' is not a valid zip file"):
         names(folder)
+
+
+def test_several_kinds_in_a_folder(folder, names, caplog):
+    for name in ("0.tar", "1.tar"):
+        write_tar(folder / name, {"0.jpg": JPG})
+    write_zip(folder / "2.zip", {"0.jpg": JPG})
+    (folder / "3.tar.gz").write_bytes(b"")
+    assert names(folder) == ["0/0.jpg", "1/0.jpg"]
+    assert "only the 2 file(s) like 0.tar are read; 2 other(s) are left out, put them" in caplog.text
+    save(folder / "preview.png")
+    caplog.clear()
+    assert names(folder) == [str(folder / "preview.png")]
+    assert "only the 1 file(s) like preview.png are read; 4 other(s) are left out" in caplog.text
+    assert caplog.text.rstrip().endswith("0.tar, 1.tar, 2.zip, 3.tar.gz.")
+    rows = {"image": [{"bytes": PNG, "path": "a.png"}]}
+    datasets.Dataset.from_dict(rows, datasets.Features({"image": datasets.Image()})).to_parquet(folder / "a.parquet")
+    caplog.clear()
+    assert names(folder) == ["a.png"]
+    assert "only the 1 file(s) like a.parquet are read; 5 other(s) are left out" in caplog.text
