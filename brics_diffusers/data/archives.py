@@ -16,8 +16,9 @@ from pathlib import Path
 
 import datasets
 
-from .files import IMAGE_EXTENSIONS, METADATA_FILES, extension, is_hidden, only_images, shorten
-from .repositories import load_files
+from .classes import METADATA_READERS
+from .files import IMAGE_EXTENSIONS, extension, is_hidden, only_images, shorten
+from .repositories import KINDS, load_files
 from .splits import choose_split
 
 
@@ -51,7 +52,7 @@ def load_archives(
     members = None  # of each archive that is read; `None` for all of them
     if kind == ".zip":
         members = {name: _zip_members(folder / name) for name in names}
-        has_metadata = any(os.path.basename(member) in METADATA_FILES for name in names for member in members[name])
+        has_metadata = any(os.path.basename(member) in METADATA_READERS for name in names for member in members[name])
         by_datasets = has_metadata and source.is_dir()
     elif kind == ".tar":
         if source.is_dir():  # by the tars' names: to look into all of them would take long
@@ -63,7 +64,7 @@ def load_archives(
         by_datasets = True
     if by_datasets:
         names = choose_split(source, names, split)
-        return load_files(folder, names, kind, cache_dir, streaming)
+        return load_files(folder, names, KINDS[kind], cache_dir, streaming)
 
     folders = {name: os.path.splitext(name)[0] + "/" if source.is_dir() else "" for name in names}
     if members is not None:

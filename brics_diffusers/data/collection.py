@@ -15,17 +15,17 @@ import datasets
 import pyarrow.parquet
 
 from .archives import load_archives
-from .classes import add_labels, read_classes
+from .classes import METADATA_READERS, add_labels, read_classes
 from .decoding import image_size
 from .files import IMAGE_EXTENSIONS, extension, list_files, only_images, warn_of_others
 from .repositories import (
     KINDS,
     has_configs,
     is_saved,
+    load_files,
     load_hub,
     load_repository,
     load_saved,
-    stream_repository,
     with_features,
 )
 from .splits import choose_split
@@ -170,8 +170,7 @@ def load_folder(
     if is_saved(folder):
         return load_saved(folder, split)
     if config_name is not None or has_configs(folder):
-        load = stream_repository if streaming else load_repository
-        return load(folder, split, config_name, cache_dir)
+        return load_repository(folder, split, config_name, cache_dir, streaming)
     names = list_files(folder)
     if found := parquet_files(folder, names) or find_archives(names):
         warn_of_others(folder, found, names)
@@ -179,9 +178,25 @@ def load_folder(
         return load(folder, found, split, cache_dir, streaming)
     images = only_images(folder, names)
     warn_of_others(folder, images, names)
+    if metadata := [name for name in names if _names_several_images(folder / name)]:
+        return load_files(folder, choose_split(folder, metadata, split), "imagefolder", cache_dir)
     names = choose_split(folder, images, split)
     paths = [str((folder / name).absolute()) for name in names]
     return datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": datasets.Image()}))
+
+
+def _names_several_images(file: Path) -> bool:
+    """Whether it is a metadata file with columns such as `image_file_name`, so that not each image is a row."""
+    if file.name not in METADATA_READERS:
+        return False
+    try:
+        if file.suffix == ".parquet":
+            columns = pyarrow.parquet.read_schema(file).names
+        else:
+            columns = METADATA_READERS[file.name](file, nrows=1).columns
+    except Exception:  # whatever the readers of damaged files raise
+        return False
+    return any(column.endswith("_file_name") for column in map(str, columns))
 
 
 def parquet_files(folder: Path, names: list[str]) -> list[str]:

@@ -22,8 +22,6 @@ IMAGE_EXTENSIONS = frozenset(
 OTHER_IMAGES = HEIF_EXTENSIONS.union(ImageFolder.EXTENSIONS, ".arw .cr2 .cr3 .dng .jxl .nef .svg".split())
 OTHER_IMAGES -= IMAGE_EXTENSIONS
 ARCHIVES = {".arrow", ".tar", ".zip"} | {".7z", ".rar", ".tbz", ".tgz", ".txz"}  # the latter aren't read
-# What `datasets` reads beside the images of a folder.
-METADATA_FILES = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 # Folders in which network drives and systems keep thumbnails and what was deleted.
 JUNK = {"@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler", "lost+found"}
 JUNK |= {"system volume information"}
