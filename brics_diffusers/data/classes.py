@@ -4,6 +4,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 # What `datasets` reads beside the images of a folder; its column `file_name` says which image a row is of.
 METADATA_READERS = {
     "metadata.csv": pandas.read_csv,
-    "metadata.jsonl": lambda path: pandas.read_json(path, lines=True),
+    "metadata.jsonl": partial(pandas.read_json, lines=True),
     "metadata.parquet": pandas.read_parquet,
 }
 

@@ -6,19 +6,28 @@ import itertools
 import logging
 import os
 import re
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
 import pyarrow.parquet
 
-from .classes import add_labels, read_classes
+from .archives import load_archives
+from .classes import METADATA_READERS, add_labels, read_classes
 from .decoding import image_size
-from .files import IMAGE_EXTENSIONS, extension, is_hidden, list_files, only_images
-from .repositories import ARCHIVES, has_configs, is_saved, load_archives, load_hub, load_repository, load_saved
+from .files import IMAGE_EXTENSIONS, extension, list_files, only_images, warn_of_others
+from .repositories import (
+    KINDS,
+    has_configs,
+    is_saved,
+    load_files,
+    load_hub,
+    load_repository,
+    load_saved,
+    with_features,
+)
 from .splits import choose_split
 
 
@@ -47,12 +56,13 @@ def load_collection(
     as such, and one whose README.md has `configs` as the same repository on the Hub. Any other is searched to any
     depth, hidden files and files of other types are passed over; splits are told apart as [`choose_split`] says,
     parquet files also as `<split>-00000-of-00001.parquet`. A folder that has both parquet files and images is read as
-    parquet if the former hold images, and one of zips, webdataset's tars or Arrow files as `datasets` reads it.
+    parquet if the former hold images. One of zips or tars of images is read as if these were folders, and webdataset's
+    tars and Arrow files as `datasets` reads them. Of several kinds in a folder one is read, and a warning says which.
 
     Args:
         source (`str` or `os.PathLike`):
-            A folder of images, a folder of parquet files, a `.parquet` file, a `.zip` of images, or a dataset name on
-            the Hub. What exists locally comes first.
+            A folder of images, of archives or of parquet files, a `.parquet` file, a `.zip` or `.tar` of images, or a
+            dataset name on the Hub. What exists locally comes first.
         split (`str`, *optional*, defaults to `"train"`):
             The split to load; of splits that lie in folders, the name of one folder too ("val2017").
         image_column (`str`, *optional*):
@@ -89,13 +99,11 @@ def load_collection(
     if config_name is not None and path.is_file():
         raise ValueError(f"'{source}' is a file, which has no configuration '{config_name}'; leave config_name out.")
     if path.is_dir():
-        dataset = _load_folder(path, split, config_name, cache_dir)
-    elif path.suffix.lower() == ".zip" and path.is_file():
-        dataset = _load_zip(path, split, cache_dir)
+        dataset = load_folder(path, split, config_name, cache_dir)
+    elif path.suffix.lower() in (".zip", ".tar") and path.is_file():
+        dataset = load_archives(path, [path.name], split, cache_dir)
     elif path.suffix.lower() == ".parquet" and path.is_file():
         dataset = _load_parquet(path.parent, [path.name], split, cache_dir)
-    elif path.suffix.lower() == ".tar" and path.is_file():
-        dataset = load_archives(path.parent, choose_split(path.parent, [path.name], split), split, cache_dir)
     elif path.is_file():
         raise ValueError(f"'{source}' is a single '{path.suffix}' file; give {EXPECTED}.")
     elif looks_like_path(str(source)):
@@ -155,19 +163,40 @@ def looks_like_path(source: str) -> bool:
     return not is_hub_name or source.lower().endswith((".zip", ".tar", ".parquet"))
 
 
-def _load_folder(folder: Path, split: str, config_name: str | None, cache_dir) -> datasets.Dataset:
+def load_folder(
+    folder: Path, split: str, config_name: str | None, cache_dir, streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
+    """One split of a folder with all its columns; as a stream only what consists of shards."""
     if is_saved(folder):
         return load_saved(folder, split)
     if config_name is not None or has_configs(folder):
-        return load_repository(folder, split, config_name, cache_dir)
+        return load_repository(folder, split, config_name, cache_dir, streaming)
     names = list_files(folder)
-    if parquet := parquet_files(folder, names):
-        return _load_parquet(folder, parquet, split, cache_dir)
-    if archives := find_archives(names):
-        return load_archives(folder, choose_split(folder, archives, split), split, cache_dir)
-    names = choose_split(folder, only_images(folder, names), split)
+    if found := parquet_files(folder, names) or find_archives(names):
+        warn_of_others(folder, found, names)
+        load = _load_parquet if extension(found[0]) == ".parquet" else load_archives
+        return load(folder, found, split, cache_dir, streaming)
+    images = only_images(folder, names)
+    warn_of_others(folder, images, names)
+    if metadata := [name for name in names if _names_several_images(folder / name)]:
+        return load_files(folder, choose_split(folder, metadata, split), "imagefolder", cache_dir)
+    names = choose_split(folder, images, split)
     paths = [str((folder / name).absolute()) for name in names]
     return datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": datasets.Image()}))
+
+
+def _names_several_images(file: Path) -> bool:
+    """Whether it is a metadata file with columns such as `image_file_name`, so that not each image is a row."""
+    if file.name not in METADATA_READERS:
+        return False
+    try:
+        if file.suffix == ".parquet":
+            columns = pyarrow.parquet.read_schema(file).names
+        else:
+            columns = METADATA_READERS[file.name](file, nrows=1).columns
+    except Exception:  # whatever the readers of damaged files raise
+        return False
+    return any(column.endswith("_file_name") for column in map(str, columns))
 
 
 def parquet_files(folder: Path, names: list[str]) -> list[str]:
@@ -176,15 +205,17 @@ def parquet_files(folder: Path, names: list[str]) -> list[str]:
     kinds = {re.sub(r"\d+", "0", name): name for name in parquet}  # one of many shards
     kinds = {kind for kind, name in kinds.items() if _holds_images(folder / name)}
     holding = [name for name in parquet if re.sub(r"\d+", "0", name) in kinds]
-    has_others = any(extension(name) in IMAGE_EXTENSIONS | ARCHIVES.keys() for name in names)
+    has_others = any(extension(name) in IMAGE_EXTENSIONS | KINDS.keys() for name in names)
     return holding if holding or has_others else parquet
 
 
 def find_archives(names: list[str]) -> list[str]:
-    """Tars, zips and Arrow files among a folder's, if there are no images."""
-    if any(extension(name) in IMAGE_EXTENSIONS for name in names):
+    """Tars, zips or Arrow files among a folder's, those of the most frequent kind, if there are no images."""
+    kinds = Counter(kind for name in names if (kind := extension(name)) in KINDS)
+    if not kinds or any(extension(name) in IMAGE_EXTENSIONS for name in names):
         return []
-    return [name for name in names if extension(name) in ARCHIVES]
+    (kind, _), *_ = kinds.most_common(1)
+    return [name for name in names if extension(name) == kind]
 
 
 def _holds_images(file: Path) -> bool:
@@ -202,38 +233,15 @@ def _holds_images(file: Path) -> bool:
         return False
 
 
-def _load_zip(archive: Path, split: str, cache_dir) -> datasets.Dataset:
-    try:
-        with zipfile.ZipFile(archive) as file:
-            names = [info.filename for info in file.infolist() if not info.is_dir()]
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"'{archive}' is not a valid zip file ({error}); create it again.") from error
-    names = sorted(name for name in names if not any(is_hidden(part) for part in name.split("/")))
-    names = choose_split(archive, only_images(archive, names), split)
-    status = archive.stat()
-    # The stamp enters the fingerprint of the cached copy, so that a changed archive is read again.
-    arguments = {"archive": str(archive.resolve()), "names": names, "stamp": (status.st_mtime_ns, status.st_size)}
-    # Plain binary and string: encoding as `datasets.Image` would prefer a local file that bears a member's name.
-    features = datasets.Features({"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
-    cache_dir = None if cache_dir is None else str(cache_dir)
-    return datasets.Dataset.from_generator(_zip_rows, features=features, cache_dir=cache_dir, gen_kwargs=arguments)
-
-
-def _zip_rows(archive: str, names: list[str], stamp: tuple[int, int]) -> Iterator[dict]:
-    with zipfile.ZipFile(archive) as file:
-        for name in names:
-            try:
-                data = file.read(name)
-            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError):
-                data = b""  # a damaged or encrypted member is one unreadable image, not the end of the archive
-            yield {"image": {"bytes": data, "path": name}}
-
-
-def _load_parquet(folder: Path, names: list[str], split: str, cache_dir) -> datasets.Dataset:
+def _load_parquet(
+    folder: Path, names: list[str], split: str, cache_dir, streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
     names = choose_split(folder, names, split)
     files = [glob.escape(str((folder / name).resolve())) for name in names]  # `datasets` takes each for a pattern
+    options = {"data_files": {"train": files}, "split": "train", "cache_dir": cache_dir, "streaming": streaming}
     try:
-        return datasets.load_dataset("parquet", data_files={"train": files}, split="train", cache_dir=cache_dir)
+        dataset = datasets.load_dataset("parquet", **options)
+        return with_features(dataset) if streaming else dataset
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:  # ArrowInvalid is a ValueError
         if "corresponds to no data" in str(error):
             raise ValueError(f"split '{split}' of '{folder}' has no rows; give one with images.") from error

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ IMAGE_EXTENSIONS = frozenset(
 ) | (HEIF_EXTENSIONS if pillow_heif else set())
 OTHER_IMAGES = HEIF_EXTENSIONS.union(ImageFolder.EXTENSIONS, ".arw .cr2 .cr3 .dng .jxl .nef .svg".split())
 OTHER_IMAGES -= IMAGE_EXTENSIONS
+ARCHIVES = {".arrow", ".tar", ".zip"} | {".7z", ".rar", ".tbz", ".tgz", ".txz"}  # the latter aren't read
 # Folders in which network drives and systems keep thumbnails and what was deleted.
 JUNK = {"@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler", "lost+found"}
 JUNK |= {"system volume information"}
@@ -53,7 +55,7 @@ def printable(folder: Path, names: list[str]) -> list[str]:
     """The names that are UTF-8, as Arrow can't hold others, which are logged."""
     odd = [name for name in names if not _is_utf8(name)]
     if odd:
-        found = _shorten([str(os.fsencode(name)) for name in odd])
+        found = shorten([str(os.fsencode(name)) for name in odd])
         text = "%d file(s) of '%s' have names that are not UTF-8 and are left out, rename them: %s."
         logger.warning(text, len(odd), folder, found)
         odd = set(odd)
@@ -97,9 +99,9 @@ def only_images(source: Path, names: list[str]) -> list[str]:
     if IMAGE_EXTENSIONS & set(kinds):
         if others:
             text = "%d image(s) of '%s' are of formats that can't be read and are left out, %s: %s."
-            logger.warning(text, len(others), source, remedy, _shorten(others))
+            logger.warning(text, len(others), source, remedy, shorten(others))
         return [name for name in names if extension(name) in IMAGE_EXTENSIONS]
-    place = "folder" if source.is_dir() else "zip"
+    place = "folder" if source.is_dir() else source.suffix[1:]
     if not names:
         raise ValueError(f"{place} '{source}' is empty; expected images such as .png or .jpg in it.")
     found, remedy = ", ".join(sorted(kinds)[:8]), f", or {remedy}" if others else ""
@@ -108,10 +110,24 @@ def only_images(source: Path, names: list[str]) -> list[str]:
     )
 
 
+def warn_of_others(folder: Path, taken: list[str], names: list[str]) -> None:
+    """Logs which images and archives of a folder, that has several kinds of these, are not `taken`."""
+    kinds = IMAGE_EXTENSIONS if extension(taken[0]) in IMAGE_EXTENSIONS else {extension(taken[0])}
+    others = (IMAGE_EXTENSIONS | ARCHIVES) - kinds
+    left = [name for name in names if extension(name) in others or re.search(r"\.tar\.\w+$", name)]
+    if left:
+        text = (
+            "Of '%s' only the %d file(s) like %s are read; %d other(s) are left out, put them into a folder of their "
+            "own: %s."
+        )
+        logger.warning(text, folder, len(taken), taken[0], len(left), shorten(left))
+
+
 def extension(name: str) -> str:
     """The extension in small letters, with its dot."""
     return os.path.splitext(name)[1].lower()
 
 
-def _shorten(names: list[str], limit: int = 10) -> str:
+def shorten(names: list[str], limit: int = 10) -> str:
+    """The first names."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

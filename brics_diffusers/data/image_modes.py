@@ -123,7 +123,7 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
         image (`PIL.Image.Image`): An image of any mode.
 
     Returns:
-        `PIL.Image.Image`: mode "L"; images of other modes as they are.
+        `PIL.Image.Image`: mode "L", or "LA" with a transparent value; images of other modes as they are.
 
     Raises:
         `ValueError`: For values out of [0, 65535], floats out of [0, 1].
@@ -137,4 +137,9 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
             f"an image of mode {image.mode} has values in [{values.min()}, {values.max()}], expected [0, {top}]; "
             "scale them."
         )
-    return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+    scaled = np.rint(values * (255 / top)).astype(np.uint8)
+    transparent = image.info.get("transparency")  # a PNG's one value that is
+    if not isinstance(transparent, int):
+        return Image.fromarray(scaled)
+    alpha = np.where(values == transparent, 0, 255).astype(np.uint8)
+    return Image.merge("LA", [Image.fromarray(scaled), Image.fromarray(alpha)])

@@ -21,12 +21,11 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, get_worker_info
 
 from ..utils.sizes import height_and_width
-from .collection import find_archives, find_image_column, load_collection, looks_like_path, parquet_files
+from .collection import find_image_column, load_collection, load_folder, looks_like_path
 from .decoding import UnreadableImageError
 from .files import IMAGE_EXTENSIONS, extension, list_files
 from .images import UnreadableLog, collate_images, none_readable, only_the_parent_terminates, to_pixels, to_tensor
-from .repositories import has_configs, is_saved, load_archives, load_hub, stream_repository
-from .splits import choose_split
+from .repositories import is_saved, load_hub
 
 
 logger = logging.getLogger(__name__)
@@ -51,8 +50,8 @@ def load_stream(
 
     Args:
         source (`str` or `os.PathLike`):
-            A dataset's name on the Hub, or a folder of webdataset's tars or of parquet or Arrow files, which
-            `datasets` reads and tells splits of; or any other that [`load_collection`] reads.
+            A dataset's name on the Hub, or a folder of tars or of parquet or Arrow files, each a shard; or any other
+            that [`load_collection`] reads.
         split, image_column, cache_dir, config_name: As in [`load_collection`].
 
     Returns:
@@ -63,14 +62,8 @@ def load_stream(
         ValueError: As [`load_collection`].
     """
     path = Path(os.path.expanduser(source))
-    names = list_files(path) if path.is_dir() and not is_saved(path) else []
-    if _is_sharded({extension(name) for name in names}):
-        by_card = config_name is not None or has_configs(path) or parquet_files(path, names)
-        archives = [] if by_card else find_archives(names)
-        if archives:
-            stream = load_archives(path, choose_split(path, archives, split), split, cache_dir, streaming=True)
-        else:
-            stream = stream_repository(path, split, config_name, cache_dir)
+    if path.is_dir() and not is_saved(path) and _is_sharded({extension(name) for name in list_files(path)}):
+        stream = load_folder(path, split, config_name, cache_dir, streaming=True)
     elif path.exists() or looks_like_path(str(source)):
         dataset = load_collection(source, split, image_column, cache_dir, config_name=config_name)
         return dataset.to_iterable_dataset(min(LOCAL_SHARDS, len(dataset)))

@@ -59,6 +59,13 @@ def test_16_bit_rgb_png():
     assert result.tolist() == [[[0, 128, 255], [64, 1, 0]]]
 
 
+def test_transparent_value_of_16_bit_gray():
+    image = Image.fromarray(np.array([[1000, 1001, 40 * 257]], np.uint16))
+    data = {"bytes": encoded(image, transparency=1000), "path": None}
+    assert np.asarray(read_image(data, 4))[0].tolist() == [[255] * 3 + [0], [4] * 3 + [255], [40] * 3 + [255]]
+    assert np.asarray(read_image(data))[0, :, 0].tolist() == [255, 4, 40]
+
+
 def test_float_tiff():
     values = np.array([[0.0, 0.2, 1.0]], np.float32)
     assert pixels(encoded(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == [0, 51, 255]

@@ -15,6 +15,7 @@ from PIL import Image
 from brics_diffusers.commands.shared import add_collection_arguments, read_collection
 from brics_diffusers.data import load_collection
 from brics_diffusers.data.repositories import load_hub
+from brics_diffusers.data.streaming import load_stream
 from brics_diffusers.training_utils.arguments import add_common_arguments
 from brics_diffusers.training_utils.run import load_splits
 
@@ -70,6 +71,27 @@ def test_configurations(repository, load):
     assert len(load(repository)) == 1
     with pytest.raises(ValueError, match="is a file, which has no configuration 'large'; leave config_name out"):
         load(repository / "pictures/a.png", config_name="large")
+
+
+def test_path_that_datasets_takes_for_a_pattern(repository, load):
+    write_card(repository, ONE)
+    repository = repository.rename(repository.with_name("my [set] x"))
+    for source in (load, load_stream):
+        with pytest.raises(
+            ValueError, match=r"my \[set\] x' has one of the characters .* in it, .*; rename the folder"
+        ):
+            source(repository)
+    (repository / "README.md").unlink()
+    assert len(load(repository)) == 4
+
+
+def test_metadata_of_pairs(repository, load, caplog):
+    text = '{"image_file_name": "%s.png", "conditioning_image_file_name": "%s.png", "text": "x"}\n'
+    (repository / "pictures/metadata.jsonl").write_text(text % ("a", "b"))
+    images = load(repository)["image"]
+    assert [image["path"] for image in images] == [str(repository / "pictures/a.png")]
+    assert "are those of column 'image', of columns: image, conditioning_image, text" in caplog.text
+    assert len(load(repository, image_column="conditioning_image")) == len(list(load_stream(repository))) == 1
 
 
 def test_flags(repository, tmp_path):
@@ -147,6 +169,8 @@ def test_saved_to_disk(rows, folder, load):
     assert len(load(folder / "both", "validation")) == len(load(folder / "both/validation")) == 1
     with pytest.raises(ValueError, match="has no split 'test'; available splits: train, validation"):
         load(folder / "both", "test")
+    datasets.DatasetDict(train=rows, val=rows.select([0])).save_to_disk(str(folder / "val"))
+    assert len(load(folder / "val", "validation")) == len(load(folder / "val", "val")) == 1
     (folder / "one/data-00000-of-00001.arrow").unlink()
     with pytest.raises(ValueError, match="cannot be read as save_to_disk wrote it .*; save again"):
         load(folder / "one")
