@@ -157,7 +157,8 @@ def report_text(args, table: list[dict], result: dict, extractor) -> str:
 
 {origin(on)}
 
-Images of {args.size} x {args.size}. One UNet of {result["parameters"] / 1e6:.1f} M parameters, {flags.max_train_steps} steps of {flags.train_batch_size}
+Images of {args.size} x {args.size}. One UNet of {result["parameters"] / 1e6:.1f} M parameters,
+{flags.max_train_steps} steps of {flags.train_batch_size}
 latents out of {counts["latents"]}, {args.flags.scheduler.get("prediction_type", "v_prediction")}, the same noise,
 timesteps and order of images for all; averaged weights. {args.num_samples} samples of one and the same noise,
 DPM-Solver++ (2M) with {args.num_inference_steps} steps. Seeds of the UNets {seeds}; autoencoders {of_seed}. Mean ±
