@@ -24,7 +24,8 @@ train train_autoencoder.py --output_dir $runs/autoencoder --pretrained_autoencod
     --train_decoder_only --learning_rate 3e-3 --adversarial_weight 0.1 --discriminator_type patch \
     --discriminator_learning_rate 2e-3 --discriminator_adam_beta1 0.9 --discriminator_start_step 1 \
     --gan_start_step 240 --gan_warmup_steps 120 --gradient_penalty_weight 0.2
-train train_key_codes.py --mixed_precision bf16 --autoencoder_name_or_path $runs/autoencoder --output_dir $runs/pipeline
+train train_key_codes.py --mixed_precision bf16 --autoencoder_name_or_path $runs/autoencoder \
+    --output_dir $runs/pipeline --scaling_factor 2
 
 bash model_cards/finish.sh $runs "$images" model_cards/brics-fluent-emoji-128 mit 30 \
     --num_samples 192 --guidance_scales 1 1.5 2 3 --guidance_intervals 0:1

@@ -28,7 +28,7 @@ train train_autoencoder.py "${autoencoder[@]}" --output_dir $runs/autoencoder --
 train train_key_codes.py --mixed_precision bf16 --autoencoder_name_or_path $runs/autoencoder \
     --output_dir $runs/pipeline --class_conditional --class_column category --min_class_images 10 \
     --train_batch_size 128 --max_train_steps 5000 --learning_rate 6e-4 --lr_warmup_steps 150 \
-    --set "unet.block_out_channels=[96,160,224]" unet.dropout=0.1
+    --scaling_factor 2 --set "unet.block_out_channels=[96,160,224]" unet.dropout=0.1
 
 bash model_cards/finish.sh $runs "$images" model_cards/brics-noto-emoji-64 apache-2.0 30 \
     --num_samples 192 --guidance_scales 1 1.5 2 3 --guidance_intervals 0:1

@@ -29,7 +29,7 @@ from brics_diffusers.data.key_codes import (
     write_key_codes,
 )
 from brics_diffusers.metrics.generation import KID_FEATURES
-from brics_diffusers.models.loading import load_autoencoder
+from brics_diffusers.models.loading import is_pipeline, load_autoencoder
 from brics_diffusers.pipelines.pipeline_brics_key_code import key_codes_to_latents
 from brics_diffusers.schedulers.min_snr import min_snr_weights
 from brics_diffusers.training_utils.arguments import (
@@ -37,6 +37,7 @@ from brics_diffusers.training_utils.arguments import (
     not_negative,
     parse_arguments,
     positive,
+    positive_number,
     run_settings,
 )
 from brics_diffusers.training_utils.autoguidance import check_guide_step, keep_guide, load_guide
@@ -94,6 +95,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.999)
     add("--adam_epsilon", type=float, default=1e-8)
+    add(
+        "--scaling_factor",
+        type=positive_number,
+        help="Latents are key codes, less 0.5, times this, 2 in the paper. Default: a pipeline keeps its own, whether "
+        "it is pretrained or the autoencoder comes from it; else one over the standard deviation of the key codes.",
+    )
     add("--snr_gamma", type=float, help="Min-SNR weighting with this limit, 5 in the paper; none by default.")
     add("--ema_max_decay", type=float, default=0.9999, help="Decay of the averaged weights after its warm-up.")
     add("--guide_step", type=positive, help="Keep the averaged weights of this step as the pipeline's guide.")
@@ -198,6 +205,7 @@ def load_models(args) -> tuple[BricsAutoencoder, BricsKeyCodePipeline | None]:
     if args.pretrained_model_name_or_path is not None:
         pipeline = load_key_code_pipeline(args.pretrained_model_name_or_path)
         autoencoder = autoencoder or pipeline.autoencoder
+        autoencoder.register_to_config(scaling_factor=pipeline.autoencoder.config.scaling_factor)
         check_key_codes(autoencoder, pipeline.unet)
     check_resolution(args.resolution, autoencoder)
     return autoencoder.requires_grad_(False).eval(), pipeline
@@ -221,6 +229,18 @@ def build_pipeline(args, autoencoder, pretrained: BricsKeyCodePipeline | None, c
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     return pipeline
+
+
+def scale_latents(args, pipeline: BricsKeyCodePipeline, key_codes: KeyCodeDataset) -> None:
+    """Gives a new diffusion model's pipeline, and `args`, the scaling factor, and the scheduler the bounds by it."""
+    autoencoder = pipeline.autoencoder
+    if args.scaling_factor is None and is_pipeline(args.autoencoder_name_or_path):
+        args.scaling_factor = autoencoder.config.scaling_factor
+    elif args.scaling_factor is None:  # to four digits, which all processes find alike
+        args.scaling_factor = float(f"{1 / max(key_codes.deviation(), 0.01):.4g}")
+    autoencoder.register_to_config(scaling_factor=args.scaling_factor)
+    bounds = {"clip_sample_range": args.scaling_factor / 2}
+    pipeline.register_modules(scheduler=CosineVariantScheduler(**bounds | args.scheduler))
 
 
 def draw_noise(shape: torch.Size, seed: int, batch: int, accelerator, num_train_timesteps: int):
@@ -272,9 +292,13 @@ def train(args, accelerator) -> None:
     class_names = class_images and list(class_images)
     pipeline = build_pipeline(args, autoencoder, pretrained, class_images)  # before what else draws random numbers
     validation = KeyCodeValidation(args, accelerator, autoencoder, dataset, held_out, class_images)
-    unet, scheduler = pipeline.unet, pipeline.scheduler
     key_codes = encode_collection(args, accelerator, autoencoder, dataset)
     terminated = TerminationSignal(accelerator)  # until here, what is encoded stays and needs no saving
+    if pretrained is None:
+        scale_latents(args, pipeline, key_codes)
+    elif args.scaling_factor not in (None, autoencoder.config.scaling_factor):
+        logger.warning("--scaling_factor is for new models; the pretrained one keeps its own.")
+    unet, scheduler, args.scaling_factor = pipeline.unet, pipeline.scheduler, autoencoder.config.scaling_factor
 
     count_steps(args, accelerator, len(key_codes))
     adam = args.adam_beta1, args.adam_beta2, args.adam_epsilon
@@ -304,7 +328,8 @@ def train(args, accelerator) -> None:
     )
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     millions = sum(parameter.numel() for parameter in unwrapped.parameters()) / 1e6
-    logger.info("%d key codes; %d a step; %.1f M parameters", len(key_codes), global_batch, millions)
+    logger.info("%d key codes, scaled by %g; %d a step", len(key_codes), args.scaling_factor, global_batch)
+    logger.info("%.1f M parameters", millions)
 
     def held_out_loss(latents, noise, timesteps) -> torch.Tensor:
         """That of training, without classes: those of held-out images may be unknown."""
@@ -324,7 +349,8 @@ def train(args, accelerator) -> None:
             ranks = accelerator.process_index, accelerator.num_processes
             labels = drop_labels(labels, len(class_names), args.class_dropout_prob, args.seed, number, *ranks)
             labels = labels.to(accelerator.device, non_blocking=True)
-        latents = key_codes_to_latents(key_code_batch.to(accelerator.device, non_blocking=True))
+        key_code_batch = key_code_batch.to(accelerator.device, non_blocking=True)
+        latents = key_codes_to_latents(key_code_batch, args.scaling_factor)
         noise, timesteps = draw_noise(
             latents.shape, args.seed, number, accelerator, scheduler.config.num_train_timesteps
         )

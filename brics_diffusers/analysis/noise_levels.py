@@ -49,13 +49,14 @@ def decode_noised(
 ) -> torch.Tensor:
     """
     What key codes of images (B, 3, H, W) decode to, (B, times, 3, H, W) and not clipped, when noise is added to them
-    as in training the diffusion model (Fig. 12): latents `2 * (z - 0.5)` are noised, mapped back and clipped to [0,
-    1]. Of the times in [0, 1], 0 is the clean code, 1 the last train step; the noise is the same for all times and
-    schedulers.
+    as in training the diffusion model (Fig. 12): latents, scaled as the autoencoder's config says, are noised, mapped
+    back and clipped to [0, 1]. Of the times in [0, 1], 0 is the clean code, 1 the last train step; the noise is the
+    same for all times and schedulers.
     """
     if not all(0 <= time <= 1 for time in times):
         raise ValueError(f"times are {times}; each must lie in [0, 1].")
-    latents = key_codes_to_latents(autoencoder.encode(images).key_codes)
+    factor = autoencoder.config.scaling_factor
+    latents = key_codes_to_latents(autoencoder.encode(images).key_codes, factor)
     noise = [torch.randn(latents.shape[1:], generator=row_generator(seed, row)) for row in range(len(latents))]
     noise = torch.stack(noise).to(latents)
     total = scheduler.config.num_train_timesteps
@@ -65,5 +66,5 @@ def decode_noised(
         noised = latents
         if step >= 0:
             noised = scheduler.add_noise(latents, noise, torch.full((len(latents),), step, device=latents.device))
-        decoded.append(autoencoder.decode(latents_to_key_codes(noised)).sample)
+        decoded.append(autoencoder.decode(latents_to_key_codes(noised, factor)).sample)
     return torch.stack(decoded, dim=1)

@@ -1,6 +1,7 @@
 """Key codes of a whole collection on disk, in memory-mapped shards."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -208,6 +209,15 @@ class KeyCodeDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    def deviation(self, num_key_codes: int = 10000) -> float:
+        """Standard deviation of all numbers in the key codes, from about so many of them, spread evenly."""
+        step = max(1, len(self) // num_key_codes)
+        count, total, squares = 0, 0.0, 0.0
+        for shard in range(len(self.ends)):
+            values = np.load(_shard_path(self.folder, shard), mmap_mode="r")[::step].astype(np.float64)
+            count, total, squares = count + values.size, total + values.sum(), squares + np.square(values).sum()
+        return math.sqrt(max(squares / count - (total / count) ** 2, 0.0))
 
     def __getitem__(self, index: int) -> torch.Tensor | tuple[torch.Tensor, int]:
         if not 0 <= index < len(self):

@@ -76,6 +76,10 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
             without this key means `False`.
         interpolation_gamma (`float`, defaults to 1.0):
             Standard deviation of the noise towards which `"interpolate"` moves latents `2 * (z - 0.5)`, above 0.
+        scaling_factor (`float`, defaults to 2.0):
+            What key codes, less 0.5, are multiplied by for a diffusion model, as in latent diffusion models
+            (arXiv 2112.10752); above 0. 2 maps them to [-1, 1] (App. A.5); `train_key_codes.py` sets it so that their
+            standard deviation over the collection is 1. Encoder and decoder take no notice of it.
 
     Raises:
         `ValueError`: If the arguments contradict each other.
@@ -127,6 +131,7 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
         use_coordinates: bool = True,
         encoder_shortcut: bool = True,
         interpolation_gamma: float = 1.0,
+        scaling_factor: float = 2.0,
     ):
         super().__init__()
         check_config(self.config)

@@ -22,7 +22,7 @@ class BricsEncoderOutput(BaseOutput):
 
     @property
     def latents(self) -> torch.Tensor:
-        """The key codes, by the name that diffusers has for what `decode` takes; a pipeline's are in [-1, 1]."""
+        """The key codes, by the name that diffusers has for what `decode` takes; a pipeline's are scaled."""
         return self.key_codes
 
 

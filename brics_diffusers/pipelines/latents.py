@@ -3,14 +3,14 @@
 import torch
 
 
-def key_codes_to_latents(key_codes: torch.Tensor) -> torch.Tensor:
-    """Key codes in [0, 1] to the diffusion model's range [-1, 1] (App. A.5)."""
-    return 2 * (key_codes - 0.5)
+def key_codes_to_latents(key_codes: torch.Tensor, scaling_factor: float) -> torch.Tensor:
+    """Key codes in [0, 1] to the diffusion model's latents; with a factor of 2 they are in [-1, 1] (App. A.5)."""
+    return scaling_factor * (key_codes - 0.5)
 
 
-def latents_to_key_codes(latents: torch.Tensor) -> torch.Tensor:
+def latents_to_key_codes(latents: torch.Tensor, scaling_factor: float) -> torch.Tensor:
     """Latents to key codes, clipped to [0, 1] (App. A.5)."""
-    return (latents / 2 + 0.5).clamp(0, 1)
+    return (latents / scaling_factor + 0.5).clamp(0, 1)
 
 
 def generators_per_image(

@@ -34,7 +34,7 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, GuidanceMixin,
 
     Args:
         autoencoder ([`BricsAutoencoder`]): Autoencoder whose key codes are generated.
-        unet ([`UNet2DModel`]): Denoises key codes that are scaled to [-1, 1].
+        unet ([`UNet2DModel`]): Denoises latents: key codes, less 0.5, times the autoencoder's `scaling_factor`.
         scheduler ([`SchedulerMixin`]):
             [`CosineVariantScheduler`] or any scheduler compatible with it.
         guide ([`UNet2DModel`], *optional*):
@@ -186,7 +186,8 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, GuidanceMixin,
 
     def _encode(self, sample: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1] to clean latents."""
-        return key_codes_to_latents(self.autoencoder.encode(sample).key_codes.to(self._latents_dtype))
+        key_codes = self.autoencoder.encode(sample).key_codes.to(self._latents_dtype)
+        return key_codes_to_latents(key_codes, self.autoencoder.config.scaling_factor)
 
     def _denoise(
         self,
@@ -225,7 +226,8 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, GuidanceMixin,
     def _output(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         images = latents
         if output_type != "latent":
-            key_codes = latents_to_key_codes(latents).to(self._key_codes_dtype)
+            key_codes = latents_to_key_codes(latents, self.autoencoder.config.scaling_factor)
+            key_codes = key_codes.to(self._key_codes_dtype)
             images = self.image_processor.postprocess(self.autoencoder.decode(key_codes).sample, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -266,8 +268,8 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, GuidanceMixin,
             latents (`torch.Tensor` of shape (B, C_z, H_z, W_z), *optional*): Gaussian noise to start from.
             output_type (`str`, defaults to `"pil"`):
                 `"pil"`, of mode L, RGB or RGBA as the autoencoder's channels are; `"np"` (B, H, W, C) in [0, 1];
-                `"pt"` (B, C, H, W) in [0, 1]; or `"latent"`: denoised latents in float32, nominally in [-1, 1], whose
-                key codes are `latents / 2 + 0.5`, clipped.
+                `"pt"` (B, C, H, W) in [0, 1]; or `"latent"`: denoised latents in float32, whose key codes are
+                `latents / autoencoder.config.scaling_factor + 0.5`, clipped.
             return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipeline, step, timestep, tensors)` after every step; may return changed tensors.

@@ -142,10 +142,12 @@ class CosineVariantScheduler(DDPMScheduler):
             Whether the predicted clean sample is clamped, here and after a swap for another scheduler. `False` is for
             latents without bounds, and switches `thresholding` off as well unless that is given.
         clip_sample_range (`float`, defaults to `1.0`):
-            The bound of the clamp with `thresholding=False`.
+            The bound of the clamp: half the autoencoder's `scaling_factor` for key codes. Another one than 1 switches
+            `thresholding` off unless that is given, and is heeded by schedulers with `clip_sample_range`
+            ([`DDPMScheduler`], [`DDIMScheduler`]) only.
         prediction_type (`"epsilon"`, `"sample"` or `"v_prediction"`, defaults to `"epsilon"`):
             What the model predicts.
-        thresholding (`bool`, *optional*, defaults to `clip_sample`):
+        thresholding (`bool`, *optional*, defaults to `clip_sample` where `clip_sample_range` is 1):
             Dynamic thresholding of the predicted clean sample. Key codes, mapped to `2 * (z - 0.5)`, lie in [-1, 1],
             and at alpha-bar 1e-6 an error in epsilon comes out 1000 times as large in the clean sample. Multistep
             solvers have no `clip_sample` but do have `thresholding`, which with `sample_max_value=1.0` is a clamp to
@@ -216,7 +218,7 @@ class CosineVariantScheduler(DDPMScheduler):
         # class name tells it which keys are this class's own, so that it need not warn of them.
         self.register_to_config(
             trained_betas=betas.tolist(),
-            thresholding=clip_sample if thresholding is None else thresholding,
+            thresholding=clip_sample and clip_sample_range == 1 if thresholding is None else thresholding,
             _use_default_values=[],
             _class_name=self.__class__.__name__,
         )
@@ -260,7 +262,7 @@ class CosineVariantScheduler(DDPMScheduler):
             [`CosineVariantScheduler`]: the scheduler; a tuple with the unused arguments if `return_unused_kwargs`.
         """
         if isinstance(config, dict):
-            if "clip_sample" in kwargs and "thresholding" not in kwargs:
+            if {"clip_sample", "clip_sample_range"} & set(kwargs) and "thresholding" not in kwargs:
                 config = {key: value for key, value in config.items() if key != "thresholding"}
             schedule_keys = {"num_train_timesteps", "gamma_schedule", "start", "end", "tau"}
             if "trained_betas" not in kwargs and any(
@@ -310,7 +312,7 @@ class CosineVariantScheduler(DDPMScheduler):
             if largest > 1.01 * bound:
                 logger.warning(
                     f"Samples reach {largest:.3g} in size, but sampling will clamp them to [-{bound:g}, {bound:g}]; "
-                    "scale them, or build the scheduler with clip_sample=False."
+                    "scale them, or build the scheduler with clip_sample=False or a larger clip_sample_range."
                 )
         return super().add_noise(original_samples, noise, timesteps)
 

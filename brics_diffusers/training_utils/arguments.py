@@ -44,6 +44,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positive_number(text: str) -> float:
+    """Type of a flag that scales something: a finite `float` above 0."""
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, not {text}")
+    return float(text)
+
+
 def not_negative(text: str) -> int:
     """Type of a flag that may be 0: an `int` of at least 0."""
     if int(text) < 0:

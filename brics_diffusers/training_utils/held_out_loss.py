@@ -32,7 +32,7 @@ class HeldOutLoss:
         batch_size: int,
         num_workers: int = 0,
     ):
-        self.accelerator = accelerator
+        self.accelerator, self.autoencoder = accelerator, autoencoder
         rows = range(accelerator.process_index, len(dataset), accelerator.num_processes)
         channels, *size = autoencoder.sample_shape
         loader = evaluation_loader(dataset, size, batch_size, num_workers, rows=rows, channels=channels)
@@ -40,7 +40,7 @@ class HeldOutLoss:
         for batch in loader:
             if batch["index"].numel():
                 key_codes = autoencoder.encode(batch["pixel_values"].to(accelerator.device)).key_codes
-                self.batches.append((batch["index"].tolist(), key_codes_to_latents(key_codes)))
+                self.batches.append((batch["index"].tolist(), key_codes))
 
     @torch.no_grad()
     def __call__(self, loss: Callable[..., torch.Tensor], num_train_timesteps: int) -> dict[str, float]:
@@ -49,7 +49,8 @@ class HeldOutLoss:
         is readable. `loss` makes of latents and noise (B, C, H, W) and timesteps (B,) a scalar, their mean.
         """
         sums, count = torch.zeros(QUARTERS, dtype=torch.float64), 0
-        for rows, latents in self.batches:
+        for rows, key_codes in self.batches:
+            latents = key_codes_to_latents(key_codes, self.autoencoder.config.scaling_factor)
             draws = [_draw(row, latents.shape[1:], num_train_timesteps) for row in rows]
             noise, timesteps = (torch.stack(parts, dim=1).to(latents.device) for parts in zip(*draws, strict=True))
             values = [loss(latents, *pair) for pair in zip(noise, timesteps, strict=True)]

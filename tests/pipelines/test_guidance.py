@@ -259,7 +259,9 @@ class TestSaving:
         guided_pipe.save_pretrained(tmp_path / "pipe")
         assert any(name.startswith("guide/") for name in public_files(tmp_path / "pipe"))
         write_remote_code(tmp_path / "pipe", tmp_path / "code")
+        operator = torch.ops.brics_diffusers.lookup.default
         loaded = DiffusionPipeline.from_pretrained(tmp_path / "code", trust_remote_code=True)
+        assert torch.ops.brics_diffusers.lookup.default is operator  # code of its own leaves the package's alone
         loaded.set_progress_bar_config(disable=True)
         assert type(loaded) is not BricsKeyCodePipeline and loaded.labels == guided_pipe.labels
         options = {"class_labels": "bird", "guidance_scale": 2.0}

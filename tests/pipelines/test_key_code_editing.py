@@ -49,7 +49,7 @@ def images():
 def clean(pipe, images):
     """The images' latents, (2, 4, 8, 8)."""
     with torch.no_grad():
-        return key_codes_to_latents(pipe.autoencoder.encode(images * 2 - 1).key_codes)
+        return key_codes_to_latents(pipe.autoencoder.encode(images * 2 - 1).key_codes, 2.0)
 
 
 @pytest.fixture

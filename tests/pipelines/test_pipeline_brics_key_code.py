@@ -19,7 +19,7 @@ from diffusers import (
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 
-from brics_diffusers import BricsKeyCodePipeline, CosineVariantScheduler
+from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
 from brics_diffusers.data import read_image
 from brics_diffusers.pipelines.pipeline_brics_key_code import key_codes_to_latents, latents_to_key_codes
 
@@ -39,7 +39,7 @@ class TestCall:
         assert np.abs(images["np"] - images["pt"].permute(0, 2, 3, 1).numpy()).max() < 1e-6
         # PIL rounds to 1/255.
         assert np.abs(np.stack([np.array(image) for image in images["pil"]]) / 255 - images["np"]).max() < 0.51 / 255
-        decoded = pipe.autoencoder.decode(latents_to_key_codes(images["latent"])).sample
+        decoded = pipe.autoencoder.decode(latents_to_key_codes(images["latent"], 2.0)).sample
         torch.testing.assert_close((decoded / 2 + 0.5).clamp(0, 1), images["pt"])
 
     def test_tuple(self, pipe):
@@ -225,8 +225,35 @@ class TestSaving:
 
 def test_latents_and_key_codes():
     key_codes = torch.tensor([0.0, 0.25, 1.0])
-    torch.testing.assert_close(key_codes_to_latents(key_codes), torch.tensor([-1.0, -0.5, 1.0]))
-    torch.testing.assert_close(latents_to_key_codes(torch.tensor([-2.0, -0.5, 3.0])), key_codes)
+    for factor, latents in ((2.0, [-1.0, -0.5, 1.0]), (4.0, [-2.0, -1.0, 2.0])):
+        torch.testing.assert_close(key_codes_to_latents(key_codes, factor), torch.tensor(latents))
+        beyond = torch.tensor([latents[0] - 1, latents[1], latents[2] + 2])
+        torch.testing.assert_close(latents_to_key_codes(beyond, factor), key_codes)
+
+
+class TestScalingFactor:
+    """The autoencoder's config says what the diffusion model's latents are."""
+
+    def test_images_are_of_the_latents_that_it_says(self, pipe):
+        pipe.autoencoder.register_to_config(scaling_factor=5.0)
+        pipe.scheduler = CosineVariantScheduler.from_config(pipe.scheduler.config, clip_sample_range=2.5)
+        images = {kind: pipe(2, 3, generator=seeded(), output_type=kind).images for kind in ("pt", "latent")}
+        assert images["latent"].abs().max() > 1  # and no scheduler clamps them to [-1, 1]
+        decoded = pipe.autoencoder.decode((images["latent"] / 5 + 0.5).clamp(0, 1)).sample
+        torch.testing.assert_close((decoded / 2 + 0.5).clamp(0, 1), images["pt"])
+
+    def test_images_that_are_changed_a_little_stay(self, pipe, tmp_path):
+        pipe.autoencoder.register_to_config(scaling_factor=5.0)
+        pipe.save_pretrained(tmp_path)
+        pipe = BricsKeyCodePipeline.from_pretrained(tmp_path)
+        assert pipe.vae.config.scaling_factor == 5.0
+        image = torch.rand(1, 3, 32, 32, generator=seeded())
+        same = pipe.vary(image, strength=0.0, output_type="pt").images
+        torch.testing.assert_close(same, pipe.reconstruct(image, output_type="pt").images, rtol=0, atol=1e-4)
+
+    def test_others_are_refused(self):
+        with pytest.raises(ValueError, match="scaling_factor is 0; it must be above 0"):
+            BricsAutoencoder(scaling_factor=0)
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,19 @@ class TestWithoutAClamp:
         saved = CosineVariantScheduler().config
         assert not CosineVariantScheduler.from_config(saved, clip_sample=False).config.thresholding
 
+    @pytest.mark.parametrize("scheduler_class", [CosineVariantScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
+    def test_other_bounds(self, scheduler_class):
+        """Where a scheduler knows bounds other than 1 it keeps to them, and none keeps to 1."""
+        scheduler = scheduler_class.from_config(CosineVariantScheduler(clip_sample_range=2.0).config)
+        assert not scheduler.config.thresholding
+        saved = CosineVariantScheduler().config
+        assert not CosineVariantScheduler.from_config(saved, clip_sample_range=2.0).config.thresholding
+        scheduler.set_timesteps(4)
+        sample, epsilon = torch.full((1, 1, 2, 2), 9.0), torch.zeros(1, 1, 2, 2)
+        stepped = scheduler.step(epsilon, scheduler.timesteps[-1], sample).prev_sample
+        assert (stepped.abs().max() < 4) == (scheduler_class is not DPMSolverMultistepScheduler)
+        assert stepped.abs().max() > 1.5
+
     @pytest.mark.parametrize(("options", "warned"), [({}, True), ({"clip_sample": False}, False)])
     def test_latents_that_leave_the_range_are_named_once(self, options, warned, warnings):
         scheduler = CosineVariantScheduler(**options)

@@ -27,6 +27,33 @@ def test_a_whole_pipeline_is_saved(stage_two):
     assert (output_dir / "checkpoint-4").is_dir()
 
 
+class TestScalingFactor:
+    def test_latents_have_a_deviation_of_one(self, stage_two):
+        pipe = BricsKeyCodePipeline.from_pretrained(stage_two[0])
+        factor = pipe.autoencoder.config.scaling_factor
+        codes = KeyCodeDataset(stage_two[0] / "key_codes")
+        codes = torch.stack([codes[index] for index in range(len(codes))])
+        assert (factor * codes).std().item() == pytest.approx(1, rel=1e-3)
+        assert pipe.scheduler.config.clip_sample_range == factor / 2
+
+    @pytest.mark.parametrize(
+        ("autoencoder", "words", "expected"),
+        [("one", ["--scaling_factor", 2], 2), ("two", [], None), ("two", ["--scaling_factor", 3.5], 3.5)],
+    )
+    def test_it_is_as_asked_or_the_pipelines_own(
+        self, stage_one, stage_two, image_folder, write_config, tmp_path, autoencoder, words, expected
+    ):
+        """A guide that is trained by itself sees the same latents as the pipeline that it is for."""
+        path = {"one": stage_one, "two": stage_two}[autoencoder][0]
+        flags = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", tmp_path / "run"]
+        flags += ["--autoencoder_name_or_path", path, "--max_train_steps", 1, "--num_validation_images", 0]
+        train_here(train_key_codes.main, *flags, *words)
+        own = BricsKeyCodePipeline.from_pretrained(stage_two[0]).autoencoder.config.scaling_factor
+        pipe = BricsKeyCodePipeline.from_pretrained(tmp_path / "run")
+        assert pipe.autoencoder.config.scaling_factor == (expected or own)
+        assert pipe.scheduler.config.thresholding == (expected == 2)
+
+
 def test_half_precision_is_for_what_is_saved(stage_one, stage_two, image_folder, write_config, tmp_path):
     output_dir = shutil.copytree(stage_two[0], tmp_path / "run")
     flags = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", output_dir, "--random_flip"]

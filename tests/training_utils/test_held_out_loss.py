@@ -57,9 +57,12 @@ def test_latents_are_those_of_the_images(autoencoder, image_folder):
     items = [collection[index]["pixel_values"] for index in range(len(collection))]
     images = torch.stack([image for image in items if image is not None])
     with torch.no_grad():
-        expected = 2 * (autoencoder.encode(images).key_codes - 0.5)
-    latents = torch.cat([latents for _, latents in make(autoencoder, image_folder).batches])
-    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
+        expected = 3 * (autoencoder.encode(images).key_codes - 0.5)
+    loss, seen = make(autoencoder, image_folder, batch_size=len(images)), []
+    autoencoder.register_to_config(scaling_factor=3.0)  # as training does once all key codes are known
+    loss(lambda latents, noise, timesteps: seen.append(latents) or latents.mean(), TRAIN_STEPS)
+    assert len(seen) == 4
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-5)
 
 
 def test_batches_and_processes_do_not_matter(autoencoder, image_folder, monkeypatch):

@@ -16,6 +16,8 @@ from .lookup_reference import lookup_reference
 
 
 IMPLEMENTATIONS = ("reference", "torch", "triton")
+# A model that brings its own code has operators to itself, and leaves the installed package's as they are.
+NAMESPACE = __name__.split(".")[0]
 # The first lookup on a GPU makes tables that are kept, which must not lie in the memory of a CUDA graph.
 OPERATOR_TAGS = (torch.Tag.cudagraph_unsafe,)
 
@@ -89,7 +91,7 @@ def retrieve(
     return lookup(keys, entries, *grids, with_slopes, implementation)[0]
 
 
-@torch.library.custom_op("brics_diffusers::lookup", mutates_args=(), tags=OPERATOR_TAGS)
+@torch.library.custom_op(f"{NAMESPACE}::lookup", mutates_args=(), tags=OPERATOR_TAGS)
 def lookup(
     keys: torch.Tensor,
     entries: torch.Tensor,
@@ -107,7 +109,7 @@ def lookup(
     return lookup_torch.lookup(*arguments)
 
 
-@torch.library.custom_op("brics_diffusers::scatter", mutates_args=(), tags=OPERATOR_TAGS)
+@torch.library.custom_op(f"{NAMESPACE}::scatter", mutates_args=(), tags=OPERATOR_TAGS)
 def scatter(
     grad_features: torch.Tensor,
     keys: torch.Tensor,
