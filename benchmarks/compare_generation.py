@@ -95,13 +95,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--checkpointing_steps", type=positive, default=500, help="Steps from one saved state to the next.")
     add("--train_batch_size", type=positive, help="Latents in a step; default: the config's.")
     add("--learning_rate", type=float, help="Adam's learning rate; default: the config's.")
+    add("--scaling_factor", type=float, help="Of key codes, as of train_key_codes.py; 2 in the paper.")
     add("--num_samples", type=positive, default=500, help="Images that are generated at each validation.")
     add("--num_inference_steps", type=positive, default=25, help="DPM-Solver++ steps of these.")
     add("--extractor", default=KID_FEATURES, help="Network whose features judge.")
     add("--num_reference_images", type=positive, default=3000, help="Training images to compare with, at most.")
     args = parser.parse_args(argv)
     words = [f"--config={args.config}", f"--dataset_name={args.dataset_name}", "--autoencoder_name_or_path=each"]
-    for name in ("max_train_steps", "train_batch_size", "learning_rate"):
+    for name in ("max_train_steps", "train_batch_size", "learning_rate", "scaling_factor"):
         words += flag_words(name, getattr(args, name))
     args.flags = train_key_codes.parse_args(words + (["--set", *args.set] if args.set else []))
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,7 +115,7 @@ class Run:
     def __init__(self, args, name: str, schedule: str, seed: int, space: LatentSpace, settings: dict):
         self.args, self.name, self.schedule, self.seed, self.space = args, name, schedule, seed, space
         self.folder = Path(args.output_dir) / "runs" / folder_name(f"{name}-{schedule}", seed)
-        self.scheduler = build_scheduler(args.flags.scheduler, schedule, space.bounded)
+        self.scheduler = build_scheduler(args.flags.scheduler, schedule, space.bound)
         self.snr_gamma = SCHEDULES[schedule][1]
         names = ("validation_steps", "num_samples", "num_inference_steps", "num_reference_images")
         self.settings = {name: getattr(args, name) for name in names} | settings

@@ -17,7 +17,6 @@ from brics_diffusers.data import collection_fingerprint, evaluation_loader
 from brics_diffusers.metrics.feature_distances import collection_features
 from brics_diffusers.metrics.feature_extractors import extractor_digest
 from brics_diffusers.metrics.reconstruction import image_batches, row_generator
-from brics_diffusers.pipelines.latents import key_codes_to_latents, latents_to_key_codes
 from brics_diffusers.utils.files import atomic_write, weights_digest
 from brics_diffusers.utils.safe_loading import load_class_safely
 
@@ -48,9 +47,9 @@ def load_saved_autoencoder(folder: Path) -> torch.nn.Module:
 @dataclass
 class LatentSpace:
     """
-    An autoencoder's latents as the diffusion model sees them: key codes in [-1, 1], others, which have no bounds, over
-    `deviation`, their standard deviation over the training images, as LDM scales them. `VQModel`'s are those before
-    the quantisation, which is part of decoding.
+    An autoencoder's latents as the diffusion model sees them: key codes less 0.5, others as they are, over
+    `deviation`, their standard deviation over the training images, as LDM scales them, unless `--scaling_factor` says
+    otherwise. `VQModel`'s are those before the quantisation, which is part of decoding.
 
     `name` is that of the autoencoder's folder. On the CPU: `latents` (N, C, H, W) of the training images, and of their
     mirror images after them if training has those; `held_out` (M, C, H, W); and features (R, D) of reconstructions, of
@@ -66,9 +65,9 @@ class LatentSpace:
     name: str
 
     @property
-    def bounded(self) -> bool:
-        """Whether latents stay in [-1, 1]."""
-        return isinstance(self.autoencoder, BricsAutoencoder)
+    def bound(self) -> float | None:
+        """What latents stay below in size, if they have bounds."""
+        return 0.5 / self.deviation if isinstance(self.autoencoder, BricsAutoencoder) else None
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +80,7 @@ class LatentSpace:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images of the diffusion model's latents."""
-        return decode(self.autoencoder, latents_to_key_codes(latents) if self.bounded else latents * self.deviation)
+        return decode(self.autoencoder, latents * self.deviation + _center(self.autoencoder))
 
 
 @torch.no_grad()
@@ -90,7 +89,7 @@ def latent_space(args, folder: Path, train_set, validation_set, extractor) -> La
     autoencoder = load_saved_autoencoder(folder).to(args.device)
     origin = weights_digest({"autoencoder": autoencoder}), extractor_digest(extractor)
     origin += tuple(collection_fingerprint(dataset) for dataset in (train_set, validation_set))
-    origin += args.num_reference_images, args.flags.random_flip
+    origin += args.num_reference_images, args.flags.random_flip, args.flags.scaling_factor
     digest = hashlib.sha256(repr(origin).encode()).hexdigest()[:16]
     path = Path(args.output_dir) / "latents" / f"{folder.name}-{digest}.safetensors"
     if not path.exists():
@@ -115,7 +114,9 @@ def _encode_all(args, autoencoder, train_set, validation_set, extractor) -> dict
         return collection_features(reconstructions(autoencoder, loader), extractor, args.device, progress=False)
 
     of_training, held_out = latents(train_set, args.flags.random_flip), latents(validation_set)
-    deviation = of_training.std()
+    deviation, factor = of_training.std(), args.flags.scaling_factor
+    if factor is not None and isinstance(autoencoder, BricsAutoencoder):
+        deviation = torch.tensor(1 / factor)
     return {
         "deviation": deviation,
         "latents": _scaled(autoencoder, of_training, deviation),
@@ -126,7 +127,11 @@ def _encode_all(args, autoencoder, train_set, validation_set, extractor) -> dict
 
 
 def _scaled(autoencoder, latents: torch.Tensor, deviation) -> torch.Tensor:
-    return key_codes_to_latents(latents) if isinstance(autoencoder, BricsAutoencoder) else latents / deviation
+    return (latents - _center(autoencoder)) / deviation
+
+
+def _center(autoencoder) -> float:
+    return 0.5 if isinstance(autoencoder, BricsAutoencoder) else 0.0
 
 
 def build_unet(config: dict, latents: torch.Tensor) -> UNet2DModel:
@@ -135,10 +140,10 @@ def build_unet(config: dict, latents: torch.Tensor) -> UNet2DModel:
     return UNet2DModel(**{"sample_size": height, "in_channels": channels, "out_channels": channels} | config)
 
 
-def build_scheduler(config: dict, schedule: str, bounded: bool) -> CosineVariantScheduler:
+def build_scheduler(config: dict, schedule: str, bound: float | None) -> CosineVariantScheduler:
     """One of `SCHEDULES`. Without bounds nothing clamps, neither here nor in a solver that takes the config over."""
     changes, _ = SCHEDULES[schedule]
-    of_latents = {"clip_sample": bounded, "thresholding": bounded}
+    of_latents = {"clip_sample": bound is not None, "clip_sample_range": bound or 1.0}
     return CosineVariantScheduler(**{"prediction_type": "v_prediction"} | config | changes | of_latents)
 
 

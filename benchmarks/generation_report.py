@@ -46,7 +46,7 @@ def code_errors(space, latents: torch.Tensor) -> dict[str, float]:
     training latents' standard deviation, means over the latents: `nearest_code`, to the nearest one of a training
     image, and `encoded_again`, to what the encoder makes of their own image.
     """
-    latents = latents.clamp(-1, 1) if space.bounded else latents
+    latents = latents if space.bound is None else latents.clamp(-space.bound, space.bound)
     unit = latent_deviation(space.latents).item() * latents[0].numel() ** 0.5
     nearest = squared_distances(latents.flatten(1), space.latents.flatten(1)).min(dim=1).values.sqrt()
     again = [space.encode(space.decode(part).clamp(-1, 1)) for part in latents.to(space.device).split(BATCH_SIZE)]
@@ -134,7 +134,7 @@ def report_text(args, table: list[dict], result: dict, extractor) -> str:
     kid = name_with_features("kid", extractor)
     headings = {
         f"{kid}_of_reconstructions": heading_with_features("KID of reconstructions", extractor),
-        "deviation": "standard deviation of the latents",
+        "deviation": "divisor of the latents",
         "nearest_code": "to the nearest code",
         "encoded_again": "encoded again",
     }
@@ -174,8 +174,8 @@ over the held-out images: to the nearest code of a training image (or of its mir
 and from a code to that of the image which it is decoded to. Seconds are for one image (on a CPU: of all its cores,
 other work left out).
 
-The autoencoders alone, of held-out images but for the standard deviation, which is over the training images, of the
-latents as the autoencoder has them:
+The autoencoders alone, of held-out images but for what their latents, of key codes less 0.5, are divided by: the
+standard deviation over the training images, unless --scaling_factor was given.
 
 {markdown_table(alone)}
 Rows of samples, seed {args.seeds[0]}: {pictures}.

@@ -101,10 +101,12 @@ class TestLatentSpaces:
     @torch.no_grad()
     def test_there_and_back(self, autoencoders, image_folder, name):
         space, batch, latents = make_space(autoencoders, name, image_folder)
+        assert space.latents.std().item() == pytest.approx(1, rel=1e-4)
         if name == "BRICS":
-            assert space.bounded and torch.equal(space.latents, 2 * latents - 1)
+            torch.testing.assert_close(space.latents, (latents - 0.5) / space.deviation)
+            assert space.latents.abs().max() <= space.bound == 0.5 / space.deviation
         else:
-            assert not space.bounded and space.latents.std().item() == pytest.approx(1)
+            assert space.bound is None
         own = space.autoencoder(batch).sample
         torch.testing.assert_close(space.decode(space.latents), own, rtol=1e-3, atol=1e-4)
 
@@ -129,13 +131,16 @@ class TestLatentSpaces:
 
 class TestSampling:
     @pytest.mark.parametrize("schedule", ["b", "a"])
-    @pytest.mark.parametrize("bounded", [True, False])
-    def test_only_latents_with_bounds_are_clamped(self, schedule, bounded):
+    @pytest.mark.parametrize(("bound", "solver_clamps"), [(1.0, True), (2.0, False), (None, False)])
+    def test_only_latents_with_bounds_are_clamped(self, schedule, bound, solver_clamps):
         config = {"prediction_type": "sample"}  # the network says where sampling ends
-        scheduler = build_scheduler(config, schedule, bounded)
+        scheduler = build_scheduler(config, schedule, bound)
+        assert scheduler.config.clip_sample == (bound is not None)
+        assert bound is None or scheduler.config.clip_sample_range == bound
         assert scheduler.config.gamma_schedule == {"b": "cosine_variant", "a": "cosine"}[schedule]
         latents = denoise(lambda x, *_, **__: (torch.full_like(x, 3.0),), scheduler, torch.randn(2, 4, 8, 8), 4)
-        torch.testing.assert_close(latents, torch.full_like(latents, 1.0 if bounded else 3.0), rtol=1e-3, atol=1e-3)
+        expected = torch.full_like(latents, 1.0 if solver_clamps else 3.0)
+        torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
 
     def test_noise_of_a_sample_is_that_of_its_number(self):
         few, many = (starting_noise((4, 8, 8), count) for count in (3, 5))
@@ -173,7 +178,7 @@ class TestTraining:
     def test_what_has_no_bounds_is_learned_without_a_clamp(self, result):
         for name, of_run in result["runs"].items():
             clamps = [of_run["scheduler"][key] for key in ("clip_sample", "thresholding")]
-            assert clamps == [name.startswith("BRICS")] * 2
+            assert clamps == [name.startswith("BRICS"), False]
 
     @pytest.mark.parametrize(
         ("message", "more"),
@@ -257,8 +262,8 @@ class TestReport:
 
     def test_codes_with_bounds_are_clipped_first(self, autoencoders, image_folder):
         space, *_ = make_space(autoencoders, "BRICS", image_folder)
-        outside = torch.full_like(space.latents, 5.0)
-        found, expected = (generation_report.code_errors(space, codes) for codes in (outside, outside.clamp(-1, 1)))
+        outside = torch.full_like(space.latents, 2 * space.bound)
+        found, expected = (generation_report.code_errors(space, codes) for codes in (outside, outside / 2))
         assert found == expected
 
 
