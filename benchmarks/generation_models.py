@@ -141,7 +141,7 @@ def build_unet(config: dict, latents: torch.Tensor) -> UNet2DModel:
 
 
 def build_scheduler(config: dict, schedule: str, bound: float | None) -> CosineVariantScheduler:
-    """One of `SCHEDULES`. Without bounds nothing clamps, neither here nor in a solver that takes the config over."""
+    """One of `SCHEDULES`. Nothing clamps latents without bounds, and DPM-Solver++ only those within [-1, 1]."""
     changes, _ = SCHEDULES[schedule]
     of_latents = {"clip_sample": bound is not None, "clip_sample_range": bound or 1.0}
     return CosineVariantScheduler(**{"prediction_type": "v_prediction"} | config | changes | of_latents)

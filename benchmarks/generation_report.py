@@ -174,8 +174,8 @@ over the held-out images: to the nearest code of a training image (or of its mir
 and from a code to that of the image which it is decoded to. Seconds are for one image (on a CPU: of all its cores,
 other work left out).
 
-The autoencoders alone, of held-out images but for what their latents, of key codes less 0.5, are divided by: the
-standard deviation over the training images, unless --scaling_factor was given.
+The autoencoders alone, of held-out images. Latents, and key codes less 0.5, are divided by the last column but two:
+their standard deviation over the training images, or one over --scaling_factor for key codes.
 
 {markdown_table(alone)}
 Rows of samples, seed {args.seeds[0]}: {pictures}.

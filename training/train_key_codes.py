@@ -29,7 +29,7 @@ from brics_diffusers.data.key_codes import (
     write_key_codes,
 )
 from brics_diffusers.metrics.generation import KID_FEATURES
-from brics_diffusers.models.loading import is_pipeline, load_autoencoder
+from brics_diffusers.models.loading import load_autoencoder
 from brics_diffusers.pipelines.pipeline_brics_key_code import key_codes_to_latents
 from brics_diffusers.schedulers.min_snr import min_snr_weights
 from brics_diffusers.training_utils.arguments import (
@@ -66,7 +66,7 @@ from brics_diffusers.training_utils.optimization import (
 from brics_diffusers.training_utils.post_hoc_ema import PowerEMA
 from brics_diffusers.training_utils.pretrained import check_key_codes, check_resolution, load_key_code_pipeline
 from brics_diffusers.training_utils.record import finish_run, summarize_run
-from brics_diffusers.training_utils.run import StepLog, count_steps, resume_run, start_run
+from brics_diffusers.training_utils.run import StepLog, count_steps, resume_run, start_run, write_config
 from brics_diffusers.training_utils.sample_distance import DISTANCES
 from brics_diffusers.training_utils.streams import load_images_to_encode, stream_fingerprint
 from brics_diffusers.utils.files import weights_digest
@@ -98,8 +98,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add(
         "--scaling_factor",
         type=positive_number,
-        help="Latents are key codes, less 0.5, times this, 2 in the paper. Default: a pipeline keeps its own, whether "
-        "it is pretrained or the autoencoder comes from it; else one over the standard deviation of the key codes.",
+        help="Latents are key codes, less 0.5, times this, 2 in the paper. Default: that of the autoencoder's config, "
+        "else one over the standard deviation of the key codes, but 2 for a UNet that predicts epsilon.",
     )
     add("--snr_gamma", type=float, help="Min-SNR weighting with this limit, 5 in the paper; none by default.")
     add("--ema_max_decay", type=float, default=0.9999, help="Decay of the averaged weights after its warm-up.")
@@ -198,6 +198,11 @@ def build_unet(args, autoencoder: BricsAutoencoder, num_classes: int | None = No
     return UNet2DModel(**config)
 
 
+def build_scheduler(args, scaling_factor: float) -> CosineVariantScheduler:
+    """The scheduler of the config, which clamps where latents end unless the config has it otherwise."""
+    return CosineVariantScheduler(**{"clip_sample_range": scaling_factor / 2} | args.scheduler)
+
+
 def load_models(args) -> tuple[BricsAutoencoder, BricsKeyCodePipeline | None]:
     """The autoencoder, and the pretrained pipeline if one is named."""
     autoencoder = args.autoencoder_name_or_path and load_autoencoder(args.autoencoder_name_or_path)
@@ -205,7 +210,11 @@ def load_models(args) -> tuple[BricsAutoencoder, BricsKeyCodePipeline | None]:
     if args.pretrained_model_name_or_path is not None:
         pipeline = load_key_code_pipeline(args.pretrained_model_name_or_path)
         autoencoder = autoencoder or pipeline.autoencoder
-        autoencoder.register_to_config(scaling_factor=pipeline.autoencoder.config.scaling_factor)
+        factor = pipeline.autoencoder.scaling_factor
+        if args.scaling_factor not in (None, factor):
+            logger.warning("--scaling_factor is for new models; the pretrained one keeps its own, %g.", factor)
+        args.scaling_factor = factor
+        autoencoder.register_to_config(scaling_factor=factor)
         check_key_codes(autoencoder, pipeline.unet)
     check_resolution(args.resolution, autoencoder)
     return autoencoder.requires_grad_(False).eval(), pipeline
@@ -225,22 +234,38 @@ def build_pipeline(args, autoencoder, pretrained: BricsKeyCodePipeline | None, c
             classes["id2label"] = dict(enumerate(class_images))
             shares = [1] * len(class_images) if args.balance_classes else list(class_images.values())
             classes["default_class_weights"] = shares
-        pipeline = BricsKeyCodePipeline(autoencoder, unet, CosineVariantScheduler(**args.scheduler), **classes)
+        scheduler = build_scheduler(args, autoencoder.scaling_factor)
+        pipeline = BricsKeyCodePipeline(autoencoder, unet, scheduler, **classes)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     return pipeline
 
 
-def scale_latents(args, pipeline: BricsKeyCodePipeline, key_codes: KeyCodeDataset) -> None:
-    """Gives a new diffusion model's pipeline, and `args`, the scaling factor, and the scheduler the bounds by it."""
-    autoencoder = pipeline.autoencoder
-    if args.scaling_factor is None and is_pipeline(args.autoencoder_name_or_path):
-        args.scaling_factor = autoencoder.config.scaling_factor
-    elif args.scaling_factor is None:  # to four digits, which all processes find alike
-        args.scaling_factor = float(f"{1 / max(key_codes.deviation(), 0.01):.4g}")
-    autoencoder.register_to_config(scaling_factor=args.scaling_factor)
-    bounds = {"clip_sample_range": args.scaling_factor / 2}
-    pipeline.register_modules(scheduler=CosineVariantScheduler(**bounds | args.scheduler))
+def choose_scaling_factor(args, pipeline: BricsKeyCodePipeline, key_codes: KeyCodeDataset) -> float:
+    """That of a new run, as the help of `--scaling_factor` says, the same on all processes."""
+    factor = args.scaling_factor or pipeline.autoencoder.config.scaling_factor
+    if factor is None and pipeline.scheduler.config.prediction_type == "epsilon":
+        factor = 2.0  # solvers can clamp such a prediction's errors at the noisiest steps in [-1, 1] only
+    if factor is None:
+        factor = float(f"{1 / max(key_codes.standard_deviation(), 0.01):.4g}")
+    return broadcast_object_list([factor])[0]
+
+
+def settle_scaling_factor(args, accelerator, state: RunState, pipeline: BricsKeyCodePipeline, key_codes) -> None:
+    """Gives the pipeline and the run's record the scaling factor: a new one, or what a resumed run began with."""
+    if state.global_step == 0:
+        state.scaling_factor = choose_scaling_factor(args, pipeline, key_codes)
+    factor = state.scaling_factor
+    if args.scaling_factor not in (None, factor):
+        raise ValueError(
+            f"--scaling_factor is {args.scaling_factor:g}, but the run has begun with {factor:g}; leave it out."
+        )
+    args.scaling_factor = factor
+    pipeline.autoencoder.register_to_config(scaling_factor=factor)
+    if args.pretrained_model_name_or_path is None:
+        pipeline.register_modules(scheduler=build_scheduler(args, factor))
+    if accelerator.is_main_process:
+        write_config(args)
 
 
 def draw_noise(shape: torch.Size, seed: int, batch: int, accelerator, num_train_timesteps: int):
@@ -294,24 +319,22 @@ def train(args, accelerator) -> None:
     validation = KeyCodeValidation(args, accelerator, autoencoder, dataset, held_out, class_images)
     key_codes = encode_collection(args, accelerator, autoencoder, dataset)
     terminated = TerminationSignal(accelerator)  # until here, what is encoded stays and needs no saving
-    if pretrained is None:
-        scale_latents(args, pipeline, key_codes)
-    elif args.scaling_factor not in (None, autoencoder.config.scaling_factor):
-        logger.warning("--scaling_factor is for new models; the pretrained one keeps its own.")
-    unet, scheduler, args.scaling_factor = pipeline.unet, pipeline.scheduler, autoencoder.config.scaling_factor
 
     count_steps(args, accelerator, len(key_codes))
-    adam = args.adam_beta1, args.adam_beta2, args.adam_epsilon
+    unet, adam = pipeline.unet, (args.adam_beta1, args.adam_beta2, args.adam_epsilon)
     optimizer = build_optimizer(unet, args.learning_rate, *adam, use_8bit_adam=args.use_8bit_adam)
     lr_scheduler = build_lr_scheduler(args, optimizer)
     ema = EMAModel(unet.parameters(), decay=args.ema_max_decay, foreach=True)
     state = RunState(run_settings(args, accelerator, len(key_codes)), **NO_BEST, validation=None)
+    state.scaling_factor = 2.0  # that of checkpoints which don't say
     unet, optimizer = accelerator.prepare(unet, optimizer)  # the schedule would advance once a process
     accelerator.register_for_checkpointing(ema, lr_scheduler, state)
     unwrapped = accelerator.unwrap_model(unet, keep_torch_compile=False)
     power_ema = args.ema_snapshot_steps and PowerEMA(accelerator, unwrapped, output_dir, args.ema_snapshot_steps)
     set_seed(args.seed, device_specific=True)  # dropout, where the UNet has it, differs between processes
     resume_run(args, accelerator, state, ema, lr_scheduler, [optimizer])
+    settle_scaling_factor(args, accelerator, state, pipeline, key_codes)
+    scheduler = pipeline.scheduler
     check_guide_step(args, state)
     if power_ema:
         power_ema.check_resumed(state.global_step)

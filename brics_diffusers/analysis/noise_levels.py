@@ -55,7 +55,7 @@ def decode_noised(
     """
     if not all(0 <= time <= 1 for time in times):
         raise ValueError(f"times are {times}; each must lie in [0, 1].")
-    factor = autoencoder.config.scaling_factor
+    factor = autoencoder.scaling_factor
     latents = key_codes_to_latents(autoencoder.encode(images).key_codes, factor)
     noise = [torch.randn(latents.shape[1:], generator=row_generator(seed, row)) for row in range(len(latents))]
     noise = torch.stack(noise).to(latents)

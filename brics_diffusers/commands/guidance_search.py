@@ -189,7 +189,11 @@ def save_defaults(args: argparse.Namespace, scale: float, times: tuple[float, fl
         # Loading would warn of what only the scheduler of training knows.
         arguments = inspect.signature(type(scheduler).__init__).parameters
         known = {name: value for name, value in scheduler.config.items() if name in arguments}
-        type(scheduler)(**known).save_pretrained(index.parent / "scheduler")
+        scheduler, trained = type(scheduler)(**known), load_pipeline(args.model).scheduler.config
+        # Which a scheduler that has them takes over again, in sampling and where the training goes on.
+        bounds = {name: trained[name] for name in ("clip_sample", "clip_sample_range") if name in trained}
+        scheduler.register_to_config(**bounds)
+        scheduler.save_pretrained(index.parent / "scheduler")
         if args.scheduler is not None:
             content["scheduler"] = ["diffusers", args.scheduler]
     with atomic_write(index) as file:

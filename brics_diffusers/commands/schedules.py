@@ -76,7 +76,8 @@ def noised(args: argparse.Namespace, device) -> tuple[dict, dict]:
         scheduler = CosineVariantScheduler(args.num_train_timesteps, name)
         decoded[name] = decode_noised(autoencoder, images, scheduler, PICTURE_TIMES, args.seed).cpu()
     facts = collection_facts(args, dataset, autoencoder, unreadable)
-    return decoded, facts | {"num_images": args.num_images, "images": len(images)}
+    facts |= {"num_images": args.num_images, "images": len(images), "scaling_factor": autoencoder.scaling_factor}
+    return decoded, facts
 
 
 def as_text(args: argparse.Namespace, result: dict) -> str:
@@ -96,4 +97,5 @@ def pictures_sentences(result: dict) -> list[str]:
         return []
     found, wanted = result["images"], result["num_images"]
     fewer = f" There are only {found} of the {wanted} images of --num_images." if found < wanted else ""
-    return [f"Noised key codes, decoded, with noise of seed {result['seed']}.{fewer} {origin_sentence(result)}"]
+    noised = f"Key codes, scaled by {result['scaling_factor']:g}, noised and decoded; noise of seed {result['seed']}."
+    return [f"{noised}{fewer} {origin_sentence(result)}"]

@@ -210,9 +210,9 @@ class KeyCodeDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def deviation(self, num_key_codes: int = 10000) -> float:
-        """Standard deviation of all numbers in the key codes, from about so many of them, spread evenly."""
-        step = max(1, len(self) // num_key_codes)
+    def standard_deviation(self, max_key_codes: int = 2000) -> float:
+        """Standard deviation of all numbers in the key codes, from so many of them at most, spread evenly."""
+        step = -(-len(self) // max_key_codes)
         count, total, squares = 0, 0.0, 0.0
         for shard in range(len(self.ends)):
             values = np.load(_shard_path(self.folder, shard), mmap_mode="r")[::step].astype(np.float64)

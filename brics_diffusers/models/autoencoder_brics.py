@@ -76,10 +76,11 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
             without this key means `False`.
         interpolation_gamma (`float`, defaults to 1.0):
             Standard deviation of the noise towards which `"interpolate"` moves latents `2 * (z - 0.5)`, above 0.
-        scaling_factor (`float`, defaults to 2.0):
-            What key codes, less 0.5, are multiplied by for a diffusion model, as in latent diffusion models
-            (arXiv 2112.10752); above 0. 2 maps them to [-1, 1] (App. A.5); `train_key_codes.py` sets it so that their
-            standard deviation over the collection is 1. Encoder and decoder take no notice of it.
+        scaling_factor (`float`, *optional*):
+            What key codes, less 0.5, are multiplied by for a diffusion model, above 0; encoder and decoder take no
+            notice of it. `train_key_codes.py` sets it where it is `None`, so that their standard deviation over the
+            collection is 1 (arXiv 2112.10752). Else `None` means 2, to [-1, 1] (App. A.5), as does a saved config
+            without this key.
 
     Raises:
         `ValueError`: If the arguments contradict each other.
@@ -131,7 +132,7 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
         use_coordinates: bool = True,
         encoder_shortcut: bool = True,
         interpolation_gamma: float = 1.0,
-        scaling_factor: float = 2.0,
+        scaling_factor: float | None = None,
     ):
         super().__init__()
         check_config(self.config)
@@ -178,9 +179,9 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
-        """As in diffusers; a saved config that does not know of the shortcut is of a model without one."""
-        if "_class_name" in config_dict and "encoder_shortcut" not in config_dict:
-            config_dict = {**config_dict, "encoder_shortcut": False}
+        """As in diffusers; a saved config without shortcut or scaling factor is of a model from before."""
+        if "_class_name" in config_dict:
+            config_dict = {"encoder_shortcut": False, "scaling_factor": 2.0} | config_dict
         return super().extract_init_dict(config_dict, **kwargs)
 
     @property
@@ -208,6 +209,11 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
         """Standard deviation of the noise that relaxes the codes' precision in training (Sec. 3.4, App. D)."""
         scale = self.config.key_noise_scale
         return 1 / (4 * self.config.max_resolution) if scale is None else scale
+
+    @property
+    def scaling_factor(self) -> float:
+        """What key codes, less 0.5, are multiplied by for a diffusion model: 2 (App. A.5) unless the config says."""
+        return 2.0 if self.config.scaling_factor is None else self.config.scaling_factor
 
     @apply_forward_hook
     def encode(

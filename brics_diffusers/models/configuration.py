@@ -27,7 +27,7 @@ def check_config(config: FrozenDict) -> None:
             raise ValueError(f"{name} is {config[name]!r}; it must be one of {', '.join(map(repr, allowed))}.")
     if not config.interpolation_gamma > 0:
         raise ValueError(f"interpolation_gamma is {config.interpolation_gamma}; it must be above 0.")
-    if not config.scaling_factor > 0:
+    if config.scaling_factor is not None and not config.scaling_factor > 0:
         raise ValueError(f"scaling_factor is {config.scaling_factor}; it must be above 0.")
     if config.key_length < 1 or config.key_channels < 1 or config.key_channels % config.key_length:
         raise ValueError(

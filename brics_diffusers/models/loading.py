@@ -3,8 +3,6 @@
 import contextlib
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
-
 from ..utils.safe_loading import load_class_safely
 from .autoencoder_brics import BricsAutoencoder
 
@@ -19,11 +17,3 @@ def load_autoencoder(name_or_path: str, **changes) -> BricsAutoencoder:
         with contextlib.suppress(FileNotFoundError):  # it may lie at the top of a repository
             return load_class_safely(BricsAutoencoder, name_or_path, subfolder="autoencoder", **changes)
     return load_class_safely(BricsAutoencoder, name_or_path, **changes)
-
-
-def is_pipeline(name_or_path: str) -> bool:
-    """Whether this is a whole pipeline, here or on the Hub, so that its autoencoder has a diffusion model already."""
-    try:
-        return bool(DiffusionPipeline.load_config(name_or_path))
-    except OSError:
-        return False

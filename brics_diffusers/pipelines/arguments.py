@@ -4,6 +4,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable
 from numbers import Integral
 
@@ -11,10 +12,13 @@ import numpy as np
 import torch
 from diffusers import ModelMixin, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
 from PIL import Image
 
 from .image_processor import upright
 
+
+logger = logging.get_logger(__name__)
 
 # What other pipelines call an argument, and the candidates for its name here; of these the first that a method has.
 HABITS = {
@@ -82,6 +86,18 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
         raise ValueError(
             f"{type(scheduler).__name__}{' for flow matching' if flows else ''} does not denoise predictions of noise "
             "at the noise levels that a model was trained with; give a scheduler such as DPMSolverMultistepScheduler."
+        )
+
+
+def check_bounds(scheduler: SchedulerMixin, scaling_factor: float) -> None:
+    """Warns of a scheduler that clamps elsewhere than where latents end: one of the two is another model's."""
+    config, bound = scheduler.config, scaling_factor / 2
+    clamp = config.get("clip_sample_range") if config.get("clip_sample") else None
+    if clamp is not None and not math.isclose(clamp, bound, rel_tol=1e-3):
+        logger.warning(
+            f"The scheduler clamps latents to [-{clamp:g}, {clamp:g}], but key codes are scaled to [-{bound:g}, "
+            f"{bound:g}]; give the autoencoder that the UNet was trained with, or a scheduler with clip_sample_range="
+            f"{bound:g}."
         )
 
 

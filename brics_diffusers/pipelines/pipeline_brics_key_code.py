@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..data.image_modes import MODES
 from ..models import BricsAutoencoder
 from ..utils.safe_loading import SafeLoadingMixin
-from .arguments import check_denoiser, check_images, check_scheduler, named_arguments, set_timesteps
+from .arguments import check_bounds, check_denoiser, check_images, check_scheduler, named_arguments, set_timesteps
 from .guidance import ClassLabels, Guidance, GuidanceMixin, check_class_weights, check_guide, check_id2label
 from .image_processor import BricsImageProcessor
 from .key_code_editing import KeyCodeEditingMixin
@@ -87,6 +87,7 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, GuidanceMixin,
                 f"use a UNet with sample_size={height if height == width else (height, width)}."
             )
         check_scheduler(scheduler)
+        check_bounds(scheduler, autoencoder.scaling_factor)
         check_guide(guide, unet)
         self.register_modules(autoencoder=autoencoder, unet=unet, scheduler=scheduler, guide=guide)
         self.register_to_config(
@@ -187,7 +188,7 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, GuidanceMixin,
     def _encode(self, sample: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1] to clean latents."""
         key_codes = self.autoencoder.encode(sample).key_codes.to(self._latents_dtype)
-        return key_codes_to_latents(key_codes, self.autoencoder.config.scaling_factor)
+        return key_codes_to_latents(key_codes, self.autoencoder.scaling_factor)
 
     def _denoise(
         self,
@@ -226,7 +227,7 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, GuidanceMixin,
     def _output(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         images = latents
         if output_type != "latent":
-            key_codes = latents_to_key_codes(latents, self.autoencoder.config.scaling_factor)
+            key_codes = latents_to_key_codes(latents, self.autoencoder.scaling_factor)
             key_codes = key_codes.to(self._key_codes_dtype)
             images = self.image_processor.postprocess(self.autoencoder.decode(key_codes).sample, output_type)
         self.maybe_free_model_hooks()
@@ -269,7 +270,7 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, GuidanceMixin,
             output_type (`str`, defaults to `"pil"`):
                 `"pil"`, of mode L, RGB or RGBA as the autoencoder's channels are; `"np"` (B, H, W, C) in [0, 1];
                 `"pt"` (B, C, H, W) in [0, 1]; or `"latent"`: denoised latents in float32, whose key codes are
-                `latents / autoencoder.config.scaling_factor + 0.5`, clipped.
+                `latents / autoencoder.scaling_factor + 0.5`, clipped.
             return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipeline, step, timestep, tensors)` after every step; may return changed tensors.

@@ -118,9 +118,10 @@ class CosineVariantScheduler(DDPMScheduler):
     `DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)` samples with the noise levels, prediction type
     and thresholding that the model was trained with, and [`~ConfigMixin.from_config`] of this class brings them back.
     `PNDMScheduler`, `LMSDiscreteScheduler`, `DPMSolverSDEScheduler` and the KDPM2 and Euler schedulers accept the
-    config but have no clamp on the clean sample; the first two enlarge a model's errors most. With 20 to 50 steps,
-    pass `use_karras_sigmas=True` to a solver that has it: evenly spread steps end at train step 49 or 19, whose noise
-    is 27% or 16% of the signal, and leave out detail finer than that.
+    config but have no clamp on the clean sample; the first two enlarge a model's errors most. With another
+    `clip_sample_range` than 1 none of diffusers' multistep solvers has one either, which v-prediction bears. With 20
+    to 50 steps, pass `use_karras_sigmas=True` to a solver that has it: evenly spread steps end at train step 49 or 19,
+    whose noise is 27% or 16% of the signal, and leave out detail finer than that.
 
     Args:
         num_train_timesteps (`int`, defaults to `1000`):
@@ -143,19 +144,20 @@ class CosineVariantScheduler(DDPMScheduler):
             latents without bounds, and switches `thresholding` off as well unless that is given.
         clip_sample_range (`float`, defaults to `1.0`):
             The bound of the clamp: half the autoencoder's `scaling_factor` for key codes. Another one than 1 switches
-            `thresholding` off unless that is given, and is heeded by schedulers with `clip_sample_range`
-            ([`DDPMScheduler`], [`DDIMScheduler`]) only.
+            `thresholding` off unless that is given, and is heeded by schedulers with this argument only
+            ([`DDPMScheduler`], [`DDIMScheduler`], [`HeunDiscreteScheduler`]).
         prediction_type (`"epsilon"`, `"sample"` or `"v_prediction"`, defaults to `"epsilon"`):
             What the model predicts.
         thresholding (`bool`, *optional*, defaults to `clip_sample` where `clip_sample_range` is 1):
-            Dynamic thresholding of the predicted clean sample. Key codes, mapped to `2 * (z - 0.5)`, lie in [-1, 1],
-            and at alpha-bar 1e-6 an error in epsilon comes out 1000 times as large in the clean sample. Multistep
-            solvers have no `clip_sample` but do have `thresholding`, which with `sample_max_value=1.0` is a clamp to
-            [-1, 1]: this keeps the clamp across a scheduler swap.
+            Dynamic thresholding of the predicted clean sample. Key codes, where mapped to `2 * (z - 0.5)`, lie in
+            [-1, 1], and at alpha-bar 1e-6 an error in epsilon comes out 1000 times as large in the clean sample.
+            Multistep solvers have no `clip_sample` but do have `thresholding`, which with `sample_max_value=1.0` is a
+            clamp to [-1, 1]: this keeps the clamp across a scheduler swap.
         dynamic_thresholding_ratio (`float`, defaults to `0.995`):
             The quantile for dynamic thresholding. Without effect at `sample_max_value=1.0`.
         sample_max_value (`float`, defaults to `1.0`):
-            The largest threshold for dynamic thresholding.
+            The largest threshold for dynamic thresholding. Another one than 1 is not for key codes: samples are
+            divided by the threshold.
         timestep_spacing (`"linspace"`, `"leading"` or `"trailing"`, defaults to `"trailing"`):
             How inference steps are spread over train steps. `"trailing"` begins at the last train step, whose noise
             level is that of the pure noise sampling begins with; `"leading"` with 20 steps would begin at train step
@@ -262,7 +264,8 @@ class CosineVariantScheduler(DDPMScheduler):
             [`CosineVariantScheduler`]: the scheduler; a tuple with the unused arguments if `return_unused_kwargs`.
         """
         if isinstance(config, dict):
-            if {"clip_sample", "clip_sample_range"} & set(kwargs) and "thresholding" not in kwargs:
+            clamp = {"clip_sample", "clip_sample_range"} & set(kwargs)
+            if "thresholding" not in kwargs and any(kwargs[key] != config.get(key) for key in clamp):
                 config = {key: value for key, value in config.items() if key != "thresholding"}
             schedule_keys = {"num_train_timesteps", "gamma_schedule", "start", "end", "tau"}
             if "trained_betas" not in kwargs and any(

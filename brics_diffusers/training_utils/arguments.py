@@ -33,6 +33,7 @@ FREE_FLAGS = {
     *("num_held_out_images", "validation_metrics", "feature_extractor", "num_metric_samples"),
     *("resolution", "num_train_epochs", "report_to", "logging_dir", "tracker_project_name"),  # epochs are steps too
     *("pretrained_model_name_or_path", "autoencoder_name_or_path", "save_dtype"),
+    "scaling_factor",  # which a resumed run can't change
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_license"),
 }
 

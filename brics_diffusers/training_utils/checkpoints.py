@@ -274,7 +274,6 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
     earlier = {RENAMED.get(name, name): value for name, value in state.settings.items()}
     if earlier.get("adversarial_weight", 0) > 0:
         earlier.setdefault("lazy_r1_correction", False)  # earlier versions had none
-    earlier.setdefault("scaling_factor", 2.0)
     pairs = {name: (earlier.get(name, value), value) for name, value in settings.items()}
     changes = [f"{name} was {before} and is {now}" for name, (before, now) in pairs.items() if before != now]
     if changes and accelerator.is_main_process:

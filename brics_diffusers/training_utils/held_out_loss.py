@@ -32,7 +32,7 @@ class HeldOutLoss:
         batch_size: int,
         num_workers: int = 0,
     ):
-        self.accelerator, self.autoencoder = accelerator, autoencoder
+        self.accelerator = accelerator
         rows = range(accelerator.process_index, len(dataset), accelerator.num_processes)
         channels, *size = autoencoder.sample_shape
         loader = evaluation_loader(dataset, size, batch_size, num_workers, rows=rows, channels=channels)
@@ -43,14 +43,16 @@ class HeldOutLoss:
                 self.batches.append((batch["index"].tolist(), key_codes))
 
     @torch.no_grad()
-    def __call__(self, loss: Callable[..., torch.Tensor], num_train_timesteps: int) -> dict[str, float]:
+    def __call__(
+        self, loss: Callable[..., torch.Tensor], num_train_timesteps: int, scaling_factor: float
+    ) -> dict[str, float]:
         """
         `"loss"`, and for each quarter one such as `"loss_t_0.25_0.50"`, the same on every process; empty if no image
         is readable. `loss` makes of latents and noise (B, C, H, W) and timesteps (B,) a scalar, their mean.
         """
         sums, count = torch.zeros(QUARTERS, dtype=torch.float64), 0
         for rows, key_codes in self.batches:
-            latents = key_codes_to_latents(key_codes, self.autoencoder.config.scaling_factor)
+            latents = key_codes_to_latents(key_codes, scaling_factor)
             draws = [_draw(row, latents.shape[1:], num_train_timesteps) for row in rows]
             noise, timesteps = (torch.stack(parts, dim=1).to(latents.device) for parts in zip(*draws, strict=True))
             values = [loss(latents, *pair) for pair in zip(noise, timesteps, strict=True)]

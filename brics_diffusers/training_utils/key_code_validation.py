@@ -79,7 +79,8 @@ class KeyCodeValidation:
         accelerator, step, better = self.accelerator, state.global_step, False
         output_dir = Path(self.args.output_dir)
         with averaged_weights(pipeline.unet, ema):
-            metrics = self.loss(loss, pipeline.scheduler.config.num_train_timesteps) if self.loss else {}
+            settings = pipeline.scheduler.config.num_train_timesteps, pipeline.autoencoder.scaling_factor
+            metrics = self.loss(loss, *settings) if self.loss else {}
             images, distances = self.sample(pipeline)
             metrics |= distances
             if metrics:

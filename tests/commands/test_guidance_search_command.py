@@ -54,7 +54,10 @@ def test_the_smallest_value_becomes_the_default(class_pipe_folder, flags, run_co
 
 
 def test_a_solver_is_saved_and_the_pipeline_can_still_be_trained(class_pipe_folder, flags, run_command, caplog):
-    before = BricsKeyCodePipeline.from_pretrained(class_pipe_folder).scheduler
+    pipe = BricsKeyCodePipeline.from_pretrained(class_pipe_folder)
+    pipe.autoencoder.register_to_config(scaling_factor=4.4)
+    before = pipe.scheduler = CosineVariantScheduler(clip_sample_range=2.2)
+    pipe.save_pretrained(class_pipe_folder)
     words = [class_pipe_folder, *flags[: flags.index("--guidance_scales")], "--guidance_scales", 2, "--save"]
     words += ["--guidance_intervals", "0:1", "--scheduler", "DPMSolverMultistepScheduler"]
     words += ["--scheduler_options", '{"use_karras_sigmas": true, "algorithm_type": "sde-dpmsolver++"}']
@@ -72,6 +75,8 @@ def test_a_solver_is_saved_and_the_pipeline_can_still_be_trained(class_pipe_fold
     assert pipe.scheduler.config.prediction_type == before.config.prediction_type
     trained = load_key_code_pipeline(class_pipe_folder).scheduler
     assert torch.equal(trained.alphas_cumprod, pipe.scheduler.alphas_cumprod) and hasattr(trained, "get_velocity")
+    for scheduler in (trained, CosineVariantScheduler.from_config(pipe.scheduler.config)):
+        assert scheduler.config.clip_sample and scheduler.config.clip_sample_range == 2.2
     expected = sampled_image(BricsKeyCodePipeline.from_pretrained(class_pipe_folder), before)
     assert torch.equal(sampled_image(pipe), expected)
 

@@ -45,9 +45,9 @@ def test_items_and_memory_maps(autoencoder, dataset, tmp_path):
     assert all(isinstance(part, np.memmap) for part in codes._maps.values())
     with pytest.raises(IndexError):
         codes[24]
-    assert codes.deviation() == pytest.approx(stored.astype(np.float64).std(), rel=1e-9)
+    assert codes.standard_deviation() == pytest.approx(stored.astype(np.float64).std(), rel=1e-9)
     some = np.concatenate([np.load(path)[::2] for path in sorted(tmp_path.glob("*.npy"))])
-    assert codes.deviation(12) == pytest.approx(some.astype(np.float64).std(), rel=1e-9)
+    assert codes.standard_deviation(12) == pytest.approx(some.astype(np.float64).std(), rel=1e-9)
     loader = torch.utils.data.DataLoader(codes, batch_size=24, num_workers=2)
     np.testing.assert_array_equal(next(iter(loader)).numpy(), stored.astype(np.float32))
 

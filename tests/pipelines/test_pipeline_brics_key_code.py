@@ -17,6 +17,7 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
@@ -250,6 +251,32 @@ class TestScalingFactor:
         image = torch.rand(1, 3, 32, 32, generator=seeded())
         same = pipe.vary(image, strength=0.0, output_type="pt").images
         torch.testing.assert_close(same, pipe.reconstruct(image, output_type="pt").images, rtol=0, atol=1e-4)
+
+    def test_a_scheduler_with_other_bounds_is_named(self, pipe, caplog):
+        parts = {name: pipe.components[name] for name in ("autoencoder", "unet")}
+        diffusers_logging.enable_propagation()
+        try:
+            BricsKeyCodePipeline(scheduler=CosineVariantScheduler(), **parts)
+            assert "clamps latents" not in caplog.text
+            pipe.autoencoder.register_to_config(scaling_factor=5.0)
+            for options in ({"clip_sample_range": 2.5}, {"clip_sample": False}):
+                BricsKeyCodePipeline(scheduler=CosineVariantScheduler(**options), **parts)
+            assert "clamps latents" not in caplog.text
+            BricsKeyCodePipeline(scheduler=CosineVariantScheduler(), **parts)
+        finally:
+            diffusers_logging.disable_propagation()
+        assert "clamps latents to [-1, 1], but key codes are scaled to [-2.5, 2.5]; give the" in caplog.text
+
+    def test_models_of_before(self, pipe, tmp_path):
+        """A saved config without a factor means 2, and a new model's none."""
+        assert pipe.autoencoder.config.scaling_factor is None and pipe.autoencoder.scaling_factor == 2
+        pipe.autoencoder.save_pretrained(tmp_path)
+        assert BricsAutoencoder.from_pretrained(tmp_path).config.scaling_factor is None
+        path = tmp_path / "config.json"
+        config = json.loads(path.read_text())
+        del config["scaling_factor"]
+        path.write_text(json.dumps(config))
+        assert BricsAutoencoder.from_pretrained(tmp_path).config.scaling_factor == 2
 
     def test_others_are_refused(self):
         with pytest.raises(ValueError, match="scaling_factor is 0; it must be above 0"):

@@ -90,8 +90,8 @@ class TestPretrainedPipeline:
     def test_training_goes_on(self, stage_one, stage_two, image_folder, write_config, tmp_path):
         flags = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", tmp_path / "run"]
         flags += ["--max_train_steps", 1, "--num_validation_images", 0, "--pretrained_model_name_or_path"]
-        printed = train_here(train_key_codes.main, *flags, stage_two[0], "--learning_rate", 0, "--scaling_factor", 2)
-        assert "--scaling_factor is for new models; the pretrained one keeps its own" in printed
+        printed = train_here(train_key_codes.main, *flags, stage_two[0], "--learning_rate", 0, "--scaling_factor", 5)
+        assert "--scaling_factor is for new models; the pretrained one keeps its own, 2" in printed
         for name in ("autoencoder", "unet"):
             (path,) = (stage_two[0] / name).glob("*.safetensors")
             after = load_file(tmp_path / "run" / name / path.name)
@@ -99,7 +99,7 @@ class TestPretrainedPipeline:
         pipe = BricsKeyCodePipeline.from_pretrained(tmp_path / "run")
         before = BricsKeyCodePipeline.from_pretrained(stage_two[0])
         assert pipe.scheduler.config == before.scheduler.config
-        assert pipe.autoencoder.config.scaling_factor == before.autoencoder.config.scaling_factor != 2
+        assert pipe.autoencoder.config.scaling_factor == before.autoencoder.config.scaling_factor == 2
         summary = json.loads((tmp_path / "run/training_summary.json").read_text())
         assert summary["autoencoder_training"]["steps"] == 4  # as the pipeline's summary says
 

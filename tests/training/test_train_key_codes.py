@@ -28,30 +28,58 @@ def test_a_whole_pipeline_is_saved(stage_two):
 
 
 class TestScalingFactor:
-    def test_latents_have_a_deviation_of_one(self, stage_two):
-        pipe = BricsKeyCodePipeline.from_pretrained(stage_two[0])
-        factor = pipe.autoencoder.config.scaling_factor
-        codes = KeyCodeDataset(stage_two[0] / "key_codes")
-        codes = torch.stack([codes[index] for index in range(len(codes))])
-        assert (factor * codes).std().item() == pytest.approx(1, rel=1e-3)
-        assert pipe.scheduler.config.clip_sample_range == factor / 2
+    @pytest.fixture(scope="class")
+    def run(self, stage_one, image_folder, write_config, tmp_path_factory):
+        """Flags of a run of two steps whose UNet predicts velocities, and its folder when it is done."""
+        config = write_config({"scheduler": {"prediction_type": "v_prediction"}})
+        flags = ["--config", config, "--dataset_name", image_folder, "--checkpointing_steps", 1]
+        flags += ["--num_validation_images", 0, "--lr_scheduler", "constant", "--autoencoder_name_or_path"]
+        folder = tmp_path_factory.mktemp("scaled")
+        train_here(train_key_codes.main, *flags, stage_one[0], "--max_train_steps", 2, "--output_dir", folder)
+        return flags, folder
 
-    @pytest.mark.parametrize(
-        ("autoencoder", "words", "expected"),
-        [("one", ["--scaling_factor", 2], 2), ("two", [], None), ("two", ["--scaling_factor", 3.5], 3.5)],
-    )
-    def test_it_is_as_asked_or_the_pipelines_own(
-        self, stage_one, stage_two, image_folder, write_config, tmp_path, autoencoder, words, expected
-    ):
-        """A guide that is trained by itself sees the same latents as the pipeline that it is for."""
-        path = {"one": stage_one, "two": stage_two}[autoencoder][0]
-        flags = ["--config", write_config(), "--dataset_name", image_folder, "--output_dir", tmp_path / "run"]
-        flags += ["--autoencoder_name_or_path", path, "--max_train_steps", 1, "--num_validation_images", 0]
-        train_here(train_key_codes.main, *flags, *words)
-        own = BricsKeyCodePipeline.from_pretrained(stage_two[0]).autoencoder.config.scaling_factor
-        pipe = BricsKeyCodePipeline.from_pretrained(tmp_path / "run")
-        assert pipe.autoencoder.config.scaling_factor == (expected or own)
-        assert pipe.scheduler.config.thresholding == (expected == 2)
+    def factor(self, folder) -> float:
+        pipe = BricsKeyCodePipeline.from_pretrained(folder)
+        assert pipe.scheduler.config.clip_sample_range == pipe.autoencoder.scaling_factor / 2
+        record = json.loads((folder / "training_config.json").read_text())
+        assert record["scaling_factor"] == pipe.autoencoder.config.scaling_factor
+        return record["scaling_factor"]
+
+    def test_latents_have_a_deviation_of_one(self, run):
+        codes = KeyCodeDataset(run[1] / "key_codes")
+        codes = torch.stack([codes[index] for index in range(len(codes))])
+        assert (self.factor(run[1]) * codes).std().item() == pytest.approx(1, rel=1e-3)
+        assert not BricsKeyCodePipeline.from_pretrained(run[1]).scheduler.config.thresholding
+
+    def test_predictions_of_noise_need_a_clamp(self, stage_two):
+        assert self.factor(stage_two[0]) == 2
+        assert BricsKeyCodePipeline.from_pretrained(stage_two[0]).scheduler.config.thresholding
+
+    @pytest.mark.parametrize(("whose", "words"), [("/autoencoder", []), ("", []), ("", ["--scaling_factor", 3.5])])
+    def test_a_pipelines_autoencoder_keeps_its_own(self, run, tmp_path, whose, words):
+        """So that a guide that is trained by itself sees the same latents as the pipeline that it is for."""
+        (*flags, name), folder = run
+        flags += [name, f"{folder}{whose}", "--output_dir", tmp_path, "--max_train_steps", 1, *words]
+        printed = train_here(train_key_codes.main, *flags)
+        assert self.factor(tmp_path) == (3.5 if words else self.factor(folder))
+        assert "clamps latents" not in printed
+
+    def test_a_run_goes_on_with_what_it_began_with(self, run, stage_one, tmp_path):
+        (*flags, name), folder = run
+        folder = shutil.copytree(folder, tmp_path / "run")
+        flags += [name, stage_one[0], "--output_dir", folder, "--max_train_steps", 3, "--resume_from_checkpoint"]
+        factor = self.factor(folder)
+        with pytest.raises(ValueError, match=f"--scaling_factor is 2, but the run has begun with {factor}; leave it"):
+            train_here(train_key_codes.main, *flags, "checkpoint-2", "--scaling_factor", 2)
+        path = folder / "checkpoint-2/custom_checkpoint_2.pkl"
+        state = torch.load(path, weights_only=False)
+        torch.save(state | {"scaling_factor": 7.0}, path)
+        train_here(train_key_codes.main, *flags, "checkpoint-2")
+        assert self.factor(folder) == 7
+        del state["scaling_factor"]  # as before there was one
+        torch.save(state, path)
+        train_here(train_key_codes.main, *flags, "checkpoint-2")
+        assert self.factor(folder) == 2
 
 
 def test_half_precision_is_for_what_is_saved(stage_one, stage_two, image_folder, write_config, tmp_path):

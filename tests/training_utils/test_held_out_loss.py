@@ -36,7 +36,7 @@ def test_loss_of_every_quarter(autoencoder, image_folder):
             seen.setdefault(row[0].mean().item(), []).append(row)
         return some_loss(latents, noise, timesteps)
 
-    metrics = make(autoencoder, image_folder)(loss, TRAIN_STEPS)
+    metrics = make(autoencoder, image_folder)(loss, TRAIN_STEPS, 2.0)
     names = ["loss_t_0.00_0.25", "loss_t_0.25_0.50", "loss_t_0.50_0.75", "loss_t_0.75_1.00"]
     assert list(metrics) == ["loss", *names]
     assert len(seen) == 24 and all(len(draws) == 4 for draws in seen.values())  # and the one that is no image
@@ -59,26 +59,27 @@ def test_latents_are_those_of_the_images(autoencoder, image_folder):
     with torch.no_grad():
         expected = 3 * (autoencoder.encode(images).key_codes - 0.5)
     loss, seen = make(autoencoder, image_folder, batch_size=len(images)), []
-    autoencoder.register_to_config(scaling_factor=3.0)  # as training does once all key codes are known
-    loss(lambda latents, noise, timesteps: seen.append(latents) or latents.mean(), TRAIN_STEPS)
+    loss(lambda latents, noise, timesteps: seen.append(latents) or latents.mean(), TRAIN_STEPS, 3.0)
     assert len(seen) == 4
     torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-5)
 
 
 def test_batches_and_processes_do_not_matter(autoencoder, image_folder, monkeypatch):
-    expected = make(autoencoder, image_folder)(some_loss, TRAIN_STEPS)
-    assert make(autoencoder, image_folder)(some_loss, TRAIN_STEPS) == expected
-    assert make(autoencoder, image_folder, batch_size=7)(some_loss, TRAIN_STEPS) == pytest.approx(expected, rel=1e-5)
+    expected = make(autoencoder, image_folder)(some_loss, TRAIN_STEPS, 2.0)
+    assert make(autoencoder, image_folder)(some_loss, TRAIN_STEPS, 2.0) == expected
+    assert make(autoencoder, image_folder, batch_size=7)(some_loss, TRAIN_STEPS, 2.0) == pytest.approx(
+        expected, rel=1e-5
+    )
     shares = []
     monkeypatch.setattr(held_out_loss, "gather_object", lambda share: shares.extend(share) or shares)
     for index in range(3):
-        metrics = make(autoencoder, image_folder, 2, index, 3)(some_loss, TRAIN_STEPS)
+        metrics = make(autoencoder, image_folder, 2, index, 3)(some_loss, TRAIN_STEPS, 2.0)
     assert metrics == pytest.approx(expected, rel=1e-5)
 
 
 def test_random_state_is_left_alone(autoencoder, image_folder):
     loss, state = make(autoencoder, image_folder), torch.get_rng_state()
-    loss(some_loss, TRAIN_STEPS)
+    loss(some_loss, TRAIN_STEPS, 2.0)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -90,4 +91,4 @@ def test_times_stay_below_the_last_step(monkeypatch):
 
 def test_nothing_readable(autoencoder, tmp_path):
     (tmp_path / "a.png").write_text("no image")
-    assert make(autoencoder, tmp_path)(some_loss, TRAIN_STEPS) == {}
+    assert make(autoencoder, tmp_path)(some_loss, TRAIN_STEPS, 2.0) == {}
