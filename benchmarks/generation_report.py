@@ -134,7 +134,7 @@ def report_text(args, table: list[dict], result: dict, extractor) -> str:
     kid = name_with_features("kid", extractor)
     headings = {
         f"{kid}_of_reconstructions": heading_with_features("KID of reconstructions", extractor),
-        "deviation": "divisor of the latents",
+        "deviation": "latents divided by",
         "nearest_code": "to the nearest code",
         "encoded_again": "encoded again",
     }
@@ -174,8 +174,8 @@ over the held-out images: to the nearest code of a training image (or of its mir
 and from a code to that of the image which it is decoded to. Seconds are for one image (on a CPU: of all its cores,
 other work left out).
 
-The autoencoders alone, of held-out images. Latents, and key codes less 0.5, are divided by the last column but two:
-their standard deviation over the training images, or one over --scaling_factor for key codes.
+The autoencoders alone, of held-out images. Latents, and key codes less 0.5, are divided by their standard deviation
+over the training images, or key codes by one over --scaling_factor if that is given.
 
 {markdown_table(alone)}
 Rows of samples, seed {args.seeds[0]}: {pictures}.
