@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 
-from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVariantScheduler
+from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline
 from brics_diffusers.data import collection_fingerprint, training_loader
 from brics_diffusers.data.key_codes import (
     MANIFEST,
@@ -66,8 +66,9 @@ from brics_diffusers.training_utils.optimization import (
 from brics_diffusers.training_utils.post_hoc_ema import PowerEMA
 from brics_diffusers.training_utils.pretrained import check_key_codes, check_resolution, load_key_code_pipeline
 from brics_diffusers.training_utils.record import finish_run, summarize_run
-from brics_diffusers.training_utils.run import StepLog, count_steps, resume_run, start_run, write_config
+from brics_diffusers.training_utils.run import StepLog, count_steps, resume_run, start_run
 from brics_diffusers.training_utils.sample_distance import DISTANCES
+from brics_diffusers.training_utils.scaling_factor import build_scheduler, settle_scaling_factor
 from brics_diffusers.training_utils.streams import load_images_to_encode, stream_fingerprint
 from brics_diffusers.utils.files import weights_digest
 from brics_diffusers.utils.locks import locked_folder
@@ -198,11 +199,6 @@ def build_unet(args, autoencoder: BricsAutoencoder, num_classes: int | None = No
     return UNet2DModel(**config)
 
 
-def build_scheduler(args, scaling_factor: float) -> CosineVariantScheduler:
-    """The scheduler of the config, which clamps where latents end unless the config has it otherwise."""
-    return CosineVariantScheduler(**{"clip_sample_range": scaling_factor / 2} | args.scheduler)
-
-
 def load_models(args) -> tuple[BricsAutoencoder, BricsKeyCodePipeline | None]:
     """The autoencoder, and the pretrained pipeline if one is named."""
     autoencoder = args.autoencoder_name_or_path and load_autoencoder(args.autoencoder_name_or_path)
@@ -239,33 +235,6 @@ def build_pipeline(args, autoencoder, pretrained: BricsKeyCodePipeline | None, c
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     return pipeline
-
-
-def choose_scaling_factor(args, pipeline: BricsKeyCodePipeline, key_codes: KeyCodeDataset) -> float:
-    """That of a new run, as the help of `--scaling_factor` says, the same on all processes."""
-    factor = args.scaling_factor or pipeline.autoencoder.config.scaling_factor
-    if factor is None and pipeline.scheduler.config.prediction_type == "epsilon":
-        factor = 2.0  # solvers can clamp such a prediction's errors at the noisiest steps in [-1, 1] only
-    if factor is None:
-        factor = float(f"{1 / max(key_codes.standard_deviation(), 0.01):.4g}")
-    return broadcast_object_list([factor])[0]
-
-
-def settle_scaling_factor(args, accelerator, state: RunState, pipeline: BricsKeyCodePipeline, key_codes) -> None:
-    """Gives the pipeline and the run's record the scaling factor: a new one, or what a resumed run began with."""
-    if state.global_step == 0:
-        state.scaling_factor = choose_scaling_factor(args, pipeline, key_codes)
-    factor = state.scaling_factor
-    if args.scaling_factor not in (None, factor):
-        raise ValueError(
-            f"--scaling_factor is {args.scaling_factor:g}, but the run has begun with {factor:g}; leave it out."
-        )
-    args.scaling_factor = factor
-    pipeline.autoencoder.register_to_config(scaling_factor=factor)
-    if args.pretrained_model_name_or_path is None:
-        pipeline.register_modules(scheduler=build_scheduler(args, factor))
-    if accelerator.is_main_process:
-        write_config(args)
 
 
 def draw_noise(shape: torch.Size, seed: int, batch: int, accelerator, num_train_timesteps: int):
