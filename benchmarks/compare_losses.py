@@ -15,16 +15,14 @@ concern may be copied.
 
 import argparse
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 import yaml
-from comparison import TRAINING, add_report_arguments, check_settings, config_path
+from comparison import TRAINING, add_report_arguments, check_settings, config_path, run_script
 from loss_report import measure, write_loss_report
 
 from brics_diffusers.training_utils.arguments import FREE_FLAGS, flag_words, positive
@@ -184,23 +182,9 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
         words = [*self.words, f"--output_dir={self.folder}", "--resume_from_checkpoint=latest"]
-        log = self.folder / "train.log"
-        with log.open("a") as file:
-            process = subprocess.Popen(
-                [sys.executable, str(TRAINING / "train_autoencoder.py"), *words],
-                stdout=file,
-                stderr=file,
-                env={"TQDM_MININTERVAL": "30"} | os.environ,  # seconds from one line of the progress bar to the next
-            )
-            try:
-                process.wait()
-            except BaseException:
-                process.terminate()  # it saves a checkpoint
-                process.wait()
-                raise
-        if process.returncode or not self.finished:
-            last = log.read_text().strip().splitlines()[-1:]
-            raise RuntimeError(f"{self.folder} ended early ({''.join(last)}); see {log}, and run the command again.")
+        run_script(TRAINING / "train_autoencoder.py", words, self.folder / "train.log")
+        if not self.finished:
+            raise RuntimeError(f"{self.folder} ended early; see its train.log, and run the command again.")
 
 
 def main(argv=None):

@@ -3,7 +3,9 @@
 import argparse
 import functools
 import itertools
+import os
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -58,6 +60,30 @@ def check_settings(folder: Path, before: dict, now: dict) -> None:
                 f"{folder} was trained with {name} {before.get(name)}, not {value}; give the same flags as before, or "
                 "another --output_dir."
             )
+
+
+def run_script(script: Path | str, words: list[str], log: Path) -> None:
+    """
+    Runs a script, or a module by its name, with flags, what it prints added to `log`; if this process is ended, it
+    ends too and saves its checkpoint. A `RuntimeError` if it fails.
+    """
+    program = ["-m", script] if isinstance(script, str) else [str(script)]
+    with log.open("a") as file:
+        process = subprocess.Popen(
+            [sys.executable, *program, *words],
+            stdout=file,
+            stderr=file,
+            env={"TQDM_MININTERVAL": "30"} | os.environ,  # seconds from one line of the progress bar to the next
+        )
+        try:
+            process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if process.returncode:
+        last = log.read_text().strip().splitlines()[-1:]
+        raise RuntimeError(f"{log.parent} ended early ({''.join(last)}); see {log}, and run the command again.")
 
 
 def reconstructions(model, loader):
