@@ -6,6 +6,9 @@ search goes on where it stopped; it runs on several processes as `generation-met
 best, and the best of many values is too good by chance: measure it again with another --seed. --save writes it into
 the pipeline's folder as what calls take by default, together with --num_inference_steps and --scheduler.
 
+--guide tries another pipeline's UNet as the guide, trained on the same key codes, for less long or narrower, and
+--save puts it into the pipeline; samples with different guides need different --output_dir.
+
 --ema_lengths tries averages of the weights of these lengths besides, from the folder of a training with
 --ema_snapshot_steps; --guidance_scales 1 tries nothing else. --save puts the best average in place of the weights and
 renews the card, if there is one.
@@ -22,17 +25,18 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors import safe_open
 
 from ..hub.card import read_card, write_card
 from ..metrics.generation import INCEPTION, KID_FEATURES, check_image_counts, generation_metrics, load_extractors
+from ..pipelines.guidance import check_guide
 from ..pipelines.sampling import load_pipeline, load_samples
 from ..training_utils.arguments import positive
 from ..training_utils.checkpoints import appearing_folder
 from ..training_utils.post_hoc_ema import SNAPSHOTS, load_average, power_exponent, snapshot_files
 from ..training_utils.record import SUMMARY, write_summary
-from ..utils.files import atomic_write, default_cache_dir
+from ..utils.files import atomic_write, default_cache_dir, weights_digest
 from ..utils.reports import make_output_folder, markdown_table
 from .generated import add_class_argument, add_solver_arguments, sample_to_folder
 from .shared import add_collection_arguments, add_run_arguments, choose_device, publish, read_collection
@@ -65,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LOW:HIGH",
         help="Times in [0, 1] between which to guide; 1 is noise. Default: 0:1 0:0.6 0.2:0.8.",
     )
+    add("--guide", help="Pipeline, its folder or its name on the Hub, whose UNet guides in place of MODEL's guide.")
     add(
         "--ema_lengths",
         type=float,
@@ -100,6 +105,7 @@ def run(args: argparse.Namespace) -> None:
     if args.save and not (Path(args.model) / "model_index.json").is_file():
         raise ValueError(f"--save needs a pipeline's folder to write into, and {args.model} is none; leave it out.")
     check_model(args)
+    guide = None if args.guide is None else load_guide(args)
     if state.is_main_process:  # what can fail does so before the samples are made
         cache_dir = make_output_folder(args.features_cache_dir or default_cache_dir(), "--features_cache_dir")
         real = read_collection(args)
@@ -112,12 +118,11 @@ def run(args: argparse.Namespace) -> None:
     for length, scale, (low, high) in settings(args):
         options = copy.copy(args)
         options.guidance_scale, options.guidance_interval = scale, (low, high)
-        label, average, tried = f"samples-{scale:g}-{low:g}-{high:g}", None, {}
-        if length is not None:
-            label += f"-ema-{length:g}"
-            average = functools.partial(take_average, tried, args.model, length)
+        label, tried = f"samples-{scale:g}-{low:g}-{high:g}", {}
+        label += "" if length is None else f"-ema-{length:g}"
         folder = make_output_folder(Path(args.output_dir) / label)
-        sample_to_folder(options, args.model, folder, state, device, average)
+        change = functools.partial(change_pipeline, args.model, length, guide, tried)
+        sample_to_folder(options, args.model, folder, state, device, change)
         if state.is_main_process:
             reading = args.batch_size, args.dataloader_num_workers, device, cache_dir
             result = generation_metrics(load_samples(folder, args.num_samples), real, extractors, *reading)
@@ -129,12 +134,22 @@ def run(args: argparse.Namespace) -> None:
     if args.save:
         if "ema_length" in best:
             save_average(args.model, best["ema_length"])
+        if guide is not None:
+            save_weights(guide, Path(args.model) / "guide", saved_dtype(args.model))
         save_defaults(args, best["guidance_scale"], (best["from"], best["to"]))
         if read_card(args.model) is not None:
             write_card(args.model)
-    found = {"model": args.model, "dataset_name": args.dataset_name, "split": args.dataset_split, "metric": name}
-    found |= {"num_samples": args.num_samples, "seed": args.seed, "values": rows, "best": best}
-    text = f"# Guidance\n\n`{args.model}`, {args.num_samples} samples of seed {args.seed} for each line.\n\n"
+    found = {"model": args.model, "guide": args.guide, "dataset_name": args.dataset_name}
+    found |= {
+        "split": args.dataset_split,
+        "metric": name,
+        "num_samples": args.num_samples,
+        "seed": args.seed,
+        "values": rows,
+        "best": best,
+    }
+    guided = "" if args.guide is None else f" guided by `{args.guide}`"
+    text = f"# Guidance\n\n`{args.model}`{guided}, {args.num_samples} samples of seed {args.seed} for each line.\n\n"
     average = f"an average of length {best['ema_length']:g} with " if "ema_length" in best else ""
     text += f"{markdown_table(rows)}\nThe best is {average}guidance_scale {best['guidance_scale']:g} at times "
     text += f"{best['from']:g} to {best['to']:g}{', which the pipeline now has' if args.save else ''}.\n"
@@ -148,8 +163,8 @@ def check_model(args: argparse.Namespace) -> None:
         power_exponent(length)  # refuses one that there is not
     if (folder / "model_index.json").is_file() and any(scale != 1 for scale in args.guidance_scales):
         content = json.loads((folder / "model_index.json").read_text())
-        if not content.get("id2label") and not any(content.get("guide") or []):
-            raise ValueError(f"{folder} has neither classes nor a guide; give --guidance_scales 1.")
+        if not content.get("id2label") and not any(content.get("guide") or []) and args.guide is None:
+            raise ValueError(f"{folder} has neither classes nor a guide; give --guide, or --guidance_scales 1.")
     snapshots = snapshot_files(folder / SNAPSHOTS)
     if lengths and snapshots and (folder / SUMMARY).is_file():
         last, steps = int(snapshots[-1].stem), json.loads((folder / SUMMARY).read_text())["steps"]
@@ -160,21 +175,61 @@ def check_model(args: argparse.Namespace) -> None:
             )
 
 
-def take_average(tried: dict, model: str, length: float, pipe: DiffusionPipeline) -> None:
-    """Gives the pipeline an average of the weights, and notes its length and how far its profile is off."""
-    tried |= {"ema_length": length, "profile_error": load_average(pipe.unet, Path(model) / SNAPSHOTS, length)}
+def load_guide(args: argparse.Namespace) -> UNet2DModel:
+    """The UNet of --guide; a `ValueError` if it predicts something else than the pipeline's, or of other key codes."""
+    model, other = load_pipeline(args.model), load_pipeline(args.guide)
+    check_guide(other.unet, model.unet)
+    facts = [
+        {
+            "autoencoder": weights_digest({"autoencoder": pipe.autoencoder.half()}),  # as one of both may be saved
+            "scaling_factor": pipe.autoencoder.scaling_factor,
+            "prediction_type": pipe.scheduler.config.prediction_type,
+            "noise schedule": pipe.scheduler.alphas_cumprod,
+        }
+        for pipe in (model, other)
+    ]
+    for name, ours in facts[0].items():
+        theirs = facts[1][name]
+        if not (torch.allclose(ours, theirs, atol=1e-4) if isinstance(ours, torch.Tensor) else ours == theirs):
+            raise ValueError(
+                f"--guide {args.guide} has another {name} than {args.model}; train it on the same autoencoder, "
+                f"--autoencoder_name_or_path {args.model}, with the same scheduler and scaling."
+            )
+    return other.unet
+
+
+def change_pipeline(
+    model: str, length: float | None, guide: UNet2DModel | None, tried: dict, pipe: DiffusionPipeline
+) -> None:
+    """
+    Gives the pipeline a guide, and an average of the weights, whose length and how far its profile is off it notes in
+    `tried`.
+    """
+    if guide is not None:
+        pipe.register_modules(guide=guide.to(pipe.device, pipe.dtype))
+    if length is not None:
+        tried |= {"ema_length": length, "profile_error": load_average(pipe.unet, Path(model) / SNAPSHOTS, length)}
 
 
 def save_average(model: str, length: float) -> None:
     """Puts an average in place of a pipeline's weights, in numbers of the same type."""
     folder, pipe = Path(model), load_pipeline(model)
     load_average(pipe.unet, folder / SNAPSHOTS, length)
-    with safe_open(next((folder / "unet").glob("*.safetensors")), "pt") as file:
-        dtype = file.get_tensor(next(iter(file.keys()))).dtype
-    with appearing_folder(folder / "unet") as partial:
-        torch.nn.Module.to(pipe.unet, dtype).save_pretrained(partial)  # diffusers' own `to` warns of any type
+    save_weights(pipe.unet, folder / "unet", saved_dtype(model))
     if (folder / SUMMARY).is_file():
         write_summary(folder, json.loads((folder / SUMMARY).read_text()) | {"ema_length": length})
+
+
+def saved_dtype(model: str) -> torch.dtype:
+    """The type of the numbers in the files of a pipeline's UNet."""
+    with safe_open(next((Path(model) / "unet").glob("*.safetensors")), "pt") as file:
+        return file.get_tensor(next(iter(file.keys()))).dtype
+
+
+def save_weights(unet: UNet2DModel, folder: Path, dtype: torch.dtype) -> None:
+    """Puts a UNet into a part's folder, in place of what is there, complete or not at all."""
+    with appearing_folder(folder) as partial:
+        torch.nn.Module.to(unet, dtype).save_pretrained(partial)  # diffusers' own `to` warns of any type
 
 
 def save_defaults(args: argparse.Namespace, scale: float, times: tuple[float, float]) -> None:
@@ -196,5 +251,7 @@ def save_defaults(args: argparse.Namespace, scale: float, times: tuple[float, fl
         scheduler.save_pretrained(index.parent / "scheduler")
         if args.scheduler is not None:
             content["scheduler"] = ["diffusers", args.scheduler]
+    if args.guide is not None:
+        content["guide"] = ["diffusers", "UNet2DModel"]
     with atomic_write(index) as file:
         file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())

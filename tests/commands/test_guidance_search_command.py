@@ -10,6 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from small_models import UNET
 
 from brics_diffusers import BricsKeyCodePipeline, CosineVariantScheduler
@@ -103,6 +104,50 @@ def test_a_guide_without_classes(pipe, flags, run_command, tmp_path):
     assert np.abs(plain.astype(int) - np.array(expected)).max() <= 2  # scale 1 is the pipeline without its guide
 
 
+def test_a_guide_from_another_pipeline(pipe, flags, run_command, tmp_path):
+    pipe.unet.half()
+    pipe.save_pretrained(tmp_path / "pipe")
+    pipe.unet.float()
+    torch.manual_seed(2)
+    narrow = UNET | {"block_out_channels": (8, 16), "attention_head_dim": 8}
+    guide = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, **narrow)
+    other = BricsKeyCodePipeline(pipe.autoencoder, guide, pipe.scheduler)
+    other.save_pretrained(tmp_path / "other")
+    words = [tmp_path / "pipe", *flags[: flags.index("--guidance_scales")], "--guidance_intervals", "0:1", "--save"]
+    words += ["--guide", tmp_path / "other", "--guidance_scales"]
+    result, text, folder = run_command("guidance-search", *words, 3, 4)
+    assert result["guide"] == str(tmp_path / "other") and f"guided by `{tmp_path / 'other'}`" in text
+    loaded = BricsKeyCodePipeline.from_pretrained(tmp_path / "pipe")
+    saved = load_file(tmp_path / "pipe/guide/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved[name], value.half()) for name, value in guide.state_dict().items())
+    scale = loaded.config.default_guidance_scale
+    assert scale == result["best"]["guidance_scale"] > 1
+    loaded.set_progress_bar_config(disable=True)
+    expected = loaded(generator=[sample_generator(0, 0)], output_type="pil").images[0]
+    made = np.array(Image.open(folder / f"samples-{scale:g}-0-1/0000000.png"))
+    assert np.abs(made.astype(int) - np.array(expected)).max() <= 8  # guided by weights before they were halved
+    loaded.register_modules(guide=None)
+    unguided = loaded(generator=[sample_generator(0, 0)], output_type="pil").images[0]
+    assert np.abs(made.astype(int) - np.array(unguided)).max() > 8
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "scaling_factor", "prediction_type", "noise schedule"])
+def test_a_guide_of_something_else_is_refused(name, pipe, unet, flags, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe")
+    scheduler = {"prediction_type": "v_prediction"} if name == "prediction_type" else {}
+    scheduler |= {"gamma_schedule": "cosine"} if name == "noise schedule" else {}
+    if name == "autoencoder":
+        torch.nn.init.normal_(pipe.autoencoder.grids.entries)
+    if name == "scaling_factor":
+        pipe.autoencoder.register_to_config(scaling_factor=3.0)
+        scheduler |= {"clip_sample_range": 1.5}
+    other = BricsKeyCodePipeline(pipe.autoencoder, unet, CosineVariantScheduler(**scheduler))
+    other.save_pretrained(tmp_path / "other")
+    words = [tmp_path / "pipe", *flags, "--guide", tmp_path / "other", "--output_dir", tmp_path / "out"]
+    with pytest.raises(SystemExit, match=f"has another {name} than .*; train it on the same autoencoder"):
+        main([*map(str, ["guidance-search", *words])])
+
+
 def test_averages_of_some_lengths(pipe, flags, run_command, tmp_path):
     pipe.unet.half()
     pipe.save_pretrained(tmp_path / "pipe")
@@ -162,7 +207,7 @@ def test_averages_that_there_are_not(saved_pipe, flags, tmp_path):
 def test_what_the_pipeline_has_not(pipe, flags, tmp_path):
     pipe.save_pretrained(tmp_path / "pipe")
     words = ["guidance-search", tmp_path / "pipe", *flags, "--output_dir", tmp_path / "out"]
-    with pytest.raises(SystemExit, match="pipe has neither classes nor a guide; give --guidance_scales 1"):
+    with pytest.raises(SystemExit, match="pipe has neither classes nor a guide; give --guide, or"):
         main([*map(str, words)])
     (tmp_path / "pipe" / SNAPSHOTS).mkdir()
     (tmp_path / "pipe" / SNAPSHOTS / "00000003.safetensors").touch()
