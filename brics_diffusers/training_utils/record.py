@@ -46,13 +46,20 @@ def summarize_run(
         "machine": machine(accelerator.device),
     }
     stage_one, pretrained = map(vars(args).get, ("autoencoder_name_or_path", "pretrained_model_name_or_path"))
-    if stage_one is None and pretrained is not None and Path(pretrained, SUMMARY).is_file():
-        earlier = json.loads(Path(pretrained, SUMMARY).read_text())
-        summary |= {name: earlier[name] for name in ("autoencoder_training",) if name in earlier}
-    if stage_one is not None and Path(stage_one, SUMMARY).is_file():
-        config = json.loads(Path(stage_one, "training_config.json").read_text())
-        summary["autoencoder_training"] = json.loads(Path(stage_one, SUMMARY).read_text()) | {"config": config}
+    source = stage_one or pretrained
+    if source is not None and Path(source, SUMMARY).is_file():
+        earlier = json.loads(Path(source, SUMMARY).read_text())
+        if not is_pipeline(source):
+            config = json.loads(Path(source, "training_config.json").read_text())
+            summary["autoencoder_training"] = earlier | {"config": config}
+        elif "autoencoder_training" in earlier:
+            summary["autoencoder_training"] = earlier["autoencoder_training"]
     return summary
+
+
+def is_pipeline(folder: str | os.PathLike) -> bool:
+    """Whether a folder is a pipeline's, so that what it says of a training is about stage two."""
+    return (Path(folder) / "model_index.json").is_file()
 
 
 def finish_run(args: argparse.Namespace, summary: dict) -> None:
@@ -64,8 +71,8 @@ def finish_run(args: argparse.Namespace, summary: dict) -> None:
     """
     output_dir = Path(args.output_dir)
     write_summary(output_dir, summary)
-    stage_two = hasattr(args, "autoencoder_name_or_path")
-    draw_curves(output_dir, args.autoencoder_name_or_path if stage_two else None, stage_two)
+    stage_two, stage_one = hasattr(args, "autoencoder_name_or_path"), vars(args).get("autoencoder_name_or_path")
+    draw_curves(output_dir, None if stage_one is None or is_pipeline(stage_one) else stage_one, stage_two)
     write_card(output_dir, args.hub_license)
     if not args.push_to_hub:
         return

@@ -88,3 +88,13 @@ def test_stage_one_of_a_run_of_stage_two_alone(summarize, tmp_path, monkeypatch)
     assert "autoencoder_training" not in summarize()
     stage_one = summarize(autoencoder_name_or_path=str(tmp_path))["autoencoder_training"]
     assert stage_one == {"steps": 7, "config": {"seed": 3}}
+
+
+def test_stage_one_of_a_pipeline_that_gives_its_autoencoder(summarize, tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / SUMMARY).write_text('{"steps": 9}')
+    for flag in ("autoencoder_name_or_path", "pretrained_model_name_or_path"):
+        (tmp_path / SUMMARY).write_text('{"steps": 9}')
+        assert "autoencoder_training" not in summarize(**{flag: str(tmp_path)})  # 9 are steps of stage two
+        (tmp_path / SUMMARY).write_text('{"steps": 9, "autoencoder_training": {"steps": 7, "config": {}}}')
+        assert summarize(**{flag: str(tmp_path)})["autoencoder_training"] == {"steps": 7, "config": {}}
