@@ -26,6 +26,10 @@ train train_autoencoder.py --output_dir $runs/autoencoder --pretrained_autoencod
     --gan_start_step 240 --gan_warmup_steps 120 --gradient_penalty_weight 0.2
 train train_key_codes.py --mixed_precision bf16 --autoencoder_name_or_path $runs/autoencoder \
     --output_dir $runs/pipeline --scaling_factor 2
+# The guide: half as wide, and a seventeenth of the images seen; twenty minutes on one thread of a CPU.
+OMP_NUM_THREADS=1 train train_key_codes.py --mixed_precision no --autoencoder_name_or_path $runs/pipeline \
+    --output_dir $runs/guide --train_batch_size 64 --max_train_steps 600 --learning_rate 1e-3 --lr_warmup_steps 50 \
+    --num_validation_images 0 --num_held_out_images 0 --set "unet.block_out_channels=[64,128,128]" unet.dropout=0
 
 bash model_cards/finish.sh $runs "$images" model_cards/brics-fluent-emoji-128 mit 30 \
-    --num_samples 192 --guidance_scales 1 1.5 2 3 --guidance_intervals 0:1
+    --guide $runs/guide --num_samples 192 --guidance_scales 1.5 2 2.5 3 --guidance_intervals 0:1
