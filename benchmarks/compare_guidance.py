@@ -4,10 +4,10 @@
         --dataset_name FOLDER --class_column COLUMN --output_dir DIR
 
 --autoencoders is the folder `models` of a comparison by compare_autoencoders.py. On the key codes of BRICS of each
-seed, training/train_key_codes.py trains a UNet without classes and one with, alike in all else, and keeps the averaged
-weights of --guide_step as a guide; `brics-diffusers guidance-search` then tries each of --guidance_scales on the same
-noise: autoguidance for both, and guidance by no class in place of the guide for the one with classes. Flags that this
-script does not know are passed on to the training.
+seed, training/train_key_codes.py trains a UNet without classes and one with, alike in all else but for the images of
+classes that are too small, and keeps the averaged weights of --guide_step as a guide; `brics-diffusers
+guidance-search` then tries each of --guidance_scales on the same noise: autoguidance for both, and for the one with
+classes guidance by no class in place of the guide. Flags that this script does not know are passed on to the training.
 
 After an interruption, run the same command again. Several processes may share the work, each with other --seeds and
 with --no-report, before one command with all of them writes the report.
@@ -19,13 +19,24 @@ from pathlib import Path
 
 import torch
 from autoencoder_models import folder_name
-from comparison import TRAINING, add_report_arguments, check_settings, config_path, origin, run_script, spread
+from comparison import (
+    TRAINING,
+    add_report_arguments,
+    check_settings,
+    config_path,
+    origin,
+    run_script,
+    spread,
+    stopping_on_sigterm,
+)
 
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data import evaluation_loader
 from brics_diffusers.metrics.generation import KID_FEATURES
 from brics_diffusers.pipelines.sampling import load_samples
 from brics_diffusers.training_utils.arguments import flag_words, positive
+from brics_diffusers.training_utils.checkpoints import appearing_folder
+from brics_diffusers.utils.files import atomic_write
 from brics_diffusers.utils.image_grids import image_grid
 from brics_diffusers.utils.reports import machine, markdown_table, write_report
 
@@ -76,9 +87,19 @@ def train(args: argparse.Namespace, name: str, seed: int) -> Path:
             words += flag_words("class_column", args.class_column)
         words += [*args.extra, "--resume_from_checkpoint=latest"]
         run_script(TRAINING / "train_key_codes.py", words, folder / "train.log")
-    before = json.loads((folder / "training_config.json").read_text())
-    check_settings(folder, before, {name: getattr(args, name) for name in ("max_train_steps", "guide_step")})
     return folder
+
+
+def check(args: argparse.Namespace) -> None:
+    """Notes what all results depend on in --output_dir; a `ValueError` if those there are of other settings."""
+    path = Path(args.output_dir) / "settings.json"
+    names = ("config", "dataset_name", "class_column", "min_class_images", "max_train_steps", "guide_step")
+    names += ("num_samples", "num_inference_steps", "extractor", "extra")
+    settings = {name: getattr(args, name) for name in names} | {"autoencoders": str(args.autoencoders)}
+    if path.is_file():
+        check_settings(path.parent, json.loads(path.read_text()), settings)
+    with atomic_write(path) as file:
+        file.write((json.dumps(settings, indent=2) + "\n").encode())
 
 
 def search(args: argparse.Namespace, pipeline: Path, name: str, seed: int) -> dict[float, float]:
@@ -87,7 +108,7 @@ def search(args: argparse.Namespace, pipeline: Path, name: str, seed: int) -> di
     path, scales = folder / "guidance-search.json", args.guidance_scales
     if name == "classes-unguided":
         scales = [scale for scale in scales if scale != 1]  # 1 is that of `classes`
-    found = json.loads(path.read_text()) if path.is_file() else {"values": []}
+    found = json.loads(path.read_text()) if path.is_file() else {"metric": None, "values": []}
     if not set(scales) <= {row["guidance_scale"] for row in found["values"]}:
         folder.mkdir(parents=True, exist_ok=True)
         words = ["guidance-search", str(pipeline), f"--dataset_name={args.dataset_name}", f"--output_dir={folder}"]
@@ -97,7 +118,6 @@ def search(args: argparse.Namespace, pipeline: Path, name: str, seed: int) -> di
         words += [f"--feature_extractor={args.extractor}", f"--seed={seed}", "--batch_size=32"]
         run_script("brics_diffusers.commands", words, folder / "search.log")
         found = json.loads(path.read_text())
-    check_settings(folder, found, {"num_samples": args.num_samples, "seed": seed})
     return {row["guidance_scale"]: row[found["metric"]] for row in found["values"]}
 
 
@@ -108,7 +128,7 @@ def reports_folder(args: argparse.Namespace, name: str, seed: int) -> Path:
 
 def write_guidance_report(args: argparse.Namespace, found: dict[tuple[str, int], dict[float, float]]) -> None:
     """A table of all scales, and the first samples of the first seed, the same noise in each row."""
-    rows, pictures = [], []
+    rows, pictures, columns = [], [], min(COLUMNS, args.num_samples)
     config = json.loads((args.autoencoders / folder_name("BRICS", args.seeds[0]) / "config.json").read_text())
     size = config["sample_size"]
     for name, (_, label) in VARIANTS.items():
@@ -122,7 +142,7 @@ def write_guidance_report(args: argparse.Namespace, found: dict[tuple[str, int],
             shares = [value / base for value, base in zip(values, unguided, strict=True)]
             rows.append(row | {"of that without classes and guidance": spread(shares, 2)})
             folder = reports_folder(args, name, args.seeds[0]) / f"samples-{scale:g}-0-1"
-            loader = evaluation_loader(load_samples(folder, COLUMNS), size, COLUMNS)
+            loader = evaluation_loader(load_samples(folder, columns), size, columns)
             pictures.append(next(iter(loader))["pixel_values"])
     on = machine("cuda" if torch.cuda.is_available() else "cpu")
     text = f"# Classes and guidance\n\n{origin(on)}\n\n{args.max_train_steps} steps; the guide is the average of step "
@@ -131,23 +151,26 @@ def write_guidance_report(args: argparse.Namespace, found: dict[tuple[str, int],
     )
     text += f"mean ± standard deviation over seeds {', '.join(map(str, args.seeds))}.\n\n{markdown_table(rows)}"
     if args.show_images:
-        text += f"\nThe first {COLUMNS} samples of seed {args.seeds[0]}, a row for each line of the table.\n"
+        text += f"\nThe first {columns} samples of seed {args.seeds[0]}, a row for each line of the table.\n"
     values = [{"variant": name, "seed": seed, "kid": kid} for (name, seed), kid in found.items()]
-    figures = {"samples": image_grid(torch.cat(pictures), COLUMNS)} if args.show_images else {}
+    figures = {"samples": image_grid(torch.cat(pictures), columns)} if args.show_images else {}
     write_report(args.output_dir, "guidance", {"machine": on, "rows": rows, "values": values}, text, figures)
 
 
 def main(argv=None):
     """Trains, samples, reports."""
     args = parse_args(argv)
+    check(args)
     found = {}
-    for seed in args.seeds:
-        for name, (trained, _) in VARIANTS.items():
-            pipeline = train(args, trained, seed)
-            if name != trained and not (unguided := pipeline.with_name(f"{name}-{seed}")).exists():
-                BricsKeyCodePipeline.from_pretrained(pipeline, guide=None).save_pretrained(unguided)
-            found[name, seed] = search(args, pipeline.with_name(f"{name}-{seed}"), name, seed)
-            print(f"{name}-{seed}: {found[name, seed]}", flush=True)
+    with stopping_on_sigterm():
+        for seed in args.seeds:
+            for name, (trained, _) in VARIANTS.items():
+                pipeline = train(args, trained, seed)
+                if name != trained and not (unguided := pipeline.with_name(f"{name}-{seed}")).exists():
+                    with appearing_folder(unguided) as partial:
+                        BricsKeyCodePipeline.from_pretrained(pipeline, guide=None).save_pretrained(partial)
+                found[name, seed] = search(args, pipeline.with_name(f"{name}-{seed}"), name, seed)
+                print(f"{name}-{seed}: {found[name, seed]}", flush=True)
     if args.report:
         write_guidance_report(args, found)
 

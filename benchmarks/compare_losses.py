@@ -16,13 +16,11 @@ concern may be copied.
 import argparse
 import json
 import re
-import signal
-import sys
 from pathlib import Path
 
 import torch
 import yaml
-from comparison import TRAINING, add_report_arguments, check_settings, config_path, run_script
+from comparison import TRAINING, add_report_arguments, check_settings, config_path, run_script, stopping_on_sigterm
 from loss_report import measure, write_loss_report
 
 from brics_diffusers.training_utils.arguments import FREE_FLAGS, flag_words, positive
@@ -194,8 +192,7 @@ def main(argv=None):
     for run in runs:
         run.check()
     torch.set_flush_denormal(True)  # Adam's second moments become denormal numbers, on which CPUs are slow
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped; run the same command to go on."))
-    try:
+    with stopping_on_sigterm():
         for run in runs:
             if not run.finished:
                 print(f"{run.folder.name}: {run.flags.max_train_steps} steps", flush=True)
@@ -203,8 +200,6 @@ def main(argv=None):
             point = measure(args, run, *load_splits(run.flags))["curve"][-1]
             values = ", ".join(f"{name} {value:.4g}" for name, value in point.items())
             print(f"{run.folder.name}: {values}", flush=True)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if args.report:
         write_loss_report(args, {name: [run for run in runs if run.variant == name] for name in args.variants})
 

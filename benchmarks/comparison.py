@@ -1,9 +1,11 @@
 """What the three comparisons share: flags, settings that a run goes on with, rows of a collection, text, colours."""
 
 import argparse
+import contextlib
 import functools
 import itertools
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -64,8 +66,8 @@ def check_settings(folder: Path, before: dict, now: dict) -> None:
 
 def run_script(script: Path | str, words: list[str], log: Path) -> None:
     """
-    Runs a script, or a module by its name, with flags, what it prints added to `log`; if this process is ended, it
-    ends too and saves its checkpoint. A `RuntimeError` if it fails.
+    Runs a script, or a module by its name, with flags, what it prints added to `log`; an exception here ends it
+    too, and it saves its checkpoint. A `RuntimeError` if it fails.
     """
     program = ["-m", script] if isinstance(script, str) else [str(script)]
     with log.open("a") as file:
@@ -84,6 +86,16 @@ def run_script(script: Path | str, words: list[str], log: Path) -> None:
     if process.returncode:
         last = log.read_text().strip().splitlines()[-1:]
         raise RuntimeError(f"{log.parent} ended early ({''.join(last)}); see {log}, and run the command again.")
+
+
+@contextlib.contextmanager
+def stopping_on_sigterm():
+    """Within, SIGTERM ends this process by an exception, so that what it has started by [`run_script`] ends too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped; run the same command to go on."))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def reconstructions(model, loader):

@@ -49,8 +49,9 @@ def read_facts(folder: str | os.PathLike) -> dict:
     autoencoder = read_json(folder / "autoencoder" / "config.json")
     if not autoencoder:
         raise FileNotFoundError(f"{folder} has no autoencoder/config.json; name a finished run or a saved pipeline.")
-    parts = ("autoencoder", "unet", *(["guide"] if (folder / "guide").is_dir() else []))
-    classes = _class_names(read_json(folder / "model_index.json").get("id2label"))
+    index = read_json(folder / "model_index.json")
+    parts = ("autoencoder", "unet", *(["guide"] if any(index.get("guide") or []) else []))
+    classes = _class_names(index.get("id2label"))
     facts = {
         "autoencoder": autoencoder,
         "parameters": {name: _count_parameters(folder / name) for name in parts},

@@ -36,9 +36,9 @@ WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.i
 
 
 def _components(folder: str | os.PathLike) -> dict[str, list]:
-    """Library and class of a pipeline's components by name, as its index says."""
+    """Library and class of a pipeline's components by name, as its index says, but for those that it has not."""
     index = read_json(Path(folder) / "model_index.json")
-    return {name: entry for name, entry in index.items() if isinstance(entry, list)}
+    return {name: entry for name, entry in index.items() if isinstance(entry, list) and any(entry)}
 
 
 def model_folders(folder: str | os.PathLike) -> list[str]:

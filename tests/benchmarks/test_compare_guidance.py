@@ -91,9 +91,17 @@ def test_what_guides(flags, started, tmp_path):
     assert none.guide is not None and none.class_names is None
 
 
-def test_another_training_is_refused(flags, started, tmp_path):
-    (tmp_path / "none-0").mkdir()
-    (tmp_path / "none-0/model_index.json").write_text("{}")
-    (tmp_path / "none-0/training_config.json").write_text('{"max_train_steps": 5, "guide_step": 2}')
-    with pytest.raises(ValueError, match="was trained with max_train_steps 5, not 4; give the same flags"):
+def test_other_settings_are_refused(flags, started, tmp_path):
+    (tmp_path / "settings.json").write_text('{"config": "other.yaml"}')
+    with pytest.raises(ValueError, match="was trained with config other.yaml, not .*tiny.yaml; give the same flags"):
         compare_guidance.main([*flags, "--output_dir", str(tmp_path)])
+    assert not started
+
+
+def test_few_samples_and_no_scale(flags, started, tmp_path):
+    words = ["--seeds", "0", "--guidance_scales", "1", "--num_samples", "4", "--output_dir", str(tmp_path)]
+    compare_guidance.main([*flags, *words])
+    result = json.loads((tmp_path / "guidance.json").read_text())
+    assert [row["guidance scale"] for row in result["rows"]] == [1, 1]
+    with Image.open(tmp_path / "guidance-samples.png") as picture:
+        assert picture.size == (4 * (AUTOENCODER["sample_size"] + 2) + 2, 2 * (AUTOENCODER["sample_size"] + 2) + 2)

@@ -1,12 +1,13 @@
 """`brics-diffusers guidance-search`: what it tries and saves, and what it refuses."""
 
+import copy
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from safetensors import safe_open
@@ -14,11 +15,12 @@ from safetensors.torch import load_file
 from small_models import UNET
 
 from brics_diffusers import BricsKeyCodePipeline, CosineVariantScheduler
-from brics_diffusers.commands import main
+from brics_diffusers.commands import guidance_search, main
 from brics_diffusers.pipelines.sampling import sample_generator
 from brics_diffusers.training_utils.checkpoints import RunState
 from brics_diffusers.training_utils.post_hoc_ema import SNAPSHOTS, PowerEMA, load_average
 from brics_diffusers.training_utils.pretrained import load_key_code_pipeline
+from brics_diffusers.training_utils.record import _weights_digest
 
 
 @pytest.fixture
@@ -115,8 +117,11 @@ def test_a_guide_from_another_pipeline(pipe, flags, run_command, tmp_path):
     other.save_pretrained(tmp_path / "other")
     words = [tmp_path / "pipe", *flags[: flags.index("--guidance_scales")], "--guidance_intervals", "0:1", "--save"]
     words += ["--guide", tmp_path / "other", "--guidance_scales"]
+    (tmp_path / "pipe/training_summary.json").write_text('{"steps": 4, "weights": "of before"}')
     result, text, folder = run_command("guidance-search", *words, 3, 4)
     assert result["guide"] == str(tmp_path / "other") and f"guided by `{tmp_path / 'other'}`" in text
+    summary = json.loads((tmp_path / "pipe/training_summary.json").read_text())
+    assert summary["guide"] == str(tmp_path / "other") and summary["weights"] == _weights_digest(tmp_path / "pipe")
     loaded = BricsKeyCodePipeline.from_pretrained(tmp_path / "pipe")
     saved = load_file(tmp_path / "pipe/guide/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(saved[name], value.half()) for name, value in guide.state_dict().items())
@@ -131,17 +136,58 @@ def test_a_guide_from_another_pipeline(pipe, flags, run_command, tmp_path):
     assert np.abs(made.astype(int) - np.array(unguided)).max() > 8
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "scaling_factor", "prediction_type", "noise schedule"])
+def test_a_guide_that_is_no_better_changes_nothing(pipe, flags, run_command, tmp_path, monkeypatch):
+    pipe.register_modules(guide=copy.deepcopy(pipe.unet))
+    pipe.save_pretrained(tmp_path / "pipe")
+    torch.nn.init.normal_(pipe.unet.conv_out.weight)
+    pipe.register_modules(guide=None)
+    pipe.save_pretrained(tmp_path / "other")
+    values = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(
+        guidance_search, "generation_metrics", lambda *_: {"metrics": {"kid_random_conv": next(values)}}
+    )
+    words = [tmp_path / "pipe", *flags, "--guide", tmp_path / "other", "--save"]
+    assert run_command("guidance-search", *words)[0]["best"]["guidance_scale"] == 1
+    loaded = BricsKeyCodePipeline.from_pretrained(tmp_path / "pipe")
+    assert torch.equal(loaded.guide.conv_out.weight, loaded.unet.conv_out.weight)  # as before
+
+
+def test_a_guide_of_another_type_of_numbers_fits(pipe, flags, run_command, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe")
+    for part in (pipe.autoencoder, pipe.unet):
+        torch.nn.Module.to(part, torch.bfloat16)
+    torch.nn.init.zeros_(pipe.autoencoder.grids.entries)  # which key codes do not depend on
+    pipe.save_pretrained(tmp_path / "other")
+    words = [tmp_path / "pipe", *flags[: flags.index("--guidance_scales")], "--guide", tmp_path / "other"]
+    result = run_command("guidance-search", *words, "--guidance_scales", 1)[0]
+    assert result["guide"] == str(tmp_path / "other")
+
+
+def test_a_guide_that_is_no_pipeline_of_brics(pipe, unet, flags, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe")
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "other")
+    words = [tmp_path / "pipe", *flags, "--guide", tmp_path / "other", "--output_dir", tmp_path / "out"]
+    with pytest.raises(SystemExit, match="other is a DDPMPipeline; --guide needs two pipelines of BRICS"):
+        main([*map(str, ["guidance-search", *words])])
+
+
+@pytest.mark.parametrize("name", ["classes", "encoder", "scaling_factor", "prediction_type", "noise schedule"])
 def test_a_guide_of_something_else_is_refused(name, pipe, unet, flags, tmp_path):
+    id2label = {}
+    if name == "classes":
+        unet = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, num_class_embeds=3, **UNET)
+        id2label = {"id2label": {0: "dog", 1: "cat"}}
+        pipe = BricsKeyCodePipeline(pipe.autoencoder, unet, pipe.scheduler, id2label={0: "cat", 1: "dog"})
     pipe.save_pretrained(tmp_path / "pipe")
     scheduler = {"prediction_type": "v_prediction"} if name == "prediction_type" else {}
-    scheduler |= {"gamma_schedule": "cosine"} if name == "noise schedule" else {}
-    if name == "autoencoder":
-        torch.nn.init.normal_(pipe.autoencoder.grids.entries)
+    if name == "noise schedule":
+        scheduler = {"gamma_schedule": "cosine"}
+    if name == "encoder":
+        torch.nn.init.normal_(pipe.autoencoder.encoder.conv_out.weight)
     if name == "scaling_factor":
         pipe.autoencoder.register_to_config(scaling_factor=3.0)
         scheduler |= {"clip_sample_range": 1.5}
-    other = BricsKeyCodePipeline(pipe.autoencoder, unet, CosineVariantScheduler(**scheduler))
+    other = BricsKeyCodePipeline(pipe.autoencoder, unet, CosineVariantScheduler(**scheduler), **id2label)
     other.save_pretrained(tmp_path / "other")
     words = [tmp_path / "pipe", *flags, "--guide", tmp_path / "other", "--output_dir", tmp_path / "out"]
     with pytest.raises(SystemExit, match=f"has another {name} than .*; train it on the same autoencoder"):
