@@ -4,8 +4,8 @@ import pytest
 from PIL import Image
 from small_models import ROOT
 
-from brics_diffusers.hub.card import read_card
-from brics_diffusers.hub.published_files import named_pictures, public_files
+from brics_diffusers.hub.card import read_card, read_facts
+from brics_diffusers.hub.published_files import model_folders, named_pictures, public_files
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,13 @@ def test_links_publish_pictures_of_the_folder_alone(pipe, tmp_path):
     names += ["missing.png", "unet", "https://example.org/d.png"]
     (folder / "README.md").write_text("\n\n".join(f"![A]({name})" for name in names))
     assert set(public_files(folder)) == before | {"a b.png", "more/in.png"}
+
+
+def test_a_part_that_the_index_has_not(pipe, tmp_path):
+    pipe.register_modules(guide=pipe.unet)
+    pipe.save_pretrained(tmp_path)
+    assert "guide" in model_folders(tmp_path) and "guide" in read_facts(tmp_path)["parameters"]
+    pipe.register_modules(guide=None)
+    pipe.save_pretrained(tmp_path)  # which leaves the folder of the guide before
+    assert (tmp_path / "guide").is_dir() and model_folders(tmp_path) == ["autoencoder", "scheduler", "unet"]
+    assert list(read_facts(tmp_path)["parameters"]) == ["autoencoder", "unet"]
