@@ -137,7 +137,11 @@ def main():
             options = {"save_all": True, "append_images": drawn[1:], "duration": 120, "loop": 0, "quality": 85}
             drawn[0].save(folder / f"{name}.webp", **options)
         else:
-            drawn.save(folder / f"{name.replace('_', '-')}.png")
+            if (
+                pictures.pipe.autoencoder.sample_shape[-1] <= 64
+            ):  # a palette shows no bands here, and is a third as large
+                drawn = drawn.quantize(256)
+            drawn.save(folder / f"{name.replace('_', '-')}.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -59,10 +59,11 @@ def test_calls_take_a_solver_classes_and_guidance_by_themselves(trained):
     assert isinstance(trained.scheduler, DPMSolverMultistepScheduler) and "Flags" in trained.class_names
     assert trained.config.default_num_inference_steps <= 50 and trained.config.default_guidance_scale > 1
     flags, faces = ["Flags"] * 4, ["Smileys & Emotion"] * 4
-    draw = {"num_inference_steps": 8, "output_type": "pt", "generator": torch.Generator().manual_seed(0)}
+    draw = {"num_inference_steps": 12, "output_type": "pt", "generator": torch.Generator().manual_seed(0)}
     images = trained(class_labels=flags + faces, **draw).images
-    yellow = images[:, :2].mean(dim=(1, 2, 3)) - images[:, 2].mean(dim=(1, 2))
-    assert yellow[4:].mean() > yellow[:4].mean() + 0.05
+    # 0.39 and 0.28 above flags' on the mean, 0.09 to 0.33 for other seeds.
+    yellow = (images[:, :2].amin(dim=1) - images[:, 2]).mean(dim=(1, 2))
+    assert yellow[4:].median() > yellow[:4].median() + 0.05
 
 
 def test_the_demo_begins_with_the_showcase(tmp_path):
