@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_autoencoder
+import train_key_codes
 from accelerate.commands.launch import launch_command_parser
 from diffusers import UNet2DModel
 from PIL import Image
@@ -111,7 +112,10 @@ def check_script(monkeypatch, path: str, words: list[str]) -> None:
         monkeypatch.setattr(sys, "argv", [path, *words])
         return parse_only(monkeypatch, module.main)
     extra = getattr(module.parse_args(words), "extra", [])  # flags that are passed on to training
-    train_autoencoder.parse_args(["--dataset_name=x", *extra])
+    if "compare_guidance" in path:
+        train_key_codes.parse_args(["--dataset_name=x", "--autoencoder_name_or_path=x", *extra])
+    else:
+        train_autoencoder.parse_args(["--dataset_name=x", *extra])
 
 
 def check_subcommand(monkeypatch, words: list[str]) -> None:
