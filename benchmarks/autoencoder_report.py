@@ -116,9 +116,9 @@ def seconds_until(run, psnr: float) -> float | None:
 def table_row(name: str, runs: list, reference: list, decoding: dict, noise: list[dict], train_set) -> dict:
     """A model's line in the report; times in units of the reference's, of the same seeds."""
     row = {"model": name, **model_costs(runs[0].model), "latent": latent_text(runs[0].model)}
-    for key, digits in (("psnr", 2), ("ssim", 3), ("lpips", 3)):
-        if key in runs[0].curve[-1]:
-            row[key.upper()] = spread([run.curve[-1][key] for run in runs], digits)
+    digits = {"psnr": 2} | dict.fromkeys(("ssim", "lpips", "perceptual_efficientnet_lite0"), 3)
+    for key in [key for key in digits if key in runs[0].curve[-1]]:
+        row[key.upper()] = spread([run.curve[-1][key] for run in runs], digits[key])
     row["PSNR, training images"] = spread([training_psnr(run, train_set) for run in runs], 2)
     row["PSNR, latents with 5% noise"] = spread([curve["psnr"][NOISES.index(0.05)] for curve in noise], 2)
     seconds = [run.seconds / other.seconds for run, other in zip(runs, reference, strict=True)]
@@ -192,7 +192,8 @@ def report_text(args, runs: dict, table: list[dict], noise: dict, on: dict, num_
         row["standard deviation"] = spread([curve["deviation"] for curve in curves], 3)
         trained = [curve["training_noise"] for curve in curves]
         noises.append(row | {"BRICS' noise in training": "" if trained[0] is None else spread(trained, 3)})
-    loss = f"{args.mse_weight:g} MSE" + (f" + {args.lpips_weight:g} LPIPS (VGG)" if args.lpips_weight > 0 else "")
+    loss, weight = f"{args.mse_weight:g} MSE", args.perceptual_weight
+    loss += f" + {weight:g} perceptual ({args.perceptual_network})" if weight > 0 else ""
     unreadable = f" ({args.unreadable.summary()})" if args.unreadable.count else ""
     unmeasured = f"LPIPS was not measured: torch's cache has no `{LPIPS_WEIGHTS['vgg']}`, its backbone's weights.\n"
     each = "each seed" if len(args.seeds) > 1 else "the seed"
@@ -204,7 +205,7 @@ Steps of {args.train_batch_size} images, mirrored at random, out of {num_images}
 model's own regularizer; seeds {seeds}, the same weights' seed, order of images and shape of the schedule for all of
 {each}. Validation: {last["images"]} held-out images of {size} x {size}, averaged weights, protocol `standard`. Mean ±
 standard deviation over the seeds of the mean over the images.
-{"" if "lpips" in last else unmeasured}
+{unmeasured if args.perceptual_network == "vgg" and "lpips" not in last else ""}
 {markdown_table(table)}
 M: million parameters. G: 10⁹ multiply-adds of decoding one image; lookups in grids and codebook are not counted. Times
 are in units of the first row's: of the training steps (on a CPU: of all its cores, other work left out), without

@@ -32,9 +32,9 @@ from brics_diffusers.data import (
     evaluation_loader,
     training_loader,
 )
-from brics_diffusers.metrics.perceptual import load_lpips, lpips_is_cached
+from brics_diffusers.metrics.perceptual import PERCEPTUAL_NETWORKS, load_perceptual_network, perceptual_is_cached
 from brics_diffusers.metrics.reconstruction import reconstruction_metrics
-from brics_diffusers.training_utils.arguments import positive
+from brics_diffusers.training_utils.arguments import not_negative, positive
 from brics_diffusers.training_utils.checkpoints import appearing_folder, clean_up
 from brics_diffusers.training_utils.ema import averaged_weights, ema_half_life_decay
 from brics_diffusers.training_utils.losses import reconstruction_loss
@@ -61,8 +61,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--max_train_steps", type=positive, help="Steps of each model; default: the config's.")
     add("--validation_steps", type=positive, default=250, help="Steps from one validation to the next.")
     add("--train_batch_size", type=positive, help="Images in a step; default: the config's.")
-    add("--lpips_weight", type=float, default=0.0, help="Weight of LPIPS (VGG), 5 in the paper, which needs weights.")
+    add(
+        "--perceptual_network",
+        choices=PERCEPTUAL_NETWORKS,
+        default="vgg",
+        help="Perceptual distance, measured where its weights are, and in the loss by its weight. Default: LPIPS.",
+    )
+    add("--perceptual_weight", type=float, default=0.0, help="Its weight; 5 in the paper.")
     add("--mse_weight", type=float, default=20.0, help="Weight of the mean squared error.")
+    add("--dataloader_num_workers", type=not_negative, default=0, help="Processes that read images.")
     args = parser.parse_args(argv)
     args.preset = dict(PRESETS[args.config])
     for name in ("train_batch_size", "max_train_steps"):
@@ -89,8 +96,10 @@ class Run:
         decay = ema_half_life_decay(1, self.last_step / 100)
         self.ema = EMAModel(self.model.parameters(), decay=decay, foreach=True)
         self.stateful = {name: getattr(self, name) for name in ("model", "optimizer", "lr_scheduler", "ema")}
-        names = ("validation_steps", "num_validation_images", "train_batch_size", "mse_weight", "lpips_weight")
-        self.settings = {name: getattr(args, name) for name in names} | collections
+        names = ("validation_steps", "num_validation_images", "train_batch_size", "mse_weight")
+        self.settings = {name: getattr(args, name) for name in (*names, "perceptual_weight")} | collections
+        if args.perceptual_weight > 0:
+            self.settings["perceptual_network"] = args.perceptual_network
         self.settings |= {"max_train_steps": self.last_step, "seed": seed}
         self.settings |= {"model": repr(variant.arguments(args.preset)), "learning_rate": variant.learning_rate}
         self.settings |= {"part_learning_rates": variant.part_learning_rates, "adam_beta2": variant.adam_beta2}
@@ -133,11 +142,12 @@ class Run:
         with appearing_folder(self.folder / "state") as folder:
             torch.save(state, folder / "state.pt")
 
-    def train(self, dataset, last_step: int, lpips_metric) -> None:
+    def train(self, dataset, last_step: int, perceptual) -> None:
         """Takes the steps up to `last_step`."""
         args, size = self.args, self.model.config.sample_size
         images = ImageCollection(dataset, size, random_flip=True, replace_unreadable=True)
-        loader = iter(training_loader(images, args.train_batch_size, self.seed, self.step, collate_fn=collate_images))
+        reading = {"num_workers": args.dataloader_num_workers, "collate_fn": collate_images}
+        loader = iter(training_loader(images, args.train_batch_size, self.seed, self.step, **reading))
         torch.manual_seed(self.seed + 1 + self.step)  # noise is the same whether or not the run was interrupted
         self.model.train()
         # Other work on a CPU does not lengthen the time that a process has computed.
@@ -148,7 +158,7 @@ class Run:
             batch = batch["pixel_values"].to(args.device)
             started = clock()
             sample, regularizer = reconstruct(self.model, batch)
-            loss, _ = reconstruction_loss(sample, batch, args.mse_weight, args.lpips_weight, lpips_metric)
+            loss, _ = reconstruction_loss(sample, batch, args.mse_weight, args.perceptual_weight, perceptual)
             (loss + regularizer).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -158,11 +168,11 @@ class Run:
                 torch.cuda.synchronize()
             self.seconds += clock() - started
 
-    def validate(self, dataset, step: int, lpips_metric) -> None:
+    def validate(self, dataset, step: int, perceptual) -> None:
         """Appends a point to the curve: means over the images."""
         loader = evaluation_loader(dataset, self.model.config.sample_size, self.args.train_batch_size)
         with averaged_weights(self.model, self.ema) as model:
-            metrics = reconstruction_metrics(model, loader, lpips_metric, self.args.unreadable, progress=False)
+            metrics = reconstruction_metrics(model, loader, perceptual, self.args.unreadable, progress=False)
         point = {"step": step, "seconds": self.seconds, "images": len(metrics.pop("index"))}
         self.curve.append(point | {name: values.mean().item() for name, values in metrics.items()})
 
@@ -177,7 +187,9 @@ def main(argv=None):
         raise ValueError(f"{args.dataset_name} has fewer than 10 images, none to hold out; give a larger collection.")
     if len(validation_set) < 2:
         raise ValueError("1 image is held out; at least 2 are needed for a deviation of the codes, so hold out more.")
-    lpips_metric = load_lpips().to(args.device) if args.lpips_weight > 0 or lpips_is_cached() else None
+    perceptual = None
+    if args.perceptual_weight > 0 or perceptual_is_cached(args.perceptual_network):
+        perceptual = load_perceptual_network(args.perceptual_network).to(args.device)
     args.unreadable = UnreadableLog()
     sets = {"collection": train_set, "validation_collection": validation_set}
     collections = {name: collection_fingerprint(dataset) for name, dataset in sets.items()}
@@ -189,8 +201,8 @@ def main(argv=None):
             for run in of_seed.values():
                 last_step = min(turn + args.validation_steps, run.last_step)
                 if run.step < last_step:
-                    run.train(train_set, last_step, lpips_metric)
-                    run.validate(validation_set, last_step, lpips_metric)
+                    run.train(train_set, last_step, perceptual)
+                    run.validate(validation_set, last_step, perceptual)
                     run.save()
                     print(f"{run.folder.name}: {run.curve[-1]['psnr']:.2f} dB after {last_step} steps", flush=True)
     if args.report:

@@ -93,6 +93,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--max_train_steps", type=positive, default=4000, help="Steps of each UNet.")
     add("--validation_steps", type=positive, default=1000, help="Steps from one validation to the next.")
     add("--checkpointing_steps", type=positive, default=500, help="Steps from one saved state to the next.")
+    add("--mixed_precision", choices=("no", "bf16"), default="no", help="Of the UNets. Default: %(default)s.")
     add("--train_batch_size", type=positive, help="Latents in a step; default: the config's.")
     add("--learning_rate", type=float, help="Adam's learning rate; default: the config's.")
     add("--scaling_factor", type=float, help="Of key codes, as of train_key_codes.py; 2 in the paper.")
@@ -117,7 +118,7 @@ class Run:
         self.folder = Path(args.output_dir) / "runs" / folder_name(f"{name}-{schedule}", seed)
         self.scheduler = build_scheduler(args.flags.scheduler, schedule, space.bound)
         self.snr_gamma = SCHEDULES[schedule][1]
-        names = ("validation_steps", "num_samples", "num_inference_steps", "num_reference_images")
+        names = ("validation_steps", "num_samples", "num_inference_steps", "num_reference_images", "mixed_precision")
         self.settings = {name: getattr(args, name) for name in names} | settings
         names = ("max_train_steps", "train_batch_size", "learning_rate", "lr_scheduler", "lr_warmup_steps", "unet")
         names += ("adam_beta1", "adam_beta2", "adam_epsilon", "ema_max_decay", "max_grad_norm", "random_flip")
@@ -180,8 +181,9 @@ class Run:
             started = clock(device)
             noise = train_key_codes.draw_noise(latents.shape, self.seed, step, accelerator, num_train_timesteps)
             torch.manual_seed(self.seed + step)  # of dropout, where the UNet has it
-            loss = train_key_codes.training_loss(self.unet, self.scheduler, latents, *noise, self.snr_gamma)
-            loss.backward()
+            with accelerator.autocast():
+                loss = train_key_codes.training_loss(self.unet, self.scheduler, latents, *noise, self.snr_gamma)
+            accelerator.backward(loss)
             if not step_if_finite(accelerator, [self.optimizer], flags.max_grad_norm, loss.detach()):
                 raise FloatingPointError(
                     f"{self.folder.name}: loss or gradient is not finite in step {step}; lower --learning_rate."
@@ -246,7 +248,7 @@ def main(argv=None):
     args = parse_args(argv)
     logging.getLogger("diffusers").setLevel(logging.ERROR)  # of configs of classes that extend others
     torch.set_flush_denormal(True)  # Adam's second moments become denormal numbers, on which CPUs are slow
-    accelerator = Accelerator(cpu=args.device.type == "cpu", mixed_precision="no")
+    accelerator = Accelerator(cpu=args.device.type == "cpu", mixed_precision=args.mixed_precision)
     train_set, validation_set = load_splits(args)
     if validation_set is None or len(validation_set) < 2:
         raise ValueError(f"{args.dataset_name} has fewer than 2 images to hold out; give a larger collection.")

@@ -1,10 +1,11 @@
-"""Peak memory and hours of training of both stages for presets, computed on tensors without storage.
+"""Peak memory and hours of training of both stages for presets, computed on tensors without storage, or measured.
 
 Every storage that two steps allocate in `FakeTensorMode` is counted while it is alive: parameters, gradients, Adam's
 moments, averaged weights and activations in float32, with LPIPS, discriminator and R1 in stage one. Allocator slack,
 CUDA's own context and workspaces are not in it. `--hours` also counts the operations of matrix products, convolutions
 and attention, and divides those of all steps by what a GPU is taken to get done, `--teraflops`; discriminator and R1
-are counted at every step, so stage one takes less.
+are counted at every step, so stage one takes less. `--device cuda` takes the two steps on a GPU, in float32, and says
+what its allocator held at most: all of the above and the workspaces of kernels, but not CUDA's own context.
 """
 
 import argparse
@@ -114,19 +115,29 @@ def two_steps_cost(stage, config: dict, batch_size: int, checkpointing: bool = F
     return cost
 
 
-def print_memory(presets: list[str], batch_sizes: dict) -> None:
+def peak_memory(stage, config: dict, batch_size: int, checkpointing: bool, device: str) -> float:
+    """Peak of two training steps in GiB: computed, unless the device is a GPU."""
+    if device == "cpu":
+        return two_steps_cost(stage, config, batch_size, checkpointing).peak / 2**30
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.device(device):
+        stage(config, batch_size, checkpointing)
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def print_memory(presets: list[str], batch_sizes: dict, device: str) -> None:
     """Table of the peak memory by batch size; `batch_sizes` by stage."""
     columns = [(stage, size) for stage, sizes in batch_sizes.items() for size in sizes]
-    print("Computed peak memory in GiB, float32; in brackets with --gradient_checkpointing.\n")
+    how = "Computed" if device == "cpu" else f"Measured on {torch.cuda.get_device_name()}:"
+    print(f"{how} peak memory in GiB, float32; in brackets with --gradient_checkpointing.\n")
     print("| preset | " + " | ".join(f"{STAGES[stage][0]}, batch {size}" for stage, size in columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for preset in presets:
         config = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text())
         cells = []
         for stage, size in columns:
-            values = [
-                two_steps_cost(stage, config, size, checkpointing).peak / 2**30 for checkpointing in (False, True)
-            ]
+            values = [peak_memory(stage, config, size, checkpointing, device) for checkpointing in (False, True)]
             cells.append("{:.1f} ({:.1f})".format(*values))
         print(f"| {preset} | " + " | ".join(cells) + " |", flush=True)
 
@@ -159,11 +170,14 @@ def main():
     parser.add_argument("--stage_two_batch_sizes", nargs="*", type=int, default=[1, 8, 64])
     parser.add_argument("--hours", action="store_true", help="Memory and hours at the presets' own batch sizes.")
     parser.add_argument("--teraflops", type=float, default=10, help="10^12 operations that a GPU does in a second.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: measure; not with --hours.")
     args = parser.parse_args()
     if args.hours:
         print_hours(args.presets, args.teraflops)
     else:
-        print_memory(args.presets, {stage_one: args.stage_one_batch_sizes, stage_two: args.stage_two_batch_sizes})
+        print_memory(
+            args.presets, {stage_one: args.stage_one_batch_sizes, stage_two: args.stage_two_batch_sizes}, args.device
+        )
 
 
 if __name__ == "__main__":

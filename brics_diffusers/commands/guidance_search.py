@@ -6,9 +6,9 @@ search goes on where it stopped; it runs on several processes as `generation-met
 best, and the best of many values is too good by chance: measure it again with another --seed. --save writes it into
 the pipeline's folder as what calls take by default, together with --num_inference_steps and --scheduler.
 
---guide tries another pipeline's UNet as the guide, trained on the same key codes, for less long or narrower, and
---save puts it into the pipeline, in place of what guide it has, if a scale above 1 is the best; samples with different
-guides need different --output_dir.
+--guide tries another pipeline's UNet as the guide, trained on the same key codes, for less long, narrower or without
+classes, and --save puts it into the pipeline, in place of what guide it has, if a scale above 1 is the best; samples
+with different guides need different --output_dir.
 
 --ema_lengths tries averages of the weights of these lengths besides, from the folder of a training with
 --ema_snapshot_steps; --guidance_scales 1 tries nothing else. --save puts the best average in place of the weights and
@@ -188,11 +188,11 @@ def load_guide(args: argparse.Namespace) -> UNet2DModel:
             # Weights saved with 16 bits move key codes by less than this, and another encoder by far more.
             same = ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=0.02)
         else:
-            same = ours == theirs
+            same = ours == theirs or (name, theirs) == ("classes", None)
         if not same:
             raise ValueError(
                 f"--guide {args.guide} has another {name} than {args.model}; train it on the same autoencoder, "
-                f"--autoencoder_name_or_path {args.model}, with the same classes, scheduler and scaling."
+                f"--autoencoder_name_or_path {args.model}, with the same classes or none, scheduler and scaling."
             )
     check_guide(pipes[1].unet, pipes[0].unet)
     return pipes[1].unet

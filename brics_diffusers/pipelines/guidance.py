@@ -165,7 +165,8 @@ class GuidanceMixin:
         if not guided:
             return call(self.unet, sample, labels)
         if self.guide is not None:
-            strong, weak = call(self.unet, sample, labels), call(self.guide, sample, labels)
+            of_guide = None if self.guide.config.num_class_embeds is None else labels
+            strong, weak = call(self.unet, sample, labels), call(self.guide, sample, of_guide)
         else:
             both = torch.cat([labels, torch.full_like(labels, self.num_classes)])
             strong, weak = call(self.unet, torch.cat([sample, sample]), both).chunk(2)
@@ -208,9 +209,9 @@ def check_class_weights(weights: Sequence[float] | None, unet: UNet2DModel) -> l
 
 
 def check_guide(guide: UNet2DModel | None, unet: UNet2DModel) -> None:
-    """Refuses a guide for other key codes or classes than the UNet's, with a `ValueError`."""
+    """Refuses a guide for other key codes or classes than the UNet's, with a `ValueError`; it may know no classes."""
     names: Sequence[str] = ("in_channels", "out_channels", "num_class_embeds", "class_embed_type")
     for name in names if guide is not None else ():
         ours, theirs = (getattr(model.config, name) for model in (unet, guide))
-        if ours != theirs:
+        if ours != theirs and (name, theirs) != ("num_class_embeds", None):
             raise ValueError(f"guide has {name}={theirs}, but unet has {name}={ours}; use a guide trained alike.")

@@ -174,8 +174,8 @@ class TestRuns:
         assert Image.open(tmp_path / "run/comparison-reconstructions.png").height == 34 + 2  # no row of images
 
     def test_lpips_is_measured_where_its_weights_are(self, compare, monkeypatch, tmp_path):
-        monkeypatch.setattr(compare_autoencoders, "lpips_is_cached", lambda: True)
-        monkeypatch.setattr(compare_autoencoders, "load_lpips", lambda: load_lpips("alex", pretrained=False))
+        monkeypatch.setattr(compare_autoencoders, "perceptual_is_cached", lambda network: network == "vgg")
+        monkeypatch.setattr(compare_autoencoders, "load_perceptual_network", lambda _: load_lpips("alex", False))
         result = compare(tmp_path / "run", "--max_train_steps", 2, models=("BRICS", "VQModel"))
         assert all(run["curve"][-1]["lpips"] > 0 for run in result["runs"].values())
         text = (tmp_path / "run/comparison.md").read_text()
@@ -185,10 +185,10 @@ class TestRuns:
         validate = compare_autoencoders.Run.validate
         for folder in ("AutoencoderKL-shortcut-noise-0", "BRICS-1"):
 
-            def interrupted(run, dataset, step, lpips_metric, folder=folder):
+            def interrupted(run, dataset, step, perceptual, folder=folder):
                 if step == 4 and run.folder.name == folder:
                     raise KeyboardInterrupt
-                validate(run, dataset, step, lpips_metric)
+                validate(run, dataset, step, perceptual)
 
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(compare_autoencoders.Run, "validate", interrupted)
