@@ -75,7 +75,7 @@ def stage_one(config: dict, batch_size: int, checkpointing: bool) -> None:
         autoencoder.enable_gradient_checkpointing()
     kind = config["train_autoencoder"].get("discriminator_type", "stylegan2")
     critic = DiscriminatorLoss(build_discriminator(kind, autoencoder, config.get("discriminator", {})))
-    lpips_metric = load_lpips("vgg", pretrained=False)
+    lpips_metric = load_lpips("vgg", pretrained=False).to(torch.get_default_device())
     averaged = [torch.empty_like(parameter) for parameter in autoencoder.parameters()]  # noqa: F841
     optimizers = [torch.optim.Adam(model.parameters(), fused=True) for model in (autoencoder, critic)]
 

@@ -38,7 +38,8 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, GuidanceMixin,
         scheduler ([`SchedulerMixin`]):
             [`CosineVariantScheduler`] or any scheduler compatible with it.
         guide ([`UNet2DModel`], *optional*):
-            A weaker diffusion model, such as an earlier or a smaller one, for guidance (Karras et al. 2024).
+            A weaker diffusion model, such as an earlier or a smaller one, for guidance (Karras et al. 2024); with the
+            classes of `unet` or without any.
         id2label (`dict[int, str]`, *optional*):
             Names of the classes by number, where `unet` has `num_class_embeds`, one more than classes: the last one
             stands for "no class".
@@ -290,8 +291,9 @@ class BricsKeyCodePipeline(SafeLoadingMixin, KeyCodeEditingMixin, GuidanceMixin,
                 in particular. By default drawn, if the config has `default_class_weights`, from the images' generators
                 before all noise; otherwise no class.
             guidance_scale (`float`, *optional*):
-                1 is no guidance, 2 goes twice as far from the prediction of `guide`, given the same class, or without
-                a guide from that of no class, as the model does. By default that of the pipeline's config.
+                1 is no guidance, 2 goes twice as far from the prediction of `guide`, given the same class if it knows
+                classes, or without a guide from that of no class, as the model does. By default that of the
+                pipeline's config.
             guidance_interval (`tuple[float, float]`, *optional*):
                 Times (low, high) in [0, 1] between which to guide; 1 is noise. By default that of the pipeline's
                 config, all if it says none (Kynkäänniemi et al., arXiv 2404.07724).

@@ -260,7 +260,9 @@ class TestModels:
     def test_variants(self):
         assert DEFAULT_MODELS[:2] == ["AutoencoderKL", "BRICS"] and "VQModel" in DEFAULT_MODELS
         for variant in VARIANTS.values():
-            for preset in PRESETS.values():
+            for name, preset in PRESETS.items():
+                if name == "fluent-emoji-128" and "decoder_block_out_channels" in variant.changes:
+                    continue  # which has three blocks there
                 with torch.device("meta"):
                     model = variant.build(preset)
                 assert variant.part_learning_rates.keys() <= dict(model.named_children()).keys()

@@ -163,6 +163,15 @@ def test_a_guide_of_another_type_of_numbers_fits(pipe, flags, run_command, tmp_p
     assert result["guide"] == str(tmp_path / "other")
 
 
+def test_a_guide_without_classes_fits_a_pipeline_with_them(class_pipe_folder, flags, run_command, tmp_path):
+    pipe = BricsKeyCodePipeline.from_pretrained(class_pipe_folder)
+    unet = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, **UNET)
+    BricsKeyCodePipeline(pipe.autoencoder, unet, pipe.scheduler).save_pretrained(tmp_path / "other")
+    words = [class_pipe_folder, *flags[: flags.index("--guidance_scales")], "--guide", tmp_path / "other", "--save"]
+    run_command("guidance-search", *words, "--guidance_scales", 2, "--guidance_intervals", "0:1")
+    assert BricsKeyCodePipeline.from_pretrained(class_pipe_folder).guide.config.num_class_embeds is None
+
+
 def test_a_guide_that_is_no_pipeline_of_brics(pipe, unet, flags, tmp_path):
     pipe.save_pretrained(tmp_path / "pipe")
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "other")

@@ -131,8 +131,8 @@ class TestLabels:
             BricsKeyCodePipeline(autoencoder, class_unet(1), CosineVariantScheduler(), id2label=names)
 
     def test_a_guide_must_fit(self, autoencoder, unet):
-        with pytest.raises(ValueError, match="guide has num_class_embeds=None, but unet has num_class_embeds=4; use"):
-            BricsKeyCodePipeline(autoencoder, class_unet(1), CosineVariantScheduler(), guide=unet)
+        with pytest.raises(ValueError, match="guide has num_class_embeds=4, but unet has num_class_embeds=None; use"):
+            BricsKeyCodePipeline(autoencoder, unet, CosineVariantScheduler(), guide=class_unet(1))
 
 
 class TestGuidance:
@@ -147,6 +147,21 @@ class TestGuidance:
             weak = guided_pipe.guide(latents, timestep, labels).sample
             found = guided_pipe._predict(latents, timestep, Guidance(labels, 2.5), True)
             torch.testing.assert_close(found, weak + 2.5 * (strong - weak), rtol=1e-4, atol=1e-5)
+
+    def test_a_guide_without_classes(self, class_pipe, unet, monkeypatch, tmp_path):
+        """It is asked without them, also after loading, and guides images of no class too."""
+        guided = BricsKeyCodePipeline(**class_pipe.components | {"guide": unet}, id2label=NAMES)
+        guided.save_pretrained(tmp_path)
+        guided = BricsKeyCodePipeline.from_pretrained(tmp_path)
+        latents, timestep = torch.randn(2, 4, 8, 8, generator=seeded()), torch.tensor(600)
+        labels = torch.tensor([0, 3])
+        with torch.no_grad():
+            strong, weak = class_pipe.unet(latents, timestep, labels).sample, unet(latents, timestep).sample
+            found = guided._predict(latents, timestep, Guidance(labels, 2.5), True)
+        torch.testing.assert_close(found, weak + 2.5 * (strong - weak), rtol=1e-4, atol=1e-5)
+        sizes = count_calls(guided.guide, monkeypatch)
+        sample(guided, 2, class_labels=["cat", None], guidance_scale=2.0)
+        assert sizes == [2, 2, 2]
 
     def test_one_call_a_step(self, class_pipe, monkeypatch):
         sizes = count_calls(class_pipe.unet, monkeypatch)
