@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from launching import launch
+import train_autoencoder
+import train_key_codes
+from launching import train_here
 from safetensors.torch import load_file
 from test_train_autoencoder import read_log
 
@@ -17,14 +19,14 @@ def test_train_resume_and_sample(tmp_path, image_folder, write_config, precision
     flags = ["--config", write_config(), "--dataset_name", image_folder, "--mixed_precision", precision]
     flags += ["--checkpointing_steps", 100, "--validation_steps", 100]
     one, two = tmp_path / "one", tmp_path / "two"
-    for script, *more in (
-        ("train_autoencoder.py", "--output_dir", one, "--gan_start_step", 20),
-        ("train_key_codes.py", "--output_dir", two, "--autoencoder_name_or_path", one),
+    for main, *more in (
+        (train_autoencoder.main, "--output_dir", one, "--gan_start_step", 20),
+        (train_key_codes.main, "--output_dir", two, "--autoencoder_name_or_path", one),
     ):
         for steps in (100, 200):  # the second goes on from the first one's checkpoint
             resume = ["--max_train_steps", steps, "--resume_from_checkpoint", "latest"]
-            done = launch(script, *flags, *more, *resume, cpu=False)
-        assert "Resumed from" in done.stderr
+            printed = train_here(main, *flags, *more, *resume, ACCELERATE_USE_CPU="false")
+        assert "Resumed from" in printed
     for folder in (one, two):
         weights = load_file(folder / "checkpoint-200" / "model.safetensors")
         assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
