@@ -135,11 +135,13 @@ def guidance_settings(pipe: DiffusionPipeline, class_labels: list | dict | None,
 def sampling_settings(pipe: DiffusionPipeline, num_inference_steps: int, seed: int) -> dict:
     """
     What a set of samples follows from: `"pipeline"` (class), `"weights"` (digest of all parameters and buffers),
-    `"dtype"`, `"scheduler"`, `"scheduler_config"` (long lists as digests, infinities as strings such as `"-inf"`,
-    which JSON has no numbers for), `"num_inference_steps"` and `"seed"`.
+    `"dtype"`, `"scheduler"`, `"scheduler_config"` (its own arguments, not those that it keeps of another scheduler;
+    long lists as digests, infinities as strings such as `"-inf"`, which JSON has no numbers for),
+    `"num_inference_steps"` and `"seed"`.
     """
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    config = {name: _shorten(value) for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    known = inspect.signature(type(pipe.scheduler).__init__).parameters
+    config = {name: _shorten(value) for name, value in pipe.scheduler.config.items() if name in known}
     return {
         "pipeline": type(pipe).__name__,
         "weights": weights_digest(modules),
@@ -198,6 +200,8 @@ def claim_sample_folder(folder: str | os.PathLike, settings: dict) -> None:
             file.write((text + "\n").encode())
         return
     settings = json.loads(text)
+    before = found.get("scheduler_config", {})  # older files have arguments of other schedulers besides
+    found["scheduler_config"] = {name: before.get(name) for name in settings.get("scheduler_config", ())}
     different = ", ".join(name for name in settings if found.get(name) != settings[name])
     if different:
         raise ValueError(

@@ -130,7 +130,9 @@ def test_settings_are_json(pipe, tmp_path):
     manifest = tmp_path / "samples.json"
     assert json.loads(manifest.read_text(), parse_constant=pytest.fail) == read_sample_settings(tmp_path)
     assert read_sample_settings(tmp_path)["scheduler_config"]["lambda_min_clipped"] == "-inf"
-    manifest.write_text(manifest.read_text().replace('"-inf"', "-Infinity"))  # as it was written earlier
+    # As it was written earlier.
+    text = manifest.read_text().replace('"-inf"', "-Infinity").replace('"solver_order"', '"tau": 1.0, "solver_order"')
+    manifest.write_text(text)
     sample_images_to_folder(pipe, tmp_path, 2, progress=False, **STEPS)  # the same settings
     assert read_sample_settings(tmp_path)["scheduler_config"]["lambda_min_clipped"] == "-inf"
 
@@ -178,8 +180,14 @@ def test_pipelines_and_schedulers(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "pipe")
     loaded = load_pipeline(tmp_path / "pipe")
     assert sampling_settings(loaded, 3, 0) == sampling_settings(pipe, 3, 0)
-    loaded = load_pipeline(tmp_path / "pipe", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True})
+    solver = "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}
+    loaded = load_pipeline(tmp_path / "pipe", *solver)
     assert isinstance(loaded.scheduler, DPMSolverMultistepScheduler) and loaded.scheduler.config.use_karras_sigmas
+    loaded.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved/scheduler/scheduler_config.json").read_text())
+    del config["gamma_schedule"]  # an argument of the scheduler before, without which `guidance-search` saves this one
+    (tmp_path / "saved/scheduler/scheduler_config.json").write_text(json.dumps(config))
+    assert sampling_settings(load_pipeline(tmp_path / "saved", *solver), 3, 0) == sampling_settings(loaded, 3, 0)
     loaded = load_pipeline(tmp_path / "pipe", scheduler_options={"timestep_spacing": "leading"})
     assert sampling_settings(loaded, 3, 0)["scheduler_config"]["timestep_spacing"] == "leading"
     for name in ("NoScheduler", "UNet2DModel"):
