@@ -54,7 +54,7 @@ def small_models(size: int, train_batch_size: int, max_train_steps: int) -> dict
     }
 
 
-# An image costs the peers 4.1 G multiply-adds, BRICS 4.0 G.
+# An image costs the peers 4.2 G multiply-adds, BRICS 4.0 G.
 FLUENT_PEER = {
     "sample_size": 128,
     "down_block_types": ("DownEncoderBlock2D",) * 4,

@@ -11,7 +11,6 @@ from timing import interleaved, medians
 from brics_diffusers import BricsAutoencoder
 from brics_diffusers.analysis.cost import count_multiply_adds
 from brics_diffusers.data import evaluation_loader
-from brics_diffusers.metrics.perceptual import LPIPS_WEIGHTS
 from brics_diffusers.metrics.reconstruction import image_batches, image_metrics, reconstruction_metrics, row_generator
 from brics_diffusers.training_utils.ema import averaged_weights
 from brics_diffusers.utils.image_grids import image_grid
@@ -192,10 +191,12 @@ def report_text(args, runs: dict, table: list[dict], noise: dict, on: dict, num_
         row["standard deviation"] = spread([curve["deviation"] for curve in curves], 3)
         trained = [curve["training_noise"] for curve in curves]
         noises.append(row | {"BRICS' noise in training": "" if trained[0] is None else spread(trained, 3)})
-    loss, weight = f"{args.mse_weight:g} MSE", args.perceptual_weight
-    loss += f" + {weight:g} perceptual ({args.perceptual_network})" if weight > 0 else ""
+    loss, weight, network = f"{args.mse_weight:g} MSE", args.perceptual_weight, args.perceptual_network
+    loss += f" + {weight:g} perceptual ({network})" if weight > 0 else ""
     unreadable = f" ({args.unreadable.summary()})" if args.unreadable.count else ""
-    unmeasured = f"LPIPS was not measured: torch's cache has no `{LPIPS_WEIGHTS['vgg']}`, its backbone's weights.\n"
+    perceptual = f"The perceptual distance is that of {network}.\n"
+    if args.measured_network is None:
+        perceptual = f"The perceptual distance of {network} was not measured: its weights are not there.\n"
     each = "each seed" if len(args.seeds) > 1 else "the seed"
     return f"""# BRICS beside diffusers' autoencoders: {args.config}
 
@@ -205,7 +206,7 @@ Steps of {args.train_batch_size} images, mirrored at random, out of {num_images}
 model's own regularizer; seeds {seeds}, the same weights' seed, order of images and shape of the schedule for all of
 {each}. Validation: {last["images"]} held-out images of {size} x {size}, averaged weights, protocol `standard`. Mean ±
 standard deviation over the seeds of the mean over the images.
-{unmeasured if args.perceptual_network == "vgg" and "lpips" not in last else ""}
+{perceptual}
 {markdown_table(table)}
 M: million parameters. G: 10⁹ multiply-adds of decoding one image; lookups in grids and codebook are not counted. Times
 are in units of the first row's: of the training steps (on a CPU: of all its cores, other work left out), without

@@ -35,7 +35,7 @@ from brics_diffusers.data import (
 from brics_diffusers.metrics.perceptual import PERCEPTUAL_NETWORKS, load_perceptual_network, perceptual_is_cached
 from brics_diffusers.metrics.reconstruction import reconstruction_metrics
 from brics_diffusers.training_utils.arguments import not_negative, positive
-from brics_diffusers.training_utils.checkpoints import appearing_folder, clean_up
+from brics_diffusers.training_utils.checkpoints import RENAMED, appearing_folder, clean_up
 from brics_diffusers.training_utils.ema import averaged_weights, ema_half_life_decay
 from brics_diffusers.training_utils.losses import reconstruction_loss
 from brics_diffusers.training_utils.optimization import build_lr_scheduler, build_optimizer
@@ -97,9 +97,8 @@ class Run:
         self.ema = EMAModel(self.model.parameters(), decay=decay, foreach=True)
         self.stateful = {name: getattr(self, name) for name in ("model", "optimizer", "lr_scheduler", "ema")}
         names = ("validation_steps", "num_validation_images", "train_batch_size", "mse_weight")
-        self.settings = {name: getattr(args, name) for name in (*names, "perceptual_weight")} | collections
-        if args.perceptual_weight > 0:
-            self.settings["perceptual_network"] = args.perceptual_network
+        names += ("perceptual_weight", "measured_network")
+        self.settings = {name: getattr(args, name) for name in names} | collections
         self.settings |= {"max_train_steps": self.last_step, "seed": seed}
         self.settings |= {"model": repr(variant.arguments(args.preset)), "learning_rate": variant.learning_rate}
         self.settings |= {"part_learning_rates": variant.part_learning_rates, "adam_beta2": variant.adam_beta2}
@@ -123,7 +122,9 @@ class Run:
         if not (self.folder / "state").exists():
             return
         state = torch.load(self.folder / "state/state.pt", map_location=self.args.device, weights_only=True)
-        check_settings(self.folder, state["settings"], self.settings)
+        before = {RENAMED.get(name, name): value for name, value in state["settings"].items()}
+        before.setdefault("measured_network", "vgg" if "lpips" in state["curve"][-1] else None)  # older ones don't say
+        check_settings(self.folder, before, self.settings)
         for name, part in self.stateful.items():
             part.load_state_dict(state[name])
         self.ema.to(self.args.device)
@@ -190,6 +191,7 @@ def main(argv=None):
     perceptual = None
     if args.perceptual_weight > 0 or perceptual_is_cached(args.perceptual_network):
         perceptual = load_perceptual_network(args.perceptual_network).to(args.device)
+    args.measured_network = None if perceptual is None else args.perceptual_network
     args.unreadable = UnreadableLog()
     sets = {"collection": train_set, "validation_collection": validation_set}
     collections = {name: collection_fingerprint(dataset) for name, dataset in sets.items()}

@@ -142,7 +142,9 @@ class Run:
         if not path.exists():
             return
         progress = json.loads(path.read_text())
-        check_settings(self.folder, progress["settings"], self.settings)
+        check_settings(
+            self.folder, {"mixed_precision": "no"} | progress["settings"], self.settings
+        )  # older ones' type
         self.step, self.seconds, self.curve = (progress[name] for name in ("step", "seconds", "curve"))
 
     def train(self, accelerator, references: torch.Tensor, extractor) -> None:

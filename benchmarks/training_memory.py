@@ -170,8 +170,10 @@ def main():
     parser.add_argument("--stage_two_batch_sizes", nargs="*", type=int, default=[1, 8, 64])
     parser.add_argument("--hours", action="store_true", help="Memory and hours at the presets' own batch sizes.")
     parser.add_argument("--teraflops", type=float, default=10, help="10^12 operations that a GPU does in a second.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: measure; not with --hours.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: measure.")
     args = parser.parse_args()
+    if args.hours and args.device != "cpu":
+        parser.error("--hours are computed; leave --device out")
     if args.hours:
         print_hours(args.presets, args.teraflops)
     else:

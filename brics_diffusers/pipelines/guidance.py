@@ -1,7 +1,8 @@
 """Classes of images, and guidance: predictions moved away from those of a weaker model.
 
 Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) moves away from the prediction without a class,
-autoguidance (Karras et al., arXiv 2406.02507) from that of a second, weaker model for the same class.
+autoguidance (Karras et al., arXiv 2406.02507) from that of a second, weaker model for the same class, or of
+one that knows no classes.
 """
 
 import difflib

@@ -111,7 +111,7 @@ class TestRuns:
             assert text in row["time until the first's PSNR"]
         text = (folder / "comparison.md").read_text()
         assert f"| {SHORTER} |" in text and "seeds 0, 1," in text and "LPIPS |" not in text
-        assert "\nLPIPS was not measured: torch's cache has no `vgg16-397923af.pth`" in text
+        assert "\nThe perceptual distance of vgg was not measured: its weights are not there.\n" in text
         assert "| BRICS | 0.012 | {'encoder': 0.002} | 0.99 | 0.02 |" in text
         assert "\nRows of the picture, first seed: images; BRICS; AutoencoderKL, shortcut, noise; VQModel" in text
         picture = Image.open(folder / "comparison-reconstructions.png")
@@ -176,10 +176,32 @@ class TestRuns:
     def test_lpips_is_measured_where_its_weights_are(self, compare, monkeypatch, tmp_path):
         monkeypatch.setattr(compare_autoencoders, "perceptual_is_cached", lambda network: network == "vgg")
         monkeypatch.setattr(compare_autoencoders, "load_perceptual_network", lambda _: load_lpips("alex", False))
-        result = compare(tmp_path / "run", "--max_train_steps", 2, models=("BRICS", "VQModel"))
+        flags = ("--max_train_steps", 2, "--dataloader_num_workers", 1)
+        result = compare(tmp_path / "run", *flags, models=("BRICS", "VQModel"))
         assert all(run["curve"][-1]["lpips"] > 0 for run in result["runs"].values())
         text = (tmp_path / "run/comparison.md").read_text()
-        assert "| LPIPS |" in text and "not measured" not in text
+        assert "| LPIPS |" in text and "The perceptual distance is that of vgg.\n" in text
+        weighted = compare(tmp_path / "weighted", *flags, "--perceptual_weight", 2, models=("BRICS",))
+        assert "loss 20 MSE + 2 perceptual (vgg) and" in (tmp_path / "weighted/comparison.md").read_text()
+        one, other = (found["runs"]["BRICS-0"]["curve"][-1]["psnr"] for found in (result, weighted))
+        assert one != other
+        for message, *more in (
+            ("perceptual_weight 2.0, not 1.0", "--perceptual_weight", 1),
+            ("measured_network vgg, not alex", "--perceptual_weight", 2, "--perceptual_network", "alex"),
+        ):
+            monkeypatch.setattr(compare_autoencoders, "perceptual_is_cached", lambda _: True)
+            with pytest.raises(ValueError, match=f"was trained with {message}"):
+                compare(tmp_path / "weighted", *flags, *more, models=("BRICS",))
+
+    def test_states_of_before_are_known(self, compare, tmp_path):
+        """Their settings have LPIPS' names, and do not say what was measured."""
+        before = values(compare(tmp_path, "--max_train_steps", 2, models=("BRICS",)))
+        path = tmp_path / "runs/BRICS-0/state/state.pt"
+        state = torch.load(path, weights_only=True)
+        state["settings"]["lpips_weight"] = state["settings"].pop("perceptual_weight")
+        del state["settings"]["measured_network"]
+        torch.save(state, path)
+        assert values(compare(tmp_path, "--max_train_steps", 2, models=("BRICS",))) == before
 
     def test_an_interrupted_comparison_ends_alike(self, compare, finished, monkeypatch, tmp_path):
         validate = compare_autoencoders.Run.validate

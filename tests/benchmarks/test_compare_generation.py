@@ -9,6 +9,7 @@ import generation_report
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from autoencoder_models import CLASSES, SMALL_PEER, encode, folder_name
 from compare_generation import Run
 from comparison import spread
@@ -57,6 +58,7 @@ def flags(autoencoders, image_folder):
 
 def run(flags, folder, *more, models=tuple(MODELS)):
     """Runs the comparison and returns its report, if it has written one."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # which keeps the precision of the first in a process
     try:
         compare_generation.main([*flags, "--output_dir", str(folder), "--models", *models, *map(str, more)])
     finally:
@@ -193,6 +195,19 @@ class TestTraining:
     def test_changed_settings_are_refused(self, folder, flags, message, more):
         with pytest.raises(ValueError, match=f"BRICS-b-0 was trained with {message}.*; give the same flags as before"):
             run(flags, folder, "--no-report", *more, models=("BRICS",))
+
+    def test_sixteen_bits(self, flags, tmp_path):
+        more = ("--max_train_steps", 2, "--mixed_precision", "bf16")
+        found = run(flags, tmp_path / "bf16", *more, models=("BRICS",))["means"]["BRICS, b"]
+        plain = run(flags, tmp_path / "no", *more[:2], models=("BRICS",))["means"]["BRICS, b"]
+        assert found[KID] == pytest.approx(plain[KID], rel=0.1) and found["nearest_code"] != plain["nearest_code"]
+        with pytest.raises(ValueError, match="trained with mixed_precision bf16, not no"):
+            run(flags, tmp_path / "bf16", *more[:2], models=("BRICS",))
+        path = tmp_path / "no/runs/BRICS-b-0/state/progress.json"
+        progress = json.loads(path.read_text())
+        del progress["settings"]["mixed_precision"]  # as it was written earlier
+        path.write_text(json.dumps(progress))
+        assert run(flags, tmp_path / "no", *more[:2], models=("BRICS",))["means"]["BRICS, b"] == plain
 
     def test_too_few_samples_are_refused_before_training(self, flags, tmp_path):
         with pytest.raises(ValueError, match="precision-recall needs at least 4 images of each kind, got 3 generated"):

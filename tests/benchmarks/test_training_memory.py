@@ -50,12 +50,19 @@ def test_operations_are_those_of_products_and_convolutions():
     assert cost.operations == 2 * (2 * 3 * 5 * 4) + 2 * (2 * 8 * 8 * 4 * 3 * 3 * 3)
 
 
-def test_hours(monkeypatch, tmp_path, capsys):
+def test_tables(monkeypatch, tmp_path, capsys):
     flags = {"train_batch_size": 2, "max_train_steps": 3600}
     config = {"train_key_codes": flags, "autoencoder": plain(AUTOENCODER), "unet": plain(UNET)}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setattr(training_memory, "CONFIGS", tmp_path)
     monkeypatch.setattr(training_memory, "STAGES", {training_memory.stage_two: ("stage two", "train_key_codes")})
+    training_memory.print_memory(["small"], {training_memory.stage_two: [2]}, "cpu")
+    text = capsys.readouterr().out
+    peaks = [training_memory.two_steps_cost(training_memory.stage_two, config, 2, flag).peak for flag in (False, True)]
+    assert (
+        text.startswith("Computed peak memory")
+        and "| small | {:.1f} ({:.1f}) |".format(*(peak / 2**30 for peak in peaks)) in text
+    )
     training_memory.print_hours(["small"], teraflops=1e-6)
     hours = float(capsys.readouterr().out.split("|")[-2])
     operations = training_memory.two_steps_cost(training_memory.stage_two, config, 2).operations / 2
