@@ -33,7 +33,7 @@ brics-diffusers reconstruct-metrics "$pipeline" --dataset_name "$images" --proto
 brics-diffusers generation-metrics --generated "$pipeline" --dataset_name "$images" --num_samples 500 --seed 1 \
     --feature_extractor efficientnet-lite2 --metrics kid fid precision-recall --output_dir "$runs/generated"
 brics-diffusers nearest-neighbours --generated "$runs/generated/samples" --dataset_name "$images" --num_samples 500 \
-    --distance efficientnet-lite2 --num_neighbours 4 --output_dir "$runs/neighbours"
+    --distance efficientnet-lite2 --num_neighbours 4 --held_out_split validation --output_dir "$runs/neighbours"
 brics-diffusers class-accuracy "$pipeline" --dataset_name "$images" --class_column category --num_samples 450 \
     --output_dir "$runs/class-accuracy"
 cp "$runs/generated/generation-metrics.json" "$pipeline/reports"

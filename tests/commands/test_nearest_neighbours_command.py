@@ -1,6 +1,7 @@
 """`brics-diffusers nearest-neighbours`: neighbours of samples, copies, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -46,6 +47,22 @@ def test_copies_are_found(flags, tmp_path, image_folder):
     assert result["near_copies"] == 1 and all(query["near_copy"] for query in result["queries"])
     text = (tmp_path / "out/nearest-neighbours.md").read_text()
     assert "| 1 | yes | 20 (0) |" in text and "100.0% of 2 generated images are near copies" in text
+
+
+def test_held_out_images_are_a_measure(flags, tmp_path, image_folder):
+    """One of two is a copy; the other, all black, is far from everything."""
+    generated = tmp_path / "generated"
+    for split, names in (("train", [f"{number:02d}.png" for number in range(12)]), ("validation", ["07.png"])):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        for name in names:
+            Image.open(image_folder / name).convert("RGB").save(tmp_path / "images" / split / name)
+    Image.new("RGB", (32, 32)).save(tmp_path / "images/validation/black.png")
+    shutil.copytree(tmp_path / "images/train", generated)
+    words = ["--dataset_name", str(tmp_path / "images"), "--generated", str(generated), "--distance", "pixels"]
+    main([*flags, *words, "--num_samples", "9", "--held_out_split", "validation"])
+    result = json.loads((tmp_path / "out/nearest-neighbours.json").read_text())
+    assert result["held_out"] == {"split": "validation", "num_images": 2, "near_copies": 0.5}
+    assert "Of 2 images of the split validation, 50.0% are." in (tmp_path / "out/nearest-neighbours.md").read_text()
 
 
 def test_errors(flags, tmp_path, monkeypatch):
