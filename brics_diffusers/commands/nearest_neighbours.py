@@ -2,8 +2,8 @@
 
 Distances are LPIPS, mean squared errors or squared distances between the features of an extractor. A near copy is
 nearer to a training image than that one is to any other training image. Now and then images that are new are so too:
---held_out_split says how often those of a split are that was not trained on. Training images pass by in batches, twice:
-memory does not grow with their number.
+--held_out_split says how often those of a split are that was not trained on. Training images pass by in batches,
+twice: memory does not grow with their number.
 """
 
 import argparse
