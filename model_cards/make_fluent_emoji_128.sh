@@ -32,4 +32,4 @@ train train_key_codes.py --mixed_precision bf16 --autoencoder_name_or_path $runs
     --num_validation_images 0 --num_held_out_images 0 --set "unet.block_out_channels=[64,128,128]" unet.dropout=0
 
 bash model_cards/finish.sh $runs "$images" model_cards/brics-fluent-emoji-128 mit 30 \
-    --guide $runs/guide --num_samples 192 --guidance_scales 1.5 2 2.5 3 --guidance_intervals 0:1
+    --guide $runs/guide --num_samples 192 --guidance_scales 1.5 2 2.5 --guidance_intervals 0:1

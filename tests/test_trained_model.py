@@ -61,7 +61,7 @@ def test_calls_take_a_solver_classes_and_guidance_by_themselves(trained):
     flags, faces = ["Flags"] * 4, ["Smileys & Emotion"] * 4
     draw = {"num_inference_steps": 12, "output_type": "pt", "generator": torch.Generator().manual_seed(0)}
     images = trained(class_labels=flags + faces, **draw).images
-    # 0.39 and 0.28 above flags' on the mean, 0.09 to 0.33 for other seeds.
+    # 0.51 and 0.32 above flags' on the mean with this seed.
     yellow = (images[:, :2].amin(dim=1) - images[:, 2]).mean(dim=(1, 2))
     assert yellow[4:].median() > yellow[:4].median() + 0.05
 

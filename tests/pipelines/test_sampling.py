@@ -11,9 +11,11 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
 )
 from PIL import Image
 from safetensors.torch import load_file
+from small_models import UNET
 
 from brics_diffusers import BricsKeyCodePipeline
 from brics_diffusers.data import load_collection
@@ -48,6 +50,22 @@ def test_processes_and_batch_sizes_do_not_matter(pipe, tmp_path):
     assert np.abs(one - three).max() <= 1
     assert len({image.tobytes() for image in one}) == 7
     assert [path.name for path in sorted((tmp_path / "one").iterdir())][-2:] == ["0000006.png", "samples.json"]
+
+
+@pytest.mark.parametrize("labels", [None, ["dog", "cat"]])
+def test_nor_with_classes_and_guidance(pipe, unet, tmp_path, labels):
+    """Classes that are drawn follow from a sample's own noise too."""
+    torch.manual_seed(1)
+    of_classes = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, num_class_embeds=3, **UNET).eval()
+    options = {"id2label": {0: "cat", 1: "dog"}, "default_class_weights": [1, 3], "default_guidance_scale": 3.0}
+    guided = BricsKeyCodePipeline(pipe.autoencoder, of_classes, pipe.scheduler, guide=unet, **options)
+    options = {"class_labels": labels, "progress": False, **STEPS}
+    sample_images_to_folder(guided, tmp_path / "one", 5, batch_size=5, **options)
+    for rank in (1, 0):
+        sample_images_to_folder(guided, tmp_path / "two", 5, 2, process_index=rank, num_processes=2, **options)
+    sample_images_to_folder(guided, tmp_path / "unguided", 5, guidance_scale=1.0, **options)
+    one, two, unguided = (pixels(tmp_path / name, 5) for name in ("one", "two", "unguided"))
+    assert np.abs(one - two).max() <= 2 < np.abs(one - unguided).max()
 
 
 def test_one_image_is_that_of_its_generator(pipe, tmp_path):
