@@ -142,9 +142,8 @@ class Run:
         if not path.exists():
             return
         progress = json.loads(path.read_text())
-        check_settings(
-            self.folder, {"mixed_precision": "no"} | progress["settings"], self.settings
-        )  # older ones' type
+        before = {"mixed_precision": "no"} | progress["settings"]  # older ones don't say
+        check_settings(self.folder, before, self.settings)
         self.step, self.seconds, self.curve = (progress[name] for name in ("step", "seconds", "curve"))
 
     def train(self, accelerator, references: torch.Tensor, extractor) -> None:
