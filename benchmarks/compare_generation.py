@@ -94,6 +94,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--validation_steps", type=positive, default=1000, help="Steps from one validation to the next.")
     add("--checkpointing_steps", type=positive, default=500, help="Steps from one saved state to the next.")
     add("--mixed_precision", choices=("no", "bf16"), default="no", help="Of the UNets. Default: %(default)s.")
+    add("--compile", action="store_true", help="Compile the UNets.")
     add("--train_batch_size", type=positive, help="Latents in a step; default: the config's.")
     add("--learning_rate", type=float, help="Adam's learning rate; default: the config's.")
     add("--scaling_factor", type=float, help="Of key codes, as of train_key_codes.py; 2 in the paper.")
@@ -177,13 +178,14 @@ class Run:
         loader = iter(training_loader(self.space.latents, flags.train_batch_size, self.seed, start=self.step))
         num_train_timesteps = self.scheduler.config.num_train_timesteps
         self.unet.train()
+        denoiser = torch.compile(self.unet) if self.args.compile else self.unet
         for step in tqdm(range(self.step, last_step), desc=self.folder.name, leave=False, disable=None):
             latents = next(loader).to(device)
             started = clock(device)
             noise = train_key_codes.draw_noise(latents.shape, self.seed, step, accelerator, num_train_timesteps)
             torch.manual_seed(self.seed + step)  # of dropout, where the UNet has it
             with accelerator.autocast():
-                loss = train_key_codes.training_loss(self.unet, self.scheduler, latents, *noise, self.snr_gamma)
+                loss = train_key_codes.training_loss(denoiser, self.scheduler, latents, *noise, self.snr_gamma)
             accelerator.backward(loss)
             if not step_if_finite(accelerator, [self.optimizer], flags.max_grad_norm, loss.detach()):
                 raise FloatingPointError(

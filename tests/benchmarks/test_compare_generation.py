@@ -89,6 +89,26 @@ def values(result):
     }
 
 
+@pytest.mark.slow
+def test_compiled_unets_learn_the_same(flags, tmp_path, monkeypatch):
+    """Without inductor, which needs a C++ compiler."""
+    compiled = []
+
+    def compile(module, compiler=torch.compile):
+        compiled.append(module)
+        return compiler(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    more = "--max_train_steps", 2, "--validation_steps", 2
+    plain, other = (
+        run(flags, tmp_path / name, *more, *words, models=["BRICS"])
+        for name, words in (("plain", []), ("compiled", ["--compile"]))
+    )
+    assert len(compiled) == 1
+    points = [list(result["runs"].values())[0]["curve"][0][KID] for result in (plain, other)]
+    assert points[1] == pytest.approx(points[0], rel=0.02)
+
+
 def make_space(autoencoders, name, image_folder, **tensors):
     autoencoder = load_saved_autoencoder(autoencoders / folder_name(name, 0))
     batch = next(iter(evaluation_loader(load_collection(image_folder), 32, 24)))["pixel_values"]
