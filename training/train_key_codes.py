@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -275,6 +276,44 @@ def save_pipeline(pipeline: BricsKeyCodePipeline, output_dir: Path) -> None:
         os.replace(Path(folder) / "model_index.json", output_dir / "model_index.json")
 
 
+def training_batches(
+    args, accelerator, key_codes: KeyCodeDataset, state: RunState, class_names: list[str] | None
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+    """A process's batches from where the run is: their numbers, latents and, with classes, labels, some dropped."""
+    start = state.images_seen // (args.train_batch_size * accelerator.num_processes)
+    loader = training_loader(
+        key_codes,
+        args.train_batch_size,
+        args.seed,
+        start=start,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        num_workers=args.dataloader_num_workers,
+        balance=key_codes.labels if args.balance_classes else None,
+    )
+    ranks = accelerator.process_index, accelerator.num_processes
+    for number, batch in enumerate(loader, start=start):
+        labels = None
+        if class_names is not None:
+            batch, labels = batch
+            labels = drop_labels(labels, len(class_names), args.class_dropout_prob, args.seed, number, *ranks)
+            labels = labels.to(accelerator.device, non_blocking=True)
+        batch = batch.to(accelerator.device, non_blocking=True)
+        yield number, key_codes_to_latents(batch, args.scaling_factor), labels
+
+
+def save_result(args, pipeline: BricsKeyCodePipeline, unet: UNet2DModel, ema: EMAModel) -> None:
+    """The pipeline, with the UNet's averaged weights and its guide, in the numbers that the run asks for."""
+    output_dir = Path(args.output_dir)
+    with averaged_weights(unet, ema), naming_the_last_checkpoint(output_dir, "the pipeline"):
+        if args.guide_step is not None:
+            pipeline.register_modules(guide=load_guide(output_dir))
+        for model in filter(None, (pipeline.autoencoder, unet, pipeline.guide)):  # which have done their work
+            torch.nn.Module.to(model, DTYPES[args.save_dtype])  # diffusers' own `to` warns of any type
+        save_pipeline(pipeline, output_dir)
+    logger.info("The pipeline is in %s", output_dir)
+
+
 def train(args, accelerator) -> None:
     """Encodes the collection, trains, validates, saves."""
     output_dir = Path(args.output_dir)
@@ -307,17 +346,6 @@ def train(args, accelerator) -> None:
     check_guide_step(args, state)
     if power_ema:
         power_ema.check_resumed(state.global_step)
-    start = state.images_seen // (args.train_batch_size * accelerator.num_processes)
-    loader = training_loader(
-        key_codes,
-        args.train_batch_size,
-        args.seed,
-        start=start,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        num_workers=args.dataloader_num_workers,
-        balance=key_codes.labels if args.balance_classes else None,
-    )
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     millions = sum(parameter.numel() for parameter in unwrapped.parameters()) / 1e6
     logger.info("%d key codes, scaled by %g; %d a step", len(key_codes), args.scaling_factor, global_batch)
@@ -330,19 +358,12 @@ def train(args, accelerator) -> None:
 
     log = StepLog(accelerator, state, args.max_train_steps, global_batch, args.logging_steps)
     skipped = SkippedSteps(state, args.max_nonfinite_steps, args.logging_steps, output_dir)
-    labels, due, step_loss = None, False, torch.zeros((), device=accelerator.device)
-    batches = enumerate(loader, start=start)
+    due, step_loss = False, torch.zeros((), device=accelerator.device)
+    batches = training_batches(args, accelerator, key_codes, state, class_names)
     unet.train()
     while state.global_step < args.max_train_steps:
         with log.waiting():
-            number, key_code_batch = next(batches)
-        if args.class_conditional:
-            key_code_batch, labels = key_code_batch
-            ranks = accelerator.process_index, accelerator.num_processes
-            labels = drop_labels(labels, len(class_names), args.class_dropout_prob, args.seed, number, *ranks)
-            labels = labels.to(accelerator.device, non_blocking=True)
-        key_code_batch = key_code_batch.to(accelerator.device, non_blocking=True)
-        latents = key_codes_to_latents(key_code_batch, args.scaling_factor)
+            number, latents, labels = next(batches)
         noise, timesteps = draw_noise(
             latents.shape, args.seed, number, accelerator, scheduler.config.num_train_timesteps
         )
@@ -388,14 +409,7 @@ def train(args, accelerator) -> None:
             return
 
     if accelerator.is_main_process:
-        with averaged_weights(unwrapped, ema), naming_the_last_checkpoint(output_dir, "the pipeline"):
-            if args.guide_step is not None:
-                pipeline.register_modules(guide=load_guide(output_dir))
-            models = filter(None, (autoencoder, unwrapped, pipeline.guide))  # which have done their work
-            for model in models:  # diffusers' own `to` warns of any type
-                torch.nn.Module.to(model, DTYPES[args.save_dtype])
-            save_pipeline(pipeline, output_dir)
-        logger.info("The pipeline is in %s", output_dir)
+        save_result(args, pipeline, unwrapped, ema)
         summary = summarize_run(args, accelerator, state, None if args.streaming else len(dataset), unwrapped)
         if class_images is not None:
             summary["class_images"] = class_images
