@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import subprocess
+import sys
+import time
 
 import compare_generation
 import generation_models
@@ -15,9 +18,9 @@ from compare_generation import Run
 from comparison import spread
 from diffusers import UNet2DModel
 from generation_models import LatentSpace, build_scheduler, denoise, load_saved_autoencoder, starting_noise
-from launching import CONFIG
+from launching import CONFIG, environment
 from PIL import Image
-from small_models import AUTOENCODER
+from small_models import AUTOENCODER, ROOT
 
 from brics_diffusers.data import evaluation_loader, load_collection
 
@@ -324,6 +327,28 @@ class TestInterruption:
             assert json.loads((tmp_path / "runs/BRICS-b-0/state/progress.json").read_text())["step"] == step
         found = run(flags, tmp_path, models=("BRICS",))
         assert values(found)["BRICS-b-0"] == values(result)["BRICS-b-0"]
+
+    @pytest.mark.slow
+    def test_a_killed_process_ends_at_the_same_table(self, flags, tmp_path):
+        def table(folder):
+            """Its cells but for the last two, which are seconds."""
+            lines = (folder / "generation.md").read_text().splitlines()
+            return [line.split("|")[:-3] for line in lines if line.startswith("| BRICS |")]
+
+        whole, broken = tmp_path / "whole", tmp_path / "broken"
+        run(flags, whole, models=("BRICS",))
+        words = [sys.executable, str(ROOT / "benchmarks/compare_generation.py"), *flags]
+        process = subprocess.Popen([*words, "--output_dir", str(broken), "--models", "BRICS"], env=environment())
+        progress = broken / "runs/BRICS-b-0/state/progress.json"
+        while not progress.exists():
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        assert json.loads(progress.read_text())["step"] < 6 and not (broken / "generation.md").exists()
+        expected = json.loads((whole / "generation.json").read_text())
+        assert values(run(flags, broken, models=("BRICS",))) == values(expected)
+        assert table(broken) == table(whole) != []
 
     def test_the_work_can_be_shared(self, flags, result, folder, tmp_path):
         for name in ("VQModel", "AutoencoderKL"):
