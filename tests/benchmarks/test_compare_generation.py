@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import compare_decoders
 import compare_generation
 import generation_models
 import generation_report
@@ -20,6 +21,7 @@ from diffusers import UNet2DModel
 from generation_models import LatentSpace, build_scheduler, denoise, load_saved_autoencoder, starting_noise
 from launching import CONFIG, environment
 from PIL import Image
+from safetensors.torch import load_file
 from small_models import AUTOENCODER, ROOT
 
 from brics_diffusers.data import evaluation_loader, load_collection
@@ -357,3 +359,28 @@ class TestInterruption:
         assert found == {name: values(result)[name] for name in ("AutoencoderKL-b-0", "VQModel-b-0")}
         unet = "runs/VQModel-b-0/unet/diffusion_pytorch_model.safetensors"
         assert (tmp_path / unet).read_bytes() == (folder / unet).read_bytes()
+
+
+@pytest.mark.slow
+def test_finetuned_decoders(autoencoders, folder, result, image_folder, tmp_path):
+    words = ["--autoencoders", autoencoders, "--generation", folder, "--dataset_name", image_folder, "--seeds", 0]
+    words += ["--noise", 0.1, "--max_train_steps", 2, "--extractor", "random-conv", "--output_dir", tmp_path]
+    compare_decoders.main(list(map(str, words)))
+    found = json.loads((tmp_path / "decoders.json").read_text())
+    before, after = (found["runs"][name]["0"] for name in ("as trained", "0.1"))
+    # The key codes of the comparison's samples, decoded as they were.
+    assert before[f"{KID}_samples"] == pytest.approx(result["runs"]["BRICS-b-0"]["curve"][-1][KID], rel=1e-3)
+    assert after.keys() == before.keys() and all(after[key] != before[key] for key in after)
+    weights = {
+        path: load_file(path / "diffusion_pytorch_model.safetensors")
+        for path in (autoencoders / "BRICS-0", tmp_path / "runs/BRICS-0-0.1/autoencoder")
+    }
+    old, new = weights.values()
+    changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert changed and not any(name.startswith("encoder") for name in changed)
+    log = (tmp_path / "runs/BRICS-0-0.1/train.log").read_text()
+    compare_decoders.main(list(map(str, words)))  # finished runs are not trained again
+    assert (tmp_path / "runs/BRICS-0-0.1/train.log").read_text() == log
+    assert json.loads((tmp_path / "decoders.json").read_text())["runs"] == found["runs"]
+    with pytest.raises(ValueError, match="was trained with words .*; give the same flags as before"):
+        compare_decoders.main(list(map(str, [*words, "--learning_rate", 1e-3])))
