@@ -22,6 +22,13 @@ from brics_diffusers import BricsAutoencoder, BricsKeyCodePipeline, CosineVarian
 torch.set_num_threads(THREADS)
 
 
+@pytest.fixture(autouse=True)
+def same_number_of_threads():
+    """For whatever comes after a test that changes it: sums depend on it in their last bits."""
+    yield
+    torch.set_num_threads(THREADS)
+
+
 @pytest.fixture
 def autoencoder():
     torch.manual_seed(0)

@@ -290,6 +290,26 @@ def only_the_parent_terminates(_):
     threading.Thread(target=watch, daemon=True).start()
 
 
+class Loader(DataLoader):
+    """
+    A [`torch.utils.data.DataLoader`] whose workers keep to [`only_the_parent_terminates`] from their first moment:
+    torch starts threads in them before that is called, and one thread that lets SIGTERM in ends its process.
+    """
+
+    def __init__(self, dataset, **options):
+        pin_memory = torch.cuda.is_available()
+        super().__init__(dataset, pin_memory=pin_memory, worker_init_fn=only_the_parent_terminates, **options)
+
+    def __iter__(self):
+        if not self.num_workers or not hasattr(signal, "sigwaitinfo"):
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # which workers inherit
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def training_loader(
     dataset: torch.utils.data.Dataset,
     batch_size: int,
@@ -312,15 +332,13 @@ def training_loader(
     Returns:
         `torch.utils.data.DataLoader`: batches on the CPU.
     """
-    return DataLoader(
+    return Loader(
         dataset,
         batch_sampler=InfiniteBatchSampler(
             len(dataset), batch_size, seed, start, process_index, num_processes, balance
         ),
         num_workers=num_workers,
         collate_fn=collate_fn,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=only_the_parent_terminates,
         # A generator of its own: starting the loader must not draw from the one that training noise comes from.
         generator=torch.Generator().manual_seed(seed),
     )
@@ -353,12 +371,10 @@ def evaluation_loader(
     collection = ImageCollection(dataset, resolution, random_flip, channels=channels)
     if rows is not None:
         collection = torch.utils.data.Subset(collection, rows)
-    return DataLoader(
+    return Loader(
         collection,
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=collate_images,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=only_the_parent_terminates,
         generator=torch.Generator().manual_seed(0),
     )

@@ -24,7 +24,7 @@ from ..utils.sizes import height_and_width
 from .collection import find_image_column, load_collection, load_folder, looks_like_path
 from .decoding import UnreadableImageError
 from .files import IMAGE_EXTENSIONS, extension, list_files
-from .images import UnreadableLog, collate_images, none_readable, only_the_parent_terminates, to_pixels, to_tensor
+from .images import Loader, UnreadableLog, collate_images, none_readable, to_pixels, to_tensor
 from .repositories import is_saved, load_hub
 
 
@@ -286,12 +286,10 @@ class StreamedImages(torch.utils.data.IterableDataset):
 
 def stream_loader(images: StreamedImages, num_workers: int = 0) -> DataLoader:
     """The endless loader of a process's batches; `num_workers` as in the images' [`StreamPosition`]."""
-    return DataLoader(
+    return Loader(
         images,
         batch_size=None,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=only_the_parent_terminates,
         generator=torch.Generator().manual_seed(images.seed),
     )
 

@@ -42,6 +42,28 @@ def test_imports_need_nothing_that_windows_and_macos_lack():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+WORKER = """
+import signal, torch
+from pathlib import Path
+torch.set_num_threads(4)
+from brics_diffusers.data.images import training_loader
+batches = iter(training_loader(torch.arange(8.0), 2, num_workers=1))
+next(batches)
+for task in Path(f"/proc/{batches._workers[0].pid}/task").iterdir():
+    masks = [line.split()[1] for line in (task / "status").read_text().splitlines() if line.startswith("SigBlk")]
+    print(int(masks[0], 16) >> (signal.SIGTERM - 1) & 1)
+print(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_thread_of_a_worker_lets_sigterm_in(run_python):
+    """Torch starts some before anything of ours runs there, where it has several in the process that forks."""
+    *blocked, here = run_python(WORKER).split()
+    # Linux lets it in at the one thread that waits for it, while it waits.
+    assert len(blocked) > 2 and blocked.count("0") <= 1 and here == "False"
+
+
 def test_workers_on_systems_without_sigwaitinfo(monkeypatch):
     monkeypatch.delattr(signal, "sigwaitinfo")
     before = threading.active_count(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
