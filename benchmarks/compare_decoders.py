@@ -106,11 +106,9 @@ def measure(args: argparse.Namespace, folder: Path, seed: int, train_set, valida
     """PSNR of held-out images, KID of their reconstructions and of samples that an autoencoder of `folder` decodes."""
     model = load_saved_autoencoder(folder).to(args.device)
     size = model.config.sample_size
-    rows = training_rows(len(train_set))[: args.num_reference_images]
-    cache = Path(args.output_dir) / "features"
-    references = cached_features(train_set.select(rows), size, extractor, cache, device=args.device, progress=False)[
-        0
-    ].features
+    rows, cache = training_rows(len(train_set))[: args.num_reference_images], Path(args.output_dir) / "features"
+    of_training = train_set.select(rows)
+    references = cached_features(of_training, size, extractor, cache, device=args.device, progress=False)[0].features
     loader = evaluation_loader(validation_set, size, BATCH_SIZE)
     found = {"psnr": reconstruction_metrics(model, loader, progress=False)["psnr"].mean().item()}
     features = collection_features(reconstructions(model, loader), extractor, args.device, progress=False)
