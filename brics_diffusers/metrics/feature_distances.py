@@ -42,25 +42,33 @@ def frechet_distance(generated: torch.Tensor, real: torch.Tensor) -> float:
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
 
-def kernel_distance(generated: torch.Tensor, real: torch.Tensor, rows_at_once: int = 2_048) -> float:
+def kernel_distance(
+    generated: torch.Tensor, real: torch.Tensor, rows_at_once: int = 2_048, paired: bool = False
+) -> float:
     """
     Squared maximum mean discrepancy of features (N, D) and (M, D) with the kernel `(x . y / D + 1)^3`, which makes KID
     (Bińkowski et al. 2018) of them, times `KID_SCALE`. Unbiased: its expectation does not depend on the number of
     images, so few of them do, at least 2 of each, and it may be slightly negative. Of all images at once, where others
-    average over subsets; the kernel of `rows_at_once` images with as many others is in memory.
+    average over subsets; the kernel of `rows_at_once` images with as many others is in memory. `paired`: row i of both
+    is of the same image (reconstructions and their originals), which is left out, as an image with itself is.
     """
     check_count("kid", 2, generated=len(generated), real=len(real))
+    if paired and len(generated) != len(real):
+        raise ValueError(f"paired needs as many images of each kind, got {len(generated)} and {len(real)}; drop it.")
 
     def total(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         pairs = itertools.product(a.split(rows_at_once), b.split(rows_at_once))
         return sum((x.double() @ y.double().T / x.shape[1] + 1).pow(3).sum() for x, y in pairs)
 
-    def within(a: torch.Tensor) -> torch.Tensor:  # an image with itself is no pair
-        own = sum((x.double().square().mean(dim=1) + 1).pow(3).sum() for x in a.split(rows_at_once))
-        return (total(a, a) - own) / (len(a) * (len(a) - 1))
+    def mean(a: torch.Tensor, b: torch.Tensor, paired: bool) -> torch.Tensor:
+        if not paired:
+            return total(a, b) / (len(a) * len(b))
+        rows = zip(a.split(rows_at_once), b.split(rows_at_once), strict=True)
+        own = sum(((x.double() * y.double()).mean(dim=1) + 1).pow(3).sum() for x, y in rows)
+        return (total(a, b) - own) / (len(a) * (len(a) - 1))
 
-    between = total(generated, real) / (len(generated) * len(real))
-    return (within(generated) + within(real) - 2 * between).item()
+    within = mean(generated, generated, True) + mean(real, real, True)
+    return (within - 2 * mean(generated, real, paired)).item()
 
 
 def name_with_features(metric: str, extractor: str | nn.Module) -> str:

@@ -129,6 +129,7 @@ class TestReport:
             assert all(list(point) == ["step", *names] for point in run["curve"])
             last, kid = run["last"], "kid_random_conv"
             assert last[f"{kid}_above_originals"] == pytest.approx(last[kid] - last[f"{kid}_originals"])
+            assert isinstance(last[f"{kid}_from_originals"], float)
             assert last["psnr"] == run["curve"][-1]["psnr"] and last["rfid_random_conv"] > 0
         seconds = result["training_seconds"]
         assert 1 < seconds[NAMES[1]] / seconds["mse"] < 20

@@ -57,7 +57,7 @@ class TestFrechetDistance:
 
 class TestKernelDistance:
     @staticmethod
-    def by_pairs(a, b):
+    def by_pairs(a, b, paired=False):
         def kernel(x, y):
             return (float(np.dot(x, y)) / len(x) + 1) ** 3
 
@@ -65,7 +65,9 @@ class TestKernelDistance:
             return np.mean([kernel(x, y) for x, y in itertools.permutations(features, 2)])
 
         a, b = a.double().numpy(), b.double().numpy()
-        return within(a) + within(b) - 2 * np.mean([kernel(x, y) for x, y in itertools.product(a, b)])
+        rows = itertools.product(range(len(a)), range(len(b)))
+        between = np.mean([kernel(a[i], b[j]) for i, j in rows if not (paired and i == j)])
+        return within(a) + within(b) - 2 * between
 
     @pytest.mark.parametrize("rows_at_once", [1, 4, 7, 2048])
     def test_equals_the_sum_over_pairs(self, rows_at_once):
@@ -83,6 +85,25 @@ class TestKernelDistance:
     def test_a_set_and_itself(self):
         features = random_features(12, 5, 0)
         assert kernel_distance(features, features) == pytest.approx(self.by_pairs(features, features), rel=1e-10)
+        assert kernel_distance(features, features, paired=True) == pytest.approx(0, abs=1e-9)
+
+    @pytest.mark.parametrize("rows_at_once", [1, 4, 13])
+    def test_pairs_of_the_same_image_are_left_out(self, rows_at_once):
+        a, b = random_features(13, 5, 0), random_features(13, 5, 1, spread=0.5, shift=1.0)
+        expected = self.by_pairs(a, b, paired=True)
+        assert kernel_distance(a, b, rows_at_once, paired=True) == pytest.approx(expected, rel=1e-10)
+
+    def test_pairs_need_as_many_of_each(self):
+        with pytest.raises(ValueError, match="as many images of each kind, got 3 and 4"):
+            kernel_distance(torch.zeros(3, 2), torch.zeros(4, 2), paired=True)
+
+    def test_paired_is_unbiased(self):
+        images = random_features(4000, 6, 0) / 3
+        noisy = images + random_features(4000, 6, 1) / 3
+        few = [kernel_distance(*rows, paired=True) for rows in zip(noisy.split(10), images.split(10), strict=True)]
+        few = torch.tensor(few)
+        error = few.std() / len(few) ** 0.5
+        assert (few.mean() - kernel_distance(noisy, images, paired=True)).abs() < 4 * error
 
 
 def test_too_few_images():
