@@ -33,7 +33,7 @@ import train_autoencoder  # isort: skip  (comparison.py says where it is)
 # Flags of training, the same for all variants.
 DEFAULTS = {
     "perceptual_network": "efficientnet-lite0",
-    "perceptual_weight": 2.0,
+    "perceptual_weight": 10.0,
     "adversarial_weight": 0.1,
     "discriminator_learning_rate": 2e-3,
     "discriminator_adam_beta1": 0.9,  # it learned faster so in a single trial
