@@ -3,7 +3,7 @@ VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 LOWEST ?= .venv-lowest
 
-.PHONY: demo test test-slow test-lowest lint docs cost bench
+.PHONY: demo test test-slow test-lowest test-processors lint docs cost bench
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python demo.py
@@ -17,6 +17,13 @@ test-slow: $(INSTALLED)
 # With the oldest dependencies that pyproject.toml allows.
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal
+
+# As on other processors: one thread and two, without and with AVX2, as far as this one has it.
+test-processors: $(INSTALLED)
+	for threads in 1 2; do for capability in default avx2; do \
+	    BRICS_TEST_THREADS=$$threads ATEN_CPU_CAPABILITY=$$capability ONEDNN_MAX_CPU_ISA=AVX2 \
+	        $(VENV)/bin/python -m pytest -n 2 --dist worksteal || exit 1; \
+	done; done
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

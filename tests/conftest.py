@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from hub_server import running_hub
-from launching import THREADS
+from launching import THREADS, environment
 from PIL import Image
 from small_models import AUTOENCODER, ROOT, UNET
 
@@ -67,7 +67,8 @@ def run_python():
     """Runs Python code in a fresh process and returns what it prints."""
 
     def run(code: str, *arguments: str) -> str:
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
         assert done.returncode == 0, done.stderr
         return done.stdout
 
