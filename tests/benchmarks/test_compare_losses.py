@@ -65,7 +65,7 @@ class TestFlags:
         flags = self.build().flags
         assert (flags.max_train_steps, flags.discriminator_start_step, flags.gan_start_step) == (7000, 1750, 3500)
         assert (flags.gan_warmup_steps, flags.validation_steps, flags.seed) == (350, 875, 3)
-        assert (flags.perceptual_network, flags.perceptual_weight) == ("efficientnet-lite0", 2)  # not the config's 0
+        assert (flags.perceptual_network, flags.perceptual_weight) == ("efficientnet-lite0", 10)  # not the config's 0
         assert flags.adversarial_weight == 0.1 and flags.save_validation_weights and flags.random_flip
         assert flags.discriminator_type == "patch" and flags.discriminator == compare_losses.DISCRIMINATOR
 
