@@ -9,13 +9,14 @@ import base64
 import contextlib
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from launching import environment
 
 
 class Problem(Exception):
@@ -81,7 +82,7 @@ class HubServer(ThreadingHTTPServer):
 
     def client_environment(self, home: Path) -> dict[str, str]:
         """Variables for a process that is to use this Hub, with its cache in `home`."""
-        plain = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        plain = {name: value for name, value in environment().items() if not name.startswith(("HF_", "HUGGING"))}
         client = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_TOKEN": "hf_writer", "NO_PROXY": "*"}
         # This server stores files itself; xet would ask it for the address of a storage service.
         return plain | client | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}

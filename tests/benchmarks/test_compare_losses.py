@@ -12,7 +12,12 @@ import yaml
 from launching import CONFIG, environment, train_here
 from PIL import Image
 
+from brics_diffusers.data import evaluation_loader
+from brics_diffusers.metrics.feature_distances import kernel_distance, reconstruction_features
+from brics_diffusers.metrics.feature_extractors import load_feature_extractor
 from brics_diffusers.metrics.perceptual import perceptual_is_cached
+from brics_diffusers.models.loading import load_autoencoder
+from brics_diffusers.training_utils.run import load_splits
 
 
 STEPS = 8
@@ -129,11 +134,20 @@ class TestReport:
             assert all(list(point) == ["step", *names] for point in run["curve"])
             last, kid = run["last"], "kid_random_conv"
             assert last[f"{kid}_above_originals"] == pytest.approx(last[kid] - last[f"{kid}_originals"])
-            assert isinstance(last[f"{kid}_from_originals"], float)
             assert last["psnr"] == run["curve"][-1]["psnr"] and last["rfid_random_conv"] > 0
         seconds = result["training_seconds"]
         assert 1 < seconds[NAMES[1]] / seconds["mse"] < 20
         assert result["means"]["mse"] == result["runs"]["mse-0"]["last"]
+
+    def test_kid_from_originals(self, folder, flags):
+        args = compare_losses.parse_args([*flags, "--output_dir", str(folder)])
+        run = compare_losses.Run(args, NAMES[1], 0)
+        model = load_autoencoder(str(run.folder / f"autoencoder-{STEPS}")).eval()
+        loader = evaluation_loader(load_splits(run.flags)[1], model.config.sample_size, 2)
+        extractor = load_feature_extractor("random-conv", "cpu")
+        originals, made = reconstruction_features(model, loader, extractor, progress=False)
+        found = json.loads((run.folder / "measures.json").read_text())["last"]["kid_random_conv_from_originals"]
+        assert found == pytest.approx(1000 * kernel_distance(made, originals, paired=True), rel=1e-3)
 
     def test_the_adversarial_loss_matters_from_its_start_on(self, folder):
         curves = [run["curve"] for run in json.loads((folder / "losses.json").read_text())["runs"].values()]

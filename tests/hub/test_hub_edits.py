@@ -6,7 +6,6 @@ import sys
 
 import pytest
 from hub_server import Problem, Repository
-from launching import THREADS
 from PIL import Image
 from small_models import ROOT
 
@@ -33,8 +32,7 @@ INDEX = "unet/diffusion_pytorch_model.safetensors.index.json"
 @pytest.fixture(scope="module")
 def worker(hub, tmp_path_factory):
     """A process that calls the command `brics-diffusers` with one line after the other; it starts once."""
-    threads = {"OMP_NUM_THREADS": str(THREADS)}
-    environment = hub.client_environment(tmp_path_factory.mktemp("hf-home")) | threads
+    environment = hub.client_environment(tmp_path_factory.mktemp("hf-home"))
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", COMMANDS], cwd=ROOT, env=environment, **pipes) as process:
         yield process

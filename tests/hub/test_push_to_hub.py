@@ -37,9 +37,6 @@ SAMPLE = """
 import os, sys
 import numpy as np, torch
 
-# As many as the tests: sums of other numbers of threads come out differently.
-torch.set_num_threads(int(os.environ.get("BRICS_TEST_THREADS", "1")))
-
 def sample(pipe):
     pipe.set_progress_bar_config(disable=True)
     options = {"class_labels": ["dog", "cat"], "guidance_scale": 2.0}  # away from the guide

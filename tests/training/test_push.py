@@ -5,7 +5,7 @@ import subprocess
 import pytest
 import train_autoencoder
 import yaml
-from launching import THREADS, command, train_here
+from launching import command, train_here
 from small_models import ROOT
 
 from brics_diffusers import BricsKeyCodePipeline
@@ -18,7 +18,6 @@ def train(hub, tmp_path, image_folder, write_config):
     def run(script, *flags, token="hf_writer"):
         flags = ["--config", write_config(), "--dataset_name", image_folder, "--push_to_hub", *flags]
         variables = hub.client_environment(tmp_path / "hf-home") | {"HF_TOKEN": token}
-        variables |= {"OMP_NUM_THREADS": str(THREADS), "ACCELERATE_USE_CPU": "true"}
         words = command(script, *flags, launcher=False)
         return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=variables)
 
