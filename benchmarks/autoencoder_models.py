@@ -1,6 +1,7 @@
 """The models that compare_autoencoders.py trains, and how each is trained."""
 
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -8,9 +9,13 @@ import yaml
 from comparison import config_path
 from diffusers import AutoencoderKL, VQModel
 from diffusers.configuration_utils import register_to_config
+from muon import MuonAndAdam
 
 from brics_diffusers import BricsAutoencoder
+from brics_diffusers.models.decoders.group_mlp import GroupMLP
 from brics_diffusers.models.encoder import ShortcutEncoder
+from brics_diffusers.models.grids.feature_grids import FeatureGrids
+from brics_diffusers.training_utils.optimization import build_optimizer
 
 
 # LDM's weight of the KL divergence; a few percent of the loss here.
@@ -109,12 +114,42 @@ class NoisyAutoencoderKL(AutoencoderKL):
         self.encoder = ShortcutEncoder(in_channels=3, out_channels=latent_channels, double_z=True, **encoder)
 
 
+class KeyedGrids(FeatureGrids):
+    """Grids that give the key itself, less 0.5, besides a group's features, as the last of them."""
+
+    @property
+    def num_features(self) -> int:
+        return super().num_features + self.num_dims - 2
+
+    def forward(self, keys: torch.Tensor) -> torch.Tensor:
+        own = keys.unflatten(1, (self.num_groups, -1)).flatten(3).permute(1, 2, 0, 3)  # (g, C_key, B, H_d * W_d)
+        return torch.cat([super().forward(keys), own.to(self.entries.dtype) - 0.5], dim=1)
+
+
+class KeyedBricsAutoencoder(BricsAutoencoder):
+    """`BricsAutoencoder` whose MLPs see the keys beside what is looked up with them. Arguments are the same."""
+
+    @wraps(BricsAutoencoder.__init__)
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        config, groups = self.config, self.grids.num_groups
+        names = ("key_length", "num_levels", "min_resolution", "max_resolution")
+        names += ("level_channels", "max_entries", "grid_type")
+        self.grids = KeyedGrids(groups, **{name: config[name] for name in names})
+        self.mlp = GroupMLP(
+            groups, self.grids.num_features, config.feature_channels, config.style_dim, num_layers=config.mlp_layers
+        )
+
+
 CLASSES = {
     "BricsAutoencoder": BricsAutoencoder,
+    "KeyedBricsAutoencoder": KeyedBricsAutoencoder,
     "AutoencoderKL": AutoencoderKL,
     "NoisyAutoencoderKL": NoisyAutoencoderKL,
     "VQModel": VQModel,
 }
+# Classes with the arguments of another.
+PRESET_OF = {"NoisyAutoencoderKL": "AutoencoderKL", "KeyedBricsAutoencoder": "BricsAutoencoder"}
 
 
 @dataclass(frozen=True)
@@ -128,16 +163,17 @@ class Variant:
     adam_beta2: float = 0.99
     warmup: float = 0.02  # share of the steps
     steps: float = 1.0  # share of --max_train_steps
+    optimizer: str = "Adam"  # or "Muon"
 
-    @property
-    def adam_epsilon(self) -> float:
-        """The paper's for BRICS; Adam's usual one for the others."""
-        return 1e-15 if self.class_name == "BricsAutoencoder" else 1e-8
+    def build_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of a model; Adam's epsilon is the paper's for BRICS and the usual one for the others."""
+        build = MuonAndAdam if self.optimizer == "Muon" else build_optimizer
+        epsilon = 1e-15 if isinstance(model, BricsAutoencoder) else 1e-8
+        return build(model, self.learning_rate, 0.9, self.adam_beta2, epsilon, self.part_learning_rates)
 
     def arguments(self, preset: dict) -> dict:
         """Keyword arguments of the class."""
-        of_class = "AutoencoderKL" if self.class_name == "NoisyAutoencoderKL" else self.class_name
-        return preset[of_class] | self.changes
+        return preset[PRESET_OF.get(self.class_name, self.class_name)] | self.changes
 
     def build(self, preset: dict) -> torch.nn.Module:
         """The model, with new weights from torch's random state."""
@@ -166,6 +202,10 @@ VARIANTS = {
     "BRICS, grids from 4 cells": replace(BRICS, changes={"min_resolution": 4}),
     "BRICS, decoder as costly as the others'": replace(BRICS, changes={"decoder_block_out_channels": (80, 40)}),
     "BRICS, decoder's learning rate 24e-3": replace(BRICS, part_learning_rates={"encoder": 2e-3, "decoder": 24e-3}),
+    "BRICS, beta2 0.999": replace(BRICS, adam_beta2=0.999),
+    "BRICS, warm-up 0.1": replace(BRICS, warmup=0.1),
+    "BRICS, Muon": replace(BRICS, optimizer="Muon"),
+    "BRICS, keys beside features": replace(BRICS, class_name="KeyedBricsAutoencoder"),
     "BRICS, one learning rate 4e-3": replace(BRICS, learning_rate=4e-3, part_learning_rates={}),
     "BRICS, the paper's learning rate 2e-3": replace(BRICS, learning_rate=2e-3, part_learning_rates={}),
 }

@@ -180,7 +180,7 @@ def report_text(args, runs: dict, table: list[dict], noise: dict, on: dict, num_
         {"model": name}
         | {
             key: of_seeds[0].settings[key] or ""
-            for key in ("learning_rate", "part_learning_rates", "adam_beta2", "warmup")
+            for key in ("optimizer", "learning_rate", "part_learning_rates", "adam_beta2", "warmup")
         }
         for name, of_seeds in runs.items()
     ]

@@ -38,7 +38,7 @@ from brics_diffusers.training_utils.arguments import not_negative, positive
 from brics_diffusers.training_utils.checkpoints import RENAMED, appearing_folder, clean_up
 from brics_diffusers.training_utils.ema import averaged_weights, ema_half_life_decay
 from brics_diffusers.training_utils.losses import reconstruction_loss
-from brics_diffusers.training_utils.optimization import build_lr_scheduler, build_optimizer
+from brics_diffusers.training_utils.optimization import build_lr_scheduler
 from brics_diffusers.training_utils.run import load_splits
 
 
@@ -86,9 +86,7 @@ class Run:
         self.folder = Path(args.output_dir) / "runs" / folder_name(name, seed)
         torch.manual_seed(seed)
         self.model = variant.build(args.preset).to(args.device)
-        betas = 0.9, variant.adam_beta2
-        rates = variant.part_learning_rates
-        self.optimizer = build_optimizer(self.model, variant.learning_rate, *betas, variant.adam_epsilon, rates)
+        self.optimizer = variant.build_optimizer(self.model)
         self.last_step = round(args.max_train_steps * variant.steps)
         schedule = {"max_train_steps": self.last_step, "lr_warmup_steps": round(self.last_step * variant.warmup)}
         self.lr_scheduler = build_lr_scheduler(argparse.Namespace(lr_scheduler="cosine", **schedule), self.optimizer)
@@ -102,7 +100,7 @@ class Run:
         self.settings |= {"max_train_steps": self.last_step, "seed": seed}
         self.settings |= {"model": repr(variant.arguments(args.preset)), "learning_rate": variant.learning_rate}
         self.settings |= {"part_learning_rates": variant.part_learning_rates, "adam_beta2": variant.adam_beta2}
-        self.settings |= {"warmup": variant.warmup}
+        self.settings |= {"warmup": variant.warmup, "optimizer": variant.optimizer}
         self.seconds, self.curve = 0.0, []
         self.resume()
 
@@ -123,6 +121,7 @@ class Run:
             return
         state = torch.load(self.folder / "state/state.pt", map_location=self.args.device, weights_only=True)
         before = {RENAMED.get(name, name): value for name, value in state["settings"].items()}
+        before.setdefault("optimizer", "Adam")
         before.setdefault("measured_network", "vgg" if "lpips" in state["curve"][-1] else None)  # older ones don't say
         check_settings(self.folder, before, self.settings)
         for name, part in self.stateful.items():

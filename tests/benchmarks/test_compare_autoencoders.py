@@ -112,7 +112,7 @@ class TestRuns:
         text = (folder / "comparison.md").read_text()
         assert f"| {SHORTER} |" in text and "seeds 0, 1," in text and "LPIPS |" not in text
         assert "\nThe perceptual distance of vgg was not measured: its weights are not there.\n" in text
-        assert "| BRICS | 0.012 | {'encoder': 0.002} | 0.99 | 0.02 |" in text
+        assert "| BRICS | Adam | 0.012 | {'encoder': 0.002} | 0.99 | 0.02 |" in text
         assert "\nRows of the picture, first seed: images; BRICS; AutoencoderKL, shortcut, noise; VQModel" in text
         picture = Image.open(folder / "comparison-reconstructions.png")
         assert picture.size == (2 * 34 + 2, 5 * 34 + 2)  # two held-out images and four reconstructions of each
