@@ -205,6 +205,9 @@ VARIANTS = {
     "BRICS, beta2 0.999": replace(BRICS, adam_beta2=0.999),
     "BRICS, warm-up 0.1": replace(BRICS, warmup=0.1),
     "BRICS, Muon": replace(BRICS, optimizer="Muon"),
+    "AutoencoderKL, shortcut, noise, Muon": replace(
+        SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE}, optimizer="Muon"
+    ),
     "BRICS, keys beside features": replace(BRICS, class_name="KeyedBricsAutoencoder"),
     "BRICS, one learning rate 4e-3": replace(BRICS, learning_rate=4e-3, part_learning_rates={}),
     "BRICS, the paper's learning rate 2e-3": replace(BRICS, learning_rate=2e-3, part_learning_rates={}),
