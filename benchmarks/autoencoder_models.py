@@ -9,7 +9,6 @@ import yaml
 from comparison import config_path
 from diffusers import AutoencoderKL, VQModel
 from diffusers.configuration_utils import register_to_config
-from muon import MuonAndAdam
 
 from brics_diffusers import BricsAutoencoder
 from brics_diffusers.models.decoders.group_mlp import GroupMLP
@@ -167,9 +166,10 @@ class Variant:
 
     def build_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         """The optimizer of a model; Adam's epsilon is the paper's for BRICS and the usual one for the others."""
-        build = MuonAndAdam if self.optimizer == "Muon" else build_optimizer
         epsilon = 1e-15 if isinstance(model, BricsAutoencoder) else 1e-8
-        return build(model, self.learning_rate, 0.9, self.adam_beta2, epsilon, self.part_learning_rates)
+        adam = 0.9, self.adam_beta2, epsilon
+        rates = self.learning_rate, *adam, self.part_learning_rates
+        return build_optimizer(model, *rates, optimizer=self.optimizer.lower())
 
     def arguments(self, preset: dict) -> dict:
         """Keyword arguments of the class."""

@@ -38,6 +38,7 @@ from brics_diffusers.training_utils.checkpoints import (
 from brics_diffusers.training_utils.ema import averaged_weights, ema_half_life_decay
 from brics_diffusers.training_utils.losses import reconstruction_loss
 from brics_diffusers.training_utils.optimization import (
+    OPTIMIZERS,
     SkippedSteps,
     build_lr_scheduler,
     build_optimizer,
@@ -73,7 +74,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("--cache_resized", default=False, help="Keep resized images in --cache_dir; worth it for large photographs.")
     add("--validation_split", help="Held-out split; default: `validation`, or images held out from training.")
     add("--num_validation_images", type=int, default=256, help="Held-out images to use at most; 0 for no validation.")
-    add("--learning_rate", type=float, default=2e-3, help="Adam's learning rate, both networks.")
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adam",
+        help="The autoencoder's: Adam, or Muon for the weights of its layers and Adam for grids and all else.",
+    )
+    add("--learning_rate", type=float, default=2e-3, help="The optimizer's learning rate, both networks.")
     add("--encoder_learning_rate", type=float, help="That of the encoder; default: that of --learning_rate.")
     add("--decoder_learning_rate", type=float, help="That of the decoder; default: that of --learning_rate.")
     add("--adam_beta1", type=float, default=0.9, help="Adam's momentum.")
@@ -171,7 +178,9 @@ class Trainer:
         self.part_rates = {part: getattr(args, f"{part}_learning_rate") for part in PARTS_WITH_RATES}
         self.part_rates = {part: rate for part, rate in self.part_rates.items() if rate is not None}
         adam = args.adam_beta1, args.adam_beta2, args.adam_epsilon
-        optimizer = build_optimizer(self.unwrapped, args.learning_rate, *adam, self.part_rates)
+        optimizer = build_optimizer(
+            self.unwrapped, args.learning_rate, *adam, self.part_rates, optimizer=args.optimizer
+        )
         # Not prepared: accelerate would advance it once a process.
         self.lr_scheduler = build_lr_scheduler(args, optimizer)
         self.loss = torch.zeros((), device=accelerator.device)  # summed since the last step

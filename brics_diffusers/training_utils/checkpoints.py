@@ -260,8 +260,8 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
     except Exception as error:
         if "parameter groups" in str(error):
             raise ValueError(
-                f"{checkpoint} was trained with learning rates of other parts; give --encoder_learning_rate and "
-                "--decoder_learning_rate if, and only if, they were given before."
+                f"{checkpoint} was trained with learning rates of other parts or another optimizer; give "
+                "--encoder_learning_rate, --decoder_learning_rate and --optimizer if, and only if, they were before."
             ) from error
         raise OSError(
             f"{checkpoint} can't be read ({type(error).__name__}: {error}); resume from another checkpoint, of "

@@ -10,7 +10,10 @@ from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
 from .checkpoints import RunState, checkpoint_step, list_checkpoints
+from .muon import MuonAndAdam
 
+
+OPTIMIZERS = ("adam", "muon")
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +26,10 @@ def build_optimizer(
     epsilon: float,
     part_learning_rates: dict[str, float] | None = None,
     use_8bit_adam: bool = False,
+    optimizer: str = "adam",
 ) -> torch.optim.Optimizer:
     r"""
-    Adam, one fused kernel a step, for the parameters of a model that are not frozen.
+    Adam, one fused kernel a step, for the parameters of a model that are not frozen; or Muon with it.
 
     Args:
         model (`nn.Module`): What is trained.
@@ -37,10 +41,11 @@ def build_optimizer(
             initialisation bears.
 
         use_8bit_adam (`bool`, defaults to `False`): Whether bitsandbytes' `Adam8bit` keeps its moments in 8 bits.
+        optimizer (`str`, defaults to `"adam"`): One of `OPTIMIZERS`; with `"muon"` layers' weights are left to Muon.
 
     Returns:
-        `torch.optim.Adam` or `Adam8bit`: Its first group is what has no learning rate of its own, the others are in
-        the order of `part_learning_rates`.
+        `torch.optim.Adam`, `Adam8bit` or `MuonAndAdam`: Its first group is what has no learning rate of its own, the
+        others are in the order of `part_learning_rates`.
 
     Raises:
         `ImportError`: If bitsandbytes is to be used and is not installed.
@@ -55,12 +60,17 @@ def build_optimizer(
             part = name.partition(".")[0]
             parts[part if part in rates else ""].append(parameter)
     groups = [{"params": params, "lr": rates.get(name, learning_rate)} for name, params in parts.items()]
-    options = {"lr": learning_rate, "betas": (beta1, beta2), "eps": epsilon}
+    options = {"betas": (beta1, beta2), "eps": epsilon}
+    if optimizer == "muon":
+        # Grids are no layer: theirs are `entries`.
+        named = model.named_parameters()
+        layers = [weight for name, weight in named if name.endswith("weight") and weight.ndim > 1]
+        return MuonAndAdam(groups, layers, **options)
     if use_8bit_adam:
         import bitsandbytes  # noqa: PLC0415 - it is optional
 
-        return bitsandbytes.optim.Adam8bit(groups, **options)
-    return torch.optim.Adam(groups, **options, fused=True)
+        return bitsandbytes.optim.Adam8bit(groups, lr=learning_rate, **options)
+    return torch.optim.Adam(groups, lr=learning_rate, **options, fused=True)
 
 
 def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer):

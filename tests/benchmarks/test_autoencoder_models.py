@@ -1,12 +1,10 @@
-"""AutoencoderKL with BRICS' shortcut and noise, BRICS with a KL loss, with keys beside features and with Muon, as the
-comparison trains them."""
-
-import copy
+"""AutoencoderKL with BRICS' shortcut and noise, BRICS with a KL loss or with keys beside features, as they are
+trained by the comparison."""
 
 import autoencoder_models
 import pytest
 import torch
-from autoencoder_models import VARIANTS, KeyedBricsAutoencoder, NoisyAutoencoderKL
+from autoencoder_models import KeyedBricsAutoencoder, NoisyAutoencoderKL
 from autoencoder_report import noise_curve
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import Encoder
@@ -98,52 +96,3 @@ class TestKeyedBricsAutoencoder:
         features, plain = model.grids(keys), FeatureGrids.forward(model.grids, keys)
         assert torch.equal(features[:, :-1], plain)
         assert torch.equal(features[:, -1], keys.flatten(2).transpose(0, 1) - 0.5)
-
-
-class TestMuon:
-    def steps(self, optimizer, model, images, count):
-        for _ in range(count):
-            optimizer.zero_grad()
-            torch.manual_seed(0)
-            model(images).sample.square().mean().backward()
-            optimizer.step()
-
-    def test_layers_by_muon_and_the_rest_by_adam(self, images):
-        variant = VARIANTS["BRICS, Muon"]
-        model = make_model("BricsAutoencoder")
-        before = copy.deepcopy(model.state_dict())
-        optimizer = variant.build_optimizer(model)
-        self.steps(optimizer, model, images, 1)
-        # A first step of Adam is its rate times the sign of the gradient.
-        moved = (model.grids.entries - before["grids.entries"]).abs().max().item()
-        assert moved == pytest.approx(variant.learning_rate, rel=1e-3)
-        # Muon's own on one of the matrices.
-        for name, rate, pick in (
-            ("encoder.conv_in.weight", variant.part_learning_rates["encoder"], lambda weight: weight.flatten(1)),
-            ("mlp.layers.0.weight", variant.learning_rate, lambda weight: weight[1]),
-        ):
-            alone = torch.nn.Parameter(pick(before[name]).clone())
-            alone.grad = pick(model.get_parameter(name).grad)
-            options = {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
-            torch.optim.Muon([alone], rate, **options).step()
-            assert torch.equal(pick(model.get_parameter(name)), alone)
-
-    def test_resuming_and_schedules(self, images):
-        model = make_model("BricsAutoencoder")
-        optimizer = VARIANTS["BRICS, Muon"].build_optimizer(model)
-        self.steps(optimizer, model, images, 1)
-        for group in optimizer.param_groups:  # as a schedule does
-            group["lr"] *= 0.5
-        self.steps(optimizer, model, images, 1)
-        twin = copy.deepcopy(model)
-        resumed = VARIANTS["BRICS, Muon"].build_optimizer(twin)
-        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        assert [group["lr"] for group in resumed.param_groups] == [group["lr"] for group in optimizer.param_groups]
-        for of_model in ((optimizer, model), (resumed, twin)):
-            self.steps(*of_model, images, 2)
-        assert all(torch.equal(own, other) for own, other in zip(model.parameters(), twin.parameters(), strict=True))
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        still = copy.deepcopy(model)
-        self.steps(optimizer, model, images, 1)
-        assert all(torch.equal(own, other) for own, other in zip(model.parameters(), still.parameters(), strict=True))

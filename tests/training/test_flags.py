@@ -234,8 +234,9 @@ def test_a_checkpoint_by_its_name(stage_one, flags, tmp_path, monkeypatch):
     message = "checkpoint-9 is not a checkpoint folder; .* a name in .*run, which has checkpoint-2, checkpoint-3"
     with pytest.raises(FileNotFoundError, match=message):
         train_here(train_autoencoder.main, *flags, "checkpoint-9")
-    with pytest.raises(ValueError, match="trained with learning rates of other parts; give --encoder_learning_rate"):
-        train_here(train_autoencoder.main, *flags, "checkpoint-2", "--decoder_learning_rate", 0.1)
+    for other in (("--decoder_learning_rate", 0.1), ("--optimizer", "muon")):
+        with pytest.raises(ValueError, match="learning rates of other parts or another optimizer; give --encoder_lea"):
+            train_here(train_autoencoder.main, *flags, "checkpoint-2", *other)
 
 
 class TestPiecewiseConstant:

@@ -1,0 +1,134 @@
+"""Muon for the weights of layers, with Adam for all else."""
+
+import copy
+
+import pytest
+import torch
+from small_models import AUTOENCODER
+
+from brics_diffusers import BricsAutoencoder
+from brics_diffusers.training_utils.optimization import build_optimizer
+
+
+RATES = {"encoder": 1e-3}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return BricsAutoencoder(**AUTOENCODER).train()
+
+
+def build(model, **options):
+    return build_optimizer(
+        model, 4e-3, 0.9, 0.99, 1e-15, **{"part_learning_rates": RATES, "optimizer": "muon"} | options
+    )
+
+
+def take_steps(optimizer, model, count: int) -> None:
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for _ in range(count):
+        optimizer.zero_grad()
+        torch.manual_seed(0)
+        (model(images).sample - images).square().mean().backward()
+        optimizer.step()
+
+
+def states(model) -> dict:
+    return copy.deepcopy(model.state_dict())
+
+
+def assert_same(first: dict, second: dict) -> None:
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_layers_by_muon(model):
+    before = states(model)
+    take_steps(build(model), model, 1)
+    assert not all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for name, rate, pick in (
+        ("encoder.conv_in.weight", 1e-3, lambda weight: weight.flatten(1)),
+        ("encoder.shortcut.weight", 1e-3, lambda weight: weight.flatten(1)),
+        ("mlp.layers.0.weight", 4e-3, lambda weight: weight[1]),
+        ("decoder.blocks.0.to_rgb.weight", 4e-3, lambda weight: weight.flatten(1)),
+    ):
+        alone = torch.nn.Parameter(pick(before[name]).clone())
+        alone.grad = pick(model.get_parameter(name).grad)
+        torch.optim.Muon([alone], rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+        assert torch.equal(pick(model.get_parameter(name)), alone)
+
+
+def test_all_else_by_adam(model):
+    others = [name for name, value in model.named_parameters() if not name.endswith("weight") or value.ndim == 1]
+    assert "grids.entries" in others and any("norm" in name for name in others) and "encoder.conv_in.bias" in others
+    before = states(model)
+    take_steps(build(model), model, 1)
+    gradients = {name: value.grad for name, value in model.named_parameters()}
+    twin = BricsAutoencoder(**AUTOENCODER)
+    twin.load_state_dict(before)
+    for name, value in twin.named_parameters():
+        value.grad = gradients[name]
+    build(twin, optimizer="adam").step()
+    for name in others:
+        assert torch.equal(twin.get_parameter(name), model.get_parameter(name))
+    moved = (model.grids.entries - before["grids.entries"]).abs().max().item()
+    assert moved == pytest.approx(4e-3, rel=1e-3)
+
+
+def test_every_trained_parameter_is_in_one_of_both(model):
+    model.encoder.requires_grad_(False)
+    optimizer = build(model)
+    before = states(model)
+    take_steps(optimizer, model, 2)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name, value in model.named_parameters() if value.requires_grad}
+    assert {name.partition(".")[0] for name in moved} == {"grids", "mlp", "decoder"}
+
+
+def test_a_resumed_run_ends_with_the_same_bits(model):
+    optimizer = build(model)
+    take_steps(optimizer, model, 1)
+    for group in optimizer.param_groups:  # as schedules do
+        group["lr"] *= 0.5
+        group["betas"], group["eps"] = (0.0, 0.99), 1e-8
+    take_steps(optimizer, model, 1)
+    twin = copy.deepcopy(model)
+    resumed = build(twin)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for group, own in zip(resumed.param_groups, optimizer.param_groups, strict=True):
+        assert all(group[name] == own[name] for name in ("lr", "betas", "eps"))
+    take_steps(optimizer, model, 2)
+    take_steps(resumed, twin, 2)
+    assert_same(states(model), states(twin))
+
+
+def test_learning_rates_are_those_of_the_groups(model):
+    optimizer = build(model)
+    take_steps(optimizer, model, 1)
+    before = states(model)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    take_steps(optimizer, model, 1)
+    assert_same(before, states(model))
+
+
+def test_weights_may_move_after_the_optimizer_was_built(model):
+    twin = copy.deepcopy(model)
+    optimizer, others = build(model), build(twin)
+    for parameter in model.parameters():  # as `Module.to` does
+        parameter.data = parameter.data.clone()
+    take_steps(optimizer, model, 2)
+    take_steps(others, twin, 2)
+    assert_same(states(model), states(twin))
+
+
+def test_states_of_other_optimizers_are_refused(model):
+    muon, adam = build(model), build(model, optimizer="adam")
+    for optimizer in (muon, adam):
+        take_steps(optimizer, model, 1)
+    with pytest.raises(ValueError, match="The state has 2 parameter groups, not 4"):
+        muon.load_state_dict(adam.state_dict())
+    with pytest.raises(ValueError, match="parameter groups"):
+        adam.load_state_dict(muon.state_dict())
+    with pytest.raises(ValueError, match="The state has 2 parameter groups, not 4"):
+        muon.load_state_dict(build(model, part_learning_rates={}).state_dict())
