@@ -204,10 +204,15 @@ class TestBest:
         assert [trainer.best_metric(step) for step in (1, 2, 3)] == names
 
 
-@pytest.mark.parametrize("starts", [(1, 2), (2, 3), (3, 3)], ids=["before", "with", "after"])
-def test_a_run_with_everything_resumes_alike(starts, tmp_path, image_folder, write_config):
+@pytest.mark.parametrize(
+    ("starts", "optimizer"),
+    [((1, 2), "adam"), ((2, 3), "muon"), ((3, 3), "adam")],
+    ids=["before", "with", "after"],
+)
+def test_a_run_with_everything_resumes_alike(starts, optimizer, tmp_path, image_folder, write_config):
     """With a discriminator that begins to learn before the checkpoint, at it, or later."""
-    flags = ["--config", write_config(), "--dataset_name", image_folder, "--discriminator_start_step", starts[0]]
+    flags = ["--optimizer", optimizer]
+    flags += ["--config", write_config(), "--dataset_name", image_folder, "--discriminator_start_step", starts[0]]
     flags += ["--gan_start_step", starts[1], "--adaptive_gan_weight", "--augmentation", "color,translation,cutout"]
     flags += ["--checkpointing_steps", 2, "--validation_steps", 2, "--save_validation_weights"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"

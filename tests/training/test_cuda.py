@@ -14,13 +14,14 @@ from brics_diffusers import BricsKeyCodePipeline
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
-def test_train_resume_and_sample(tmp_path, image_folder, write_config, precision):
+def test_train_resume_and_sample(tmp_path, image_folder, write_config, precision, optimizer):
     flags = ["--config", write_config(), "--dataset_name", image_folder, "--mixed_precision", precision]
     flags += ["--checkpointing_steps", 100, "--validation_steps", 100]
     one, two = tmp_path / "one", tmp_path / "two"
     for main, *more in (
-        (train_autoencoder.main, "--output_dir", one, "--gan_start_step", 20),
+        (train_autoencoder.main, "--output_dir", one, "--gan_start_step", 20, "--optimizer", optimizer),
         (train_key_codes.main, "--output_dir", two, "--autoencoder_name_or_path", one),
     ):
         for steps in (100, 200):  # the second goes on from the first one's checkpoint
