@@ -25,7 +25,14 @@ train train_autoencoder.py "${autoencoder[@]}" --output_dir $runs/autoencoder --
     --discriminator_type patch --discriminator_learning_rate 2e-3 --discriminator_adam_beta1 0.9 \
     --discriminator_start_step 1 --gan_start_step 240 --gan_warmup_steps 120 --gradient_penalty_weight 0.05 \
     --set discriminator.base_channels=32
-train train_key_codes.py --mixed_precision bf16 --autoencoder_name_or_path $runs/autoencoder \
+# The decoder once more, with half as much noise again and five times the weight of the perceptual distance.
+train train_autoencoder.py "${autoencoder[@]}" --output_dir $runs/finetuned --max_train_steps 600 \
+    --pretrained_autoencoder_name_or_path $runs/autoencoder --train_decoder_only --key_noise_scale 0.03125 \
+    --learning_rate 3e-3 --lr_warmup_steps 36 --ema_half_life_images 2000 --perceptual_weight 10 \
+    --adversarial_weight 0.1 --discriminator_type patch --discriminator_learning_rate 2e-3 \
+    --discriminator_adam_beta1 0.9 --discriminator_start_step 1 --gan_start_step 144 --gan_warmup_steps 72 \
+    --gradient_penalty_weight 0.05 --set discriminator.base_channels=32
+train train_key_codes.py --mixed_precision bf16 --autoencoder_name_or_path $runs/finetuned \
     --output_dir $runs/pipeline --class_conditional --class_column category --min_class_images 10 \
     --train_batch_size 128 --max_train_steps 5000 --learning_rate 6e-4 --lr_warmup_steps 150 \
     --scaling_factor 2 --set "unet.block_out_channels=[96,160,224]" unet.dropout=0.1
