@@ -64,7 +64,7 @@ class MuonAndAdam(torch.optim.Optimizer):
         groups, count = state_dict["param_groups"], len(self.param_groups)
         if len(groups) != 2 * count:
             raise ValueError(
-                f"The state has {len(groups)} parameter groups, not {2 * count}; give one of such a Muon."
+                f"The state has {len(groups)} parameter groups, not {2 * count}; give that of a Muon alike."
             )
         self._view_weights()
         for part, own in (("adam", groups[:count]), ("muon", groups[count:])):
@@ -74,5 +74,5 @@ class MuonAndAdam(torch.optim.Optimizer):
 
 
 def as_matrices(weight: torch.Tensor) -> list[torch.Tensor]:
-    """Views of a layer's weight, or its gradient, as one matrix or one a group."""
-    return list(weight.unbind()) if weight.ndim == 3 else [weight.flatten(1)]
+    """Views of a layer's weight, or its gradient, as one matrix or one a group; never copies."""
+    return list(weight.unbind()) if weight.ndim == 3 else [weight.view(weight.shape[0], -1)]

@@ -55,7 +55,9 @@ def test_layers_by_muon(model):
         alone = torch.nn.Parameter(pick(before[name]).clone())
         alone.grad = pick(model.get_parameter(name).grad)
         torch.optim.Muon([alone], rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
-        assert torch.equal(pick(model.get_parameter(name)), alone)
+        # It works in bfloat16; the same product elsewhere in memory may round differently.
+        torch.testing.assert_close(pick(model.get_parameter(name)), alone, rtol=0, atol=0.02 * rate)
+        assert not torch.allclose(alone, pick(before[name]), rtol=0, atol=0.1 * rate)
 
 
 def test_all_else_by_adam(model):
