@@ -75,7 +75,9 @@ def stage_one(config: dict, batch_size: int, checkpointing: bool) -> None:
         autoencoder.enable_gradient_checkpointing()
     kind = config["train_autoencoder"].get("discriminator_type", "stylegan2")
     critic = DiscriminatorLoss(build_discriminator(kind, autoencoder, config.get("discriminator", {})))
-    lpips_metric = load_lpips("vgg", pretrained=False).to(torch.get_default_device())
+    lpips_metric, device = load_lpips("vgg", pretrained=False), torch.get_default_device()
+    if device.type != "cpu":  # fake tensors don't move
+        lpips_metric.to(device)
     averaged = [torch.empty_like(parameter) for parameter in autoencoder.parameters()]  # noqa: F841
     optimizers = [torch.optim.Adam(model.parameters(), fused=True) for model in (autoencoder, critic)]
 

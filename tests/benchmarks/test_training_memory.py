@@ -67,3 +67,10 @@ def test_tables(monkeypatch, tmp_path, capsys):
     hours = float(capsys.readouterr().out.split("|")[-2])
     operations = training_memory.two_steps_cost(training_memory.stage_two, config, 2).operations / 2
     assert hours == pytest.approx(operations * 3600 / 1e6 / 3600, rel=0.05) and hours > 0
+
+
+@pytest.mark.slow
+def test_stage_one_of_a_preset():
+    config = yaml.safe_load((training_memory.CONFIGS / "own-images-64.yaml").read_text())
+    cost = training_memory.two_steps_cost(training_memory.stage_one, config, 1)
+    assert cost.peak > 0 and cost.operations > 0
