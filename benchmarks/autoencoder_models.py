@@ -208,6 +208,18 @@ VARIANTS = {
     "AutoencoderKL, shortcut, noise, Muon": replace(
         SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE}, optimizer="Muon"
     ),
+    "BRICS, Muon, half the learning rates": replace(
+        BRICS, learning_rate=6e-3, part_learning_rates={"encoder": 1e-3}, optimizer="Muon"
+    ),
+    "BRICS, Muon, twice the learning rates": replace(
+        BRICS, learning_rate=24e-3, part_learning_rates={"encoder": 4e-3}, optimizer="Muon"
+    ),
+    "AutoencoderKL, shortcut, noise, Muon, half the learning rate": replace(
+        SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE}, learning_rate=1e-3, optimizer="Muon"
+    ),
+    "AutoencoderKL, shortcut, noise, Muon, twice the learning rate": replace(
+        SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE}, learning_rate=4e-3, optimizer="Muon"
+    ),
     "BRICS, keys beside features": replace(BRICS, class_name="KeyedBricsAutoencoder"),
     "BRICS, one learning rate 4e-3": replace(BRICS, learning_rate=4e-3, part_learning_rates={}),
     "BRICS, the paper's learning rate 2e-3": replace(BRICS, learning_rate=2e-3, part_learning_rates={}),
