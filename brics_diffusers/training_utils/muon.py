@@ -1,78 +1,87 @@
-"""Muon, which PyTorch has for matrices, for the layers of convolutional models."""
+"""Muon for the layers of convolutional models, in float32 and all matrices of a shape at once."""
 
 import torch
 
 
-OPTIONS = ("lr", "betas", "eps")  # of a group: what Adam takes
+MOMENTUM = 0.95
+# Jordan et al. 2024: of the polynomial that is applied five times, and of the step's size beside Adam's.
+COEFFICIENTS, ITERATIONS = (3.4445, -4.775, 2.0315), 5
+SIZE = 0.2
 
 
-class MuonAndAdam(torch.optim.Optimizer):
+class MuonAndAdam(torch.optim.Adam):
     r"""
     Muon (Jordan et al. 2024) for the weights of layers, Adam for all else: grids, biases, norms. A convolution's
-    weight is a matrix of shape (out, in * k * k), and that of one layer a group is one matrix a group. Muon has its
-    own momentum, 0.95, and steps about as large as Adam's with the same learning rate (`match_rms_adamw`).
+    weight is a matrix of shape (out, in * k * k), and that of one layer a group is one matrix a group. Muon steps as
+    far as Adam does with the same learning rate: by 0.2 in the root mean square. What it does is what
+    `torch.optim.Muon` does with `adjust_lr_fn="match_rms_adamw"` and no weight decay, but that works in bfloat16, six
+    times as slow on a CPU without instructions for it, and on one matrix at a time.
 
     Args:
-        param_groups (`list[dict]`): Parameters and learning rate `lr` of each group.
+        param_groups (`list[dict]`):
+            Parameters and learning rate `lr` of each group. As many groups follow them, in the same order, with the
+            layers of each.
+
         layers (`list[nn.Parameter]`): Which of them Muon takes, of two to four dimensions.
         betas (`tuple[float, float]`): Adam's.
         eps (`float`): Adam's.
     """
 
     def __init__(self, param_groups: list[dict], layers: list[torch.nn.Parameter], betas: tuple, eps: float):
-        super().__init__(param_groups, {"betas": betas, "eps": eps})
-        chosen, self.matrices, of_adam, of_muon = set(map(id, layers)), [], [], []
-        for group in self.param_groups:
-            pairs = [(weight, as_matrices(weight.detach())) for weight in group["params"] if id(weight) in chosen]
-            self.matrices += pairs
-            of_muon.append({"params": [matrix for _, matrices in pairs for matrix in matrices], "lr": group["lr"]})
-            rest = [parameter for parameter in group["params"] if id(parameter) not in chosen]
-            of_adam.append({"params": rest, "lr": group["lr"]})
-        self.adam = torch.optim.Adam(of_adam, betas=betas, eps=eps, fused=True)
-        self.muon = torch.optim.Muon(of_muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-
-    def _view_weights(self) -> None:
-        """The matrices are views, also of weights that have moved to another device since."""
-        for weight, matrices in self.matrices:
-            for matrix, view in zip(matrices, as_matrices(weight.detach()), strict=True):
-                matrix.data = view
+        chosen = set(map(id, layers))
+        groups = [
+            group | {"params": [each for each in group["params"] if (id(each) in chosen) == muon], "muon": muon}
+            for muon in (False, True)
+            for group in param_groups
+        ]
+        super().__init__(groups, betas=betas, eps=eps, fused=True)
+        self._step_supports_amp_scaling = False  # Muon's part is not fused
 
     def step(self) -> None:
-        """A step of both, with the learning rates, and Adam's betas and epsilon, of `param_groups`."""
-        self._view_weights()
-        for weight, matrices in self.matrices:
-            if weight.grad is not None:
-                for matrix, gradient in zip(matrices, as_matrices(weight.grad), strict=True):
-                    matrix.grad = gradient
-        for group, of_adam, of_muon in zip(
-            self.param_groups, self.adam.param_groups, self.muon.param_groups, strict=True
-        ):
-            of_adam.update({name: group[name] for name in OPTIONS})
-            of_muon["lr"] = group["lr"]
-        self.adam.step()
-        self.muon.step()
-        self.muon.zero_grad()  # gradients are the weights' own
+        """A step of both."""
+        layers = []
+        for group in self.param_groups:
+            if group["muon"]:
+                of_group = [weight for weight in group["params"] if weight.grad is not None]
+                self._step_of_muon(of_group, group["lr"])
+                layers += of_group
+        gradients = [weight.grad for weight in layers]
+        for weight in layers:
+            weight.grad = None  # Adam leaves those without a gradient alone
+        super().step()
+        for weight, gradient in zip(layers, gradients, strict=True):
+            weight.grad = gradient
 
-    def state_dict(self) -> dict:
-        """That of both: groups of Adam, then of Muon."""
-        adam, muon = self.adam.state_dict(), self.muon.state_dict()
-        state = {"adam": adam["state"], "muon": muon["state"]}
-        return {"state": state, "param_groups": adam["param_groups"] + muon["param_groups"]}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Restores both and the groups' options. A `ValueError` if the state is of other groups or of Adam alone."""
-        groups, count = state_dict["param_groups"], len(self.param_groups)
-        if len(groups) != 2 * count:
-            raise ValueError(
-                f"The state has {len(groups)} parameter groups, not {2 * count}; give that of a Muon alike."
-            )
-        self._view_weights()
-        for part, own in (("adam", groups[:count]), ("muon", groups[count:])):
-            getattr(self, part).load_state_dict({"state": state_dict["state"][part], "param_groups": own})
-        for group, of_adam in zip(self.param_groups, self.adam.param_groups, strict=True):
-            group.update({name: of_adam[name] for name in OPTIONS})
+    @torch.no_grad()
+    def _step_of_muon(self, weights: list[torch.nn.Parameter], learning_rate: float) -> None:
+        by_shape = {}
+        for weight in weights:
+            state = self.state[weight]
+            if not state:  # Adam expects a step, too
+                state |= {"step": torch.tensor(0.0), "momentum_buffer": torch.zeros_like(weight)}
+            state["step"] += 1
+            state["momentum_buffer"].lerp_(weight.grad, 1 - MOMENTUM)
+            update = weight.grad.lerp(state["momentum_buffer"], MOMENTUM)
+            for pair in zip(as_matrices(weight), as_matrices(update), strict=True):
+                by_shape.setdefault(pair[0].shape, []).append(pair)
+        for shape, pairs in by_shape.items():
+            orthogonal = orthogonalize(torch.stack([update for _, update in pairs]))
+            for (matrix, _), direction in zip(pairs, orthogonal, strict=True):
+                matrix.add_(direction, alpha=-learning_rate * SIZE * max(shape) ** 0.5)
 
 
 def as_matrices(weight: torch.Tensor) -> list[torch.Tensor]:
     """Views of a layer's weight, or its gradient, as one matrix or one a group; never copies."""
     return list(weight.unbind()) if weight.ndim == 3 else [weight.view(weight.shape[0], -1)]
+
+
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """Matrices of shape (n, a, b) with about their singular vectors, and singular values between 0.6 and 1.2."""
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonalize(matrices.mT).mT
+    first, second, third = COEFFICIENTS
+    x = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=second, alpha=third), x, beta=first)
+    return x
