@@ -54,7 +54,12 @@ from brics_diffusers.metrics.nearest_neighbours import FeatureEmbedding, embed_i
 from brics_diffusers.training_utils.arguments import flag_words, positive
 from brics_diffusers.training_utils.checkpoints import appearing_folder, clean_up
 from brics_diffusers.training_utils.ema import averaged_weights
-from brics_diffusers.training_utils.optimization import build_lr_scheduler, build_optimizer, step_if_finite
+from brics_diffusers.training_utils.optimization import (
+    OPTIMIZERS,
+    build_lr_scheduler,
+    build_optimizer,
+    step_if_finite,
+)
 from brics_diffusers.training_utils.run import load_splits
 from brics_diffusers.utils.files import atomic_write, weights_digest
 
@@ -96,7 +101,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--mixed_precision", choices=("no", "bf16"), default="no", help="Of the UNets. Default: %(default)s.")
     add("--compile", action="store_true", help="Compile the UNets.")
     add("--train_batch_size", type=positive, help="Latents in a step; default: the config's.")
-    add("--learning_rate", type=float, help="Adam's learning rate; default: the config's.")
+    add("--optimizer", choices=OPTIMIZERS, help="Of the UNets; default: the config's.")
+    add("--learning_rate", type=float, help="Its learning rate; default: the config's.")
     add("--scaling_factor", type=float, help="Of key codes, as of train_key_codes.py; 2 in the paper.")
     add("--num_samples", type=positive, default=500, help="Images that are generated at each validation.")
     add("--num_inference_steps", type=positive, default=25, help="DPM-Solver++ steps of these.")
@@ -104,7 +110,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--num_reference_images", type=positive, default=3000, help="Training images to compare with, at most.")
     args = parser.parse_args(argv)
     words = [f"--config={args.config}", f"--dataset_name={args.dataset_name}", "--autoencoder_name_or_path=each"]
-    for name in ("max_train_steps", "train_batch_size", "learning_rate", "scaling_factor"):
+    for name in ("max_train_steps", "train_batch_size", "optimizer", "learning_rate", "scaling_factor"):
         words += flag_words(name, getattr(args, name))
     args.flags = train_key_codes.parse_args(words + (["--set", *args.set] if args.set else []))
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -121,8 +127,9 @@ class Run:
         self.snr_gamma = SCHEDULES[schedule][1]
         names = ("validation_steps", "num_samples", "num_inference_steps", "num_reference_images", "mixed_precision")
         self.settings = {name: getattr(args, name) for name in names} | settings
-        names = ("max_train_steps", "train_batch_size", "learning_rate", "lr_scheduler", "lr_warmup_steps", "unet")
-        names += ("adam_beta1", "adam_beta2", "adam_epsilon", "ema_max_decay", "max_grad_norm", "random_flip")
+        names = ("max_train_steps", "train_batch_size", "lr_scheduler", "lr_warmup_steps", "unet")
+        names += ("optimizer", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon")
+        names += ("ema_max_decay", "max_grad_norm", "random_flip")
         self.settings |= {name: getattr(args.flags, name) for name in names}
         config = dict(self.scheduler.config)
         self.settings["scheduler"] = {name: config[name] for name in sorted(config) if name != "trained_betas"}
@@ -143,7 +150,7 @@ class Run:
         if not path.exists():
             return
         progress = json.loads(path.read_text())
-        before = {"mixed_precision": "no"} | progress["settings"]  # older ones don't say
+        before = {"mixed_precision": "no", "optimizer": "adam"} | progress["settings"]  # older ones don't say
         check_settings(self.folder, before, self.settings)
         self.step, self.seconds, self.curve = (progress[name] for name in ("step", "seconds", "curve"))
 
@@ -153,7 +160,7 @@ class Run:
         torch.manual_seed(self.seed)  # the same weights for all latents of one shape
         self.unet = build_unet(flags.unet, self.space.latents).to(args.device)
         adam = flags.adam_beta1, flags.adam_beta2, flags.adam_epsilon
-        self.optimizer = build_optimizer(self.unet, flags.learning_rate, *adam)
+        self.optimizer = build_optimizer(self.unet, flags.learning_rate, *adam, optimizer=flags.optimizer)
         self.lr_scheduler = build_lr_scheduler(flags, self.optimizer)
         self.ema = EMAModel(self.unet.parameters(), decay=flags.ema_max_decay, foreach=True)
         stateful = {name: getattr(self, name) for name in ("unet", "optimizer", "lr_scheduler", "ema")}

@@ -38,7 +38,6 @@ from brics_diffusers.training_utils.checkpoints import (
 from brics_diffusers.training_utils.ema import averaged_weights, ema_half_life_decay
 from brics_diffusers.training_utils.losses import reconstruction_loss
 from brics_diffusers.training_utils.optimization import (
-    OPTIMIZERS,
     SkippedSteps,
     build_lr_scheduler,
     build_optimizer,
@@ -74,12 +73,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("--cache_resized", default=False, help="Keep resized images in --cache_dir; worth it for large photographs.")
     add("--validation_split", help="Held-out split; default: `validation`, or images held out from training.")
     add("--num_validation_images", type=int, default=256, help="Held-out images to use at most; 0 for no validation.")
-    add(
-        "--optimizer",
-        choices=OPTIMIZERS,
-        default="adam",
-        help="The autoencoder's: Adam, or Muon for the weights of its layers and Adam for grids and all else.",
-    )
     add("--learning_rate", type=float, default=2e-3, help="The optimizer's learning rate, both networks.")
     add("--encoder_learning_rate", type=float, help="That of the encoder; default: that of --learning_rate.")
     add("--decoder_learning_rate", type=float, help="That of the decoder; default: that of --learning_rate.")

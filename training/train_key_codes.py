@@ -93,7 +93,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--key_codes_dir", help="Folder for the collection's key codes; default: key_codes in --output_dir.")
     add("--encode_batch_size", type=positive, default=16, help="Images encoded at once.")
     add("--shard_size", type=positive, default=1024, help="Key codes in one file; processes take turns.")
-    add("--learning_rate", type=float, default=8e-5, help="Adam's learning rate.")
+    add("--learning_rate", type=float, default=8e-5, help="The optimizer's learning rate.")
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.999)
     add("--adam_epsilon", type=float, default=1e-8)
@@ -330,7 +330,8 @@ def train(args, accelerator) -> None:
 
     count_steps(args, accelerator, len(key_codes))
     unet, adam = pipeline.unet, (args.adam_beta1, args.adam_beta2, args.adam_epsilon)
-    optimizer = build_optimizer(unet, args.learning_rate, *adam, use_8bit_adam=args.use_8bit_adam)
+    chosen = {"use_8bit_adam": args.use_8bit_adam, "optimizer": args.optimizer}
+    optimizer = build_optimizer(unet, args.learning_rate, *adam, **chosen)
     lr_scheduler = build_lr_scheduler(args, optimizer)
     ema = EMAModel(unet.parameters(), decay=args.ema_max_decay, foreach=True)
     state = RunState(run_settings(args, accelerator, len(key_codes)), **NO_BEST, validation=None)

@@ -16,6 +16,7 @@ from diffusers.optimization import SchedulerType
 
 from ..utils.sizes import height_and_width
 from .augmentation import POLICIES
+from .optimization import OPTIMIZERS
 from .pretrained import check_image_channels, resized
 
 
@@ -164,6 +165,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_train_steps", type=positive, help=f"Optimizer steps. Default: {MAX_TRAIN_STEPS}.")
     add("--num_train_epochs", type=positive, help="Train until each image was seen so often, in place of the steps.")
     flag("--scale_lr", help="Multiply learning rates by the images of one step.")
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adam",
+        help="Adam, or Muon for the weights of layers and Adam for grids and all else; the discriminator has Adam.",
+    )
     flag("--use_8bit_adam", help="Keep Adam's moments in 8 bits, by bitsandbytes; stage two only.")
     add(
         "--lr_scheduler",
@@ -246,7 +253,7 @@ def parse_arguments(parser: argparse.ArgumentParser, section: str, models: tuple
     check_images(parser, getattr(args, "autoencoder", {}))
     check_schedule(parser, args, typed)
     if args.use_8bit_adam:
-        check_8bit_adam(parser, models)
+        check_8bit_adam(parser, args, models)
     if args.streaming:
         check_streaming(parser, args, models)
     if "autoencoder" in models and args.resolution is not None:
@@ -266,8 +273,10 @@ def check_images(parser: argparse.ArgumentParser, autoencoder: dict) -> None:
         parser.error(str(error))
 
 
-def check_8bit_adam(parser: argparse.ArgumentParser, models: tuple[str, ...]) -> None:
-    """Refuses Adam in 8 bits where it would harm, and without its package."""
+def check_8bit_adam(parser: argparse.ArgumentParser, args: argparse.Namespace, models: tuple[str, ...]) -> None:
+    """Refuses Adam in 8 bits where it would harm, beside another optimizer, and without its package."""
+    if args.optimizer != "adam":
+        parser.error(f"--use_8bit_adam is for Adam, not --optimizer {args.optimizer}; give one of them")
     if "autoencoder" in models:
         parser.error(
             "--use_8bit_adam is for stage two: second moments of rarely hit grid entries are too small for 8 bits, so "

@@ -62,9 +62,10 @@ def build_optimizer(
     groups = [{"params": params, "lr": rates.get(name, learning_rate)} for name, params in parts.items()]
     options = {"betas": (beta1, beta2), "eps": epsilon}
     if optimizer == "muon":
-        # Grids are no layer: theirs are `entries`.
-        named = model.named_parameters()
-        layers = [weight for name, weight in named if name.endswith("weight") and weight.ndim > 1]
+        # Neither grids, whose weights are `entries`, nor embeddings of classes are layers.
+        tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+        named = [(name, weight) for name, weight in model.named_parameters() if name.endswith("weight")]
+        layers = [weight for _, weight in named if weight.ndim > 1 and all(weight is not table for table in tables)]
         return MuonAndAdam(groups, layers, **options)
     if use_8bit_adam:
         import bitsandbytes  # noqa: PLC0415 - it is optional

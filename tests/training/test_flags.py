@@ -277,6 +277,8 @@ class TestAdamIn8Bits:
 
     def test_refusals(self, refusal, monkeypatch):
         assert "--use_8bit_adam is for stage two" in refusal("--use_8bit_adam")
+        message = "--use_8bit_adam is for Adam, not --optimizer muon; give one of them"
+        assert message in refusal(*self.FLAGS, "--optimizer", "muon", script=train_key_codes)
         monkeypatch.setitem(sys.modules, "bitsandbytes", None)
         message = "--use_8bit_adam needs bitsandbytes, which is not installed: pip install bitsandbytes"
         assert message in refusal(*self.FLAGS, script=train_key_codes)

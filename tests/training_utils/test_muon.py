@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from small_models import AUTOENCODER
+from diffusers import UNet2DModel
+from small_models import AUTOENCODER, UNET
 
 from brics_diffusers import BricsAutoencoder
 from brics_diffusers.training_utils.optimization import build_optimizer
@@ -90,6 +91,15 @@ def test_every_trained_parameter_is_in_one_of_both(model):
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {name for name, value in model.named_parameters() if value.requires_grad}
     assert {name.partition(".")[0] for name in moved} == {"grids", "mlp", "decoder"}
+
+
+def test_embeddings_of_classes_are_no_layers():
+    unet = UNet2DModel(**UNET | {"num_class_embeds": 3})
+    *_, layers = build_optimizer(unet, 1e-3, 0.9, 0.99, 1e-8, optimizer="muon").param_groups
+    chosen = [name for name, value in unet.named_parameters() if any(value is layer for layer in layers["params"])]
+    assert layers["muon"] and {"conv_in.weight", "time_embedding.linear_1.weight"} <= set(chosen)
+    assert "class_embedding.weight" not in chosen and all(name.endswith("weight") for name in chosen)
+    assert not any("norm" in name for name in chosen)
 
 
 def test_a_resumed_run_ends_with_the_same_bits(model):
