@@ -214,6 +214,12 @@ VARIANTS = {
     "BRICS, Muon, twice the learning rates": replace(
         BRICS, learning_rate=24e-3, part_learning_rates={"encoder": 4e-3}, optimizer="Muon"
     ),
+    "BRICS, Muon, four times the learning rates": replace(
+        BRICS, learning_rate=48e-3, part_learning_rates={"encoder": 8e-3}, optimizer="Muon"
+    ),
+    "AutoencoderKL, shortcut, noise, Muon, four times the learning rate": replace(
+        SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE}, learning_rate=8e-3, optimizer="Muon"
+    ),
     "AutoencoderKL, shortcut, noise, Muon, half the learning rate": replace(
         SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE}, learning_rate=1e-3, optimizer="Muon"
     ),
