@@ -185,6 +185,8 @@ RELATIVE_NOISE = 0.04
 BRICS = Variant("BricsAutoencoder", {}, 12e-3, {"encoder": 2e-3})
 KL = Variant("AutoencoderKL", {}, 1e-3)
 SHORTCUT_KL = Variant("NoisyAutoencoderKL", {}, 2e-3, warmup=0.1)
+MUON = replace(BRICS, learning_rate=24e-3, part_learning_rates={"encoder": 4e-3}, optimizer="Muon")
+MUON_KL = replace(SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE}, learning_rate=4e-3, optimizer="Muon")
 # The first five are trained unless --models says otherwise.
 VARIANTS = {
     "AutoencoderKL": KL,
@@ -204,32 +206,22 @@ VARIANTS = {
     "BRICS, decoder's learning rate 24e-3": replace(BRICS, part_learning_rates={"encoder": 2e-3, "decoder": 24e-3}),
     "BRICS, beta2 0.999": replace(BRICS, adam_beta2=0.999),
     "BRICS, warm-up 0.1": replace(BRICS, warmup=0.1),
-    "BRICS, Muon": replace(BRICS, optimizer="Muon"),
-    "AutoencoderKL, shortcut, noise, Muon": replace(
-        SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE}, optimizer="Muon"
-    ),
-    "BRICS, Muon, half the learning rates": replace(
-        BRICS, learning_rate=6e-3, part_learning_rates={"encoder": 1e-3}, optimizer="Muon"
-    ),
-    "BRICS, Muon, twice the learning rates": replace(
-        BRICS, learning_rate=24e-3, part_learning_rates={"encoder": 4e-3}, optimizer="Muon"
-    ),
-    "BRICS, Muon, four times the learning rates": replace(
-        BRICS, learning_rate=48e-3, part_learning_rates={"encoder": 8e-3}, optimizer="Muon"
-    ),
-    "AutoencoderKL, shortcut, noise, Muon, four times the learning rate": replace(
-        SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE}, learning_rate=8e-3, optimizer="Muon"
-    ),
-    "AutoencoderKL, shortcut, noise, Muon, half the learning rate": replace(
-        SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE}, learning_rate=1e-3, optimizer="Muon"
-    ),
-    "AutoencoderKL, shortcut, noise, Muon, twice the learning rate": replace(
-        SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE}, learning_rate=4e-3, optimizer="Muon"
-    ),
+    "BRICS, Muon": MUON,
+    "AutoencoderKL, shortcut, noise, Muon": MUON_KL,
     "BRICS, keys beside features": replace(BRICS, class_name="KeyedBricsAutoencoder"),
     "BRICS, one learning rate 4e-3": replace(BRICS, learning_rate=4e-3, part_learning_rates={}),
     "BRICS, the paper's learning rate 2e-3": replace(BRICS, learning_rate=2e-3, part_learning_rates={}),
 }
+# How Muon's learning rates were chosen: halves and doubles, in proportion.
+for share in (0.25, 0.5, 2):
+    VARIANTS[f"BRICS, Muon, learning rate {share * MUON.learning_rate:g}"] = replace(
+        MUON,
+        learning_rate=share * MUON.learning_rate,
+        part_learning_rates={"encoder": share * MUON.part_learning_rates["encoder"]},
+    )
+    VARIANTS[f"AutoencoderKL, shortcut, noise, Muon, learning rate {share * MUON_KL.learning_rate:g}"] = replace(
+        MUON_KL, learning_rate=share * MUON_KL.learning_rate
+    )
 DEFAULT_MODELS = list(VARIANTS)[:5]
 
 
