@@ -335,7 +335,7 @@ def train(args, accelerator) -> None:
         skipped.add(finite)
         rates = trainer.lr_scheduler.get_last_lr()
         names = ["learning_rate", *(f"{part}_learning_rate" for part in trainer.part_rates)]
-        values = dict(zip(names, rates, strict=True))
+        values = dict(zip(names, rates, strict=False))  # Muon's groups follow, at the same rates
         if state.global_step % args.logging_steps == 0:
             values["grid_usage"] = usage.update(trainer.optimizer)
         log.step(values)

@@ -13,9 +13,9 @@ class MuonAndAdam(torch.optim.Adam):
     r"""
     Muon (Jordan et al. 2024) for the weights of layers, Adam for all else: grids, biases, norms. A convolution's
     weight is a matrix of shape (out, in * k * k), and that of one layer a group is one matrix a group. Muon steps as
-    far as Adam does with the same learning rate: by 0.2 in the root mean square. What it does is what
-    `torch.optim.Muon` does with `adjust_lr_fn="match_rms_adamw"` and no weight decay, but that works in bfloat16, six
-    times as slow on a CPU without instructions for it, and on one matrix at a time.
+    far as Adam does with the same learning rate: by 0.2 in the root mean square. This is what `torch.optim.Muon` does
+    with `adjust_lr_fn="match_rms_adamw"` and no weight decay, which however works in bfloat16, slow on CPUs without
+    instructions for it, and on one matrix at a time.
 
     Args:
         param_groups (`list[dict]`):
@@ -76,7 +76,7 @@ def as_matrices(weight: torch.Tensor) -> list[torch.Tensor]:
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Matrices of shape (n, a, b) with about their singular vectors, and singular values between 0.6 and 1.2."""
+    """Matrices (n, a, b) of about the same singular vectors, whose singular values are about 1."""
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalize(matrices.mT).mT
     first, second, third = COEFFICIENTS
