@@ -37,8 +37,11 @@ class MuonAndAdam(torch.optim.Adam):
         super().__init__(groups, betas=betas, eps=eps, fused=True)
         self._step_supports_amp_scaling = False  # Muon's part is not fused
 
-    def step(self) -> None:
-        """A step of both."""
+    @torch.no_grad()
+    def step(self, closure=None):
+        """A step of both, after `closure()` if one is given, whose result it returns."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         layers = []
         for group in self.param_groups:
             if group["muon"]:
@@ -51,8 +54,8 @@ class MuonAndAdam(torch.optim.Adam):
         super().step()
         for weight, gradient in zip(layers, gradients, strict=True):
             weight.grad = gradient
+        return loss
 
-    @torch.no_grad()
     def _step_of_muon(self, weights: list[torch.nn.Parameter], learning_rate: float) -> None:
         by_shape = {}
         for weight in weights:

@@ -129,6 +129,21 @@ def test_learning_rates_are_those_of_the_groups(model):
     assert_same(before, states(model))
 
 
+def test_a_closure(model):
+    twin, images = copy.deepcopy(model), torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    optimizer, other = build(model), build(twin)
+    take_steps(optimizer, model, 1)
+
+    def closure():
+        torch.manual_seed(0)
+        loss = (twin(images).sample - images).square().mean()
+        loss.backward()
+        return loss
+
+    assert other.step(closure).item() > 0
+    assert_same(states(model), states(twin))
+
+
 def test_weights_may_move_after_the_optimizer_was_built(model):
     twin = copy.deepcopy(model)
     optimizer, others = build(model), build(twin)
