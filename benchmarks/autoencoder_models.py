@@ -209,15 +209,6 @@ VARIANTS = {
     "BRICS, Muon, beta2 0.999": replace(MUON, adam_beta2=0.999),
     "BRICS, Muon, warm-up 0.1": replace(MUON, warmup=0.1),
     "BRICS, Muon, keys beside features": replace(MUON, class_name="KeyedBricsAutoencoder"),
-    "BRICS, Muon, features of the codes' size": replace(
-        MUON,
-        changes={"feature_size": 16, "feature_channels": 96, "decoder_block_out_channels": (96, 56, 28)},
-    ),
-    "BRICS, Muon, AutoencoderKL's decoder": replace(
-        MUON,
-        changes={"feature_size": 16, "decoder_type": "vqgan", "decoder_block_out_channels": (64, 32, 16)},
-        part_learning_rates={"encoder": 4e-3, "decoder": 4e-3},
-    ),
     "BRICS, Muon, grids at 12e-3": replace(MUON, part_learning_rates=MUON.part_learning_rates | {"grids": 12e-3}),
     "BRICS, one learning rate 4e-3": replace(BRICS, learning_rate=4e-3, part_learning_rates={}),
     "BRICS, the paper's learning rate 2e-3": replace(BRICS, learning_rate=2e-3, part_learning_rates={}),
