@@ -1,7 +1,6 @@
 """The models that compare_autoencoders.py trains, and how each is trained."""
 
 from dataclasses import dataclass, field, replace
-from functools import wraps
 from pathlib import Path
 
 import torch
@@ -11,9 +10,7 @@ from diffusers import AutoencoderKL, VQModel
 from diffusers.configuration_utils import register_to_config
 
 from brics_diffusers import BricsAutoencoder
-from brics_diffusers.models.decoders.group_mlp import GroupMLP
 from brics_diffusers.models.encoder import ShortcutEncoder
-from brics_diffusers.models.grids.feature_grids import FeatureGrids
 from brics_diffusers.training_utils.optimization import build_optimizer
 
 
@@ -84,10 +81,21 @@ PRESETS = {
 }
 
 
+class BoundedEncoder(ShortcutEncoder):
+    """`ShortcutEncoder` with `double_z`, whose means lie in [-2, 2]."""
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        """(B, in_channels, H, W) -> (B, 2 * out_channels, H / f, W / f): means and log-variances."""
+        means, log_variances = super().forward(sample).chunk(2, dim=1)
+        return torch.cat([4 * torch.sigmoid(means) - 2, log_variances], dim=1)
+
+
 class NoisyAutoencoderKL(AutoencoderKL):
     """
     `AutoencoderKL` with BRICS' shortcut in the encoder, and with noise on the latents in training. Arguments as of
-    `AutoencoderKL`, and `relative_noise`: standard deviation of that noise, in units of the latents' own in the batch.
+    `AutoencoderKL`; `relative_noise`, the standard deviation of that noise in units of the latents' own in the batch;
+    and `bounded`, for means that a sigmoid keeps in [-2, 2], as it keeps BRICS' codes in [0, 1]: near 0 they stay as
+    they are.
     """
 
     @register_to_config
@@ -101,6 +109,7 @@ class NoisyAutoencoderKL(AutoencoderKL):
         norm_num_groups: int,
         latent_channels: int,
         relative_noise: float = 0.0,
+        bounded: bool = False,
     ):
         encoder = {
             "down_block_types": down_block_types,
@@ -110,45 +119,18 @@ class NoisyAutoencoderKL(AutoencoderKL):
         }
         sizes = {"sample_size": sample_size, "up_block_types": up_block_types, "latent_channels": latent_channels}
         super().__init__(**encoder, **sizes, use_quant_conv=False)
-        self.encoder = ShortcutEncoder(in_channels=3, out_channels=latent_channels, double_z=True, **encoder)
-
-
-class KeyedGrids(FeatureGrids):
-    """Grids that give the key itself, less 0.5, besides a group's features, as the last of them."""
-
-    @property
-    def num_features(self) -> int:
-        return super().num_features + self.num_dims - 2
-
-    def forward(self, keys: torch.Tensor) -> torch.Tensor:
-        own = keys.unflatten(1, (self.num_groups, -1)).flatten(3).permute(1, 2, 0, 3)  # (g, C_key, B, H_d * W_d)
-        return torch.cat([super().forward(keys), own.to(self.entries.dtype) - 0.5], dim=1)
-
-
-class KeyedBricsAutoencoder(BricsAutoencoder):
-    """`BricsAutoencoder` whose MLPs see the keys beside what is looked up with them. Arguments are the same."""
-
-    @wraps(BricsAutoencoder.__init__)
-    def __init__(self, *arguments, **named):
-        super().__init__(*arguments, **named)
-        config, groups = self.config, self.grids.num_groups
-        names = ("key_length", "num_levels", "min_resolution", "max_resolution")
-        names += ("level_channels", "max_entries", "grid_type")
-        self.grids = KeyedGrids(groups, **{name: config[name] for name in names})
-        self.mlp = GroupMLP(
-            groups, self.grids.num_features, config.feature_channels, config.style_dim, num_layers=config.mlp_layers
-        )
+        encoder_class = BoundedEncoder if bounded else ShortcutEncoder
+        self.encoder = encoder_class(in_channels=3, out_channels=latent_channels, double_z=True, **encoder)
 
 
 CLASSES = {
     "BricsAutoencoder": BricsAutoencoder,
-    "KeyedBricsAutoencoder": KeyedBricsAutoencoder,
     "AutoencoderKL": AutoencoderKL,
     "NoisyAutoencoderKL": NoisyAutoencoderKL,
     "VQModel": VQModel,
 }
-# Classes with the arguments of another.
-PRESET_OF = {"NoisyAutoencoderKL": "AutoencoderKL", "KeyedBricsAutoencoder": "BricsAutoencoder"}
+# Classes that extend the arguments of another.
+PRESET_OF = {"NoisyAutoencoderKL": "AutoencoderKL"}
 
 
 @dataclass(frozen=True)
@@ -206,9 +188,7 @@ VARIANTS = {
     "BRICS, decoder's learning rate 24e-3": replace(BRICS, part_learning_rates={"encoder": 2e-3, "decoder": 24e-3}),
     "BRICS, Muon": MUON,
     "AutoencoderKL, shortcut, noise, Muon": MUON_KL,
-    "BRICS, Muon, beta2 0.999": replace(MUON, adam_beta2=0.999),
-    "BRICS, Muon, warm-up 0.1": replace(MUON, warmup=0.1),
-    "BRICS, Muon, keys beside features": replace(MUON, class_name="KeyedBricsAutoencoder"),
+    "AutoencoderKL, shortcut, noise, bounded, Muon": replace(MUON_KL, changes=MUON_KL.changes | {"bounded": True}),
     "BRICS, Muon, grids at 12e-3": replace(MUON, part_learning_rates=MUON.part_learning_rates | {"grids": 12e-3}),
     "BRICS, one learning rate 4e-3": replace(BRICS, learning_rate=4e-3, part_learning_rates={}),
     "BRICS, the paper's learning rate 2e-3": replace(BRICS, learning_rate=2e-3, part_learning_rates={}),

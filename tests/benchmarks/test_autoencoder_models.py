@@ -1,17 +1,15 @@
-"""AutoencoderKL with BRICS' shortcut and noise, BRICS with a KL loss or with keys beside features, as they are
-trained by the comparison."""
+"""AutoencoderKL with BRICS' shortcut and noise, and BRICS with a KL loss, as they are trained by the comparison."""
 
 import autoencoder_models
 import pytest
 import torch
-from autoencoder_models import KeyedBricsAutoencoder, NoisyAutoencoderKL
+from autoencoder_models import NoisyAutoencoderKL
 from autoencoder_report import noise_curve
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import Encoder
 from test_compare_autoencoders import PEER, as_run, make_model
 
 from brics_diffusers.data import load_collection
-from brics_diffusers.models.grids.feature_grids import FeatureGrids
 
 
 @pytest.fixture
@@ -38,6 +36,19 @@ class TestNoisyAutoencoderKL:
         assert shortcut.abs().mean() > 0.1 and torch.equal(means, plain_means + shortcut)
         assert torch.equal(log_variances, plain_log_variances)
         assert torch.equal(model.encode(images).latent_dist.mean, means)
+
+    @torch.no_grad()
+    def test_bounded_means(self, images, tmp_path):
+        model, plain = (make_model("NoisyAutoencoderKL", bounded=bounded).eval() for bounded in (True, False))
+        model.encoder.shortcut.weight.mul_(10)
+        plain.load_state_dict(model.state_dict())
+        posterior, free = (each.encode(images).latent_dist for each in (model, plain))
+        assert free.mean.abs().max() > 3 and posterior.mean.abs().max() < 2
+        assert torch.allclose(posterior.mean, 2 * torch.tanh(free.mean / 2), atol=1e-5)  # of slope 1 at 0
+        assert torch.equal(posterior.logvar, free.logvar)
+        model.save_pretrained(tmp_path)
+        loaded = NoisyAutoencoderKL.from_pretrained(tmp_path).eval()
+        assert torch.equal(autoencoder_models.encode(loaded, images), posterior.mean)
 
     @torch.no_grad()
     def test_without_shortcut_and_noise_it_is_an_autoencoder_kl(self, images):
@@ -80,19 +91,3 @@ def test_brics_with_a_kl_loss(images, image_folder):
     assert autoencoder_models.VARIANTS["BRICS, KL regularization"].changes == {"regularization": "kl"}
     # The noise of relaxed precision is none of this model's.
     assert noise_curve(as_run(model), load_collection(image_folder))["training_noise"] is None
-
-
-class TestKeyedBricsAutoencoder:
-    def test_saving(self, images, tmp_path):
-        model = make_model("KeyedBricsAutoencoder").eval()
-        model.save_pretrained(tmp_path)
-        loaded = KeyedBricsAutoencoder.from_pretrained(tmp_path).eval()
-        with torch.no_grad():
-            assert torch.equal(loaded(images).sample, model(images).sample)
-
-    @torch.no_grad()
-    def test_keys_are_beside_what_they_look_up(self):
-        model, keys = make_model("KeyedBricsAutoencoder").eval(), torch.rand(2, 4, 16, 16)
-        features, plain = model.grids(keys), FeatureGrids.forward(model.grids, keys)
-        assert torch.equal(features[:, :-1], plain)
-        assert torch.equal(features[:, -1], keys.flatten(2).transpose(0, 1) - 0.5)
