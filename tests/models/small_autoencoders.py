@@ -45,10 +45,13 @@ SAME = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def make_model(seed=0, **config) -> BricsAutoencoder:
-    """A small model whose grid entries are of order 1, so that codes matter as after training."""
+    """A small model with grid entries and modulation of order 1, so that codes and styles matter as after training."""
     torch.manual_seed(seed)
     model = BricsAutoencoder(**{**SMALL, **config})
     nn.init.uniform_(model.grids.entries, -1, 1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("affine.weight"):
+            nn.init.normal_(parameter)
     return model
 
 

@@ -74,12 +74,18 @@ class TestParts:
     def test_demodulation_keeps_unit_variance_whatever_the_style(self):
         torch.manual_seed(0)
         layer = ModulatedGroupLinear(2, 64, 64, 8).double()
+        torch.nn.init.normal_(layer.affine.weight)
         x = torch.randn(2, 3, 64, 500, dtype=torch.float64)
         for scale in (0.1, 1, 100):
             output = layer(x, scale * torch.randn(2, 8, 3, dtype=torch.float64))
             # Each of the 64 outputs of a group and sample has variance 1; 500 points estimate it within 6%, and their
             # mean over 64 channels within 1% were they independent.
             assert output.var(dim=-1).mean(dim=2).sub(1).abs().max() < 0.1
+
+    def test_initial_layer_is_the_same_for_every_style(self):
+        layer, x = ModulatedGroupLinear(2, 4, 5, 8), torch.randn(2, 3, 4, 6)
+        outputs = [layer(x, style) for style in (torch.zeros(2, 8, 3), torch.randn(2, 8, 3))]
+        assert torch.equal(*outputs)
 
 
 class TestGroupMLP:

@@ -124,14 +124,17 @@ class TestModulatedConv2d:
     def test_demodulation_keeps_unit_variance(self, style_scale):
         torch.manual_seed(0)
         conv = ModulatedConv2d(32, 32, 3, 8)
+        torch.nn.init.normal_(conv.affine.weight)
         x = torch.randn(4, 32, 20, 20)
         output = conv(x, style_scale * torch.randn(4, 8))[:, :, 1:-1, 1:-1]  # at the border some inputs are zeros
         # 32 channels of 324 correlated pixels estimate the variance of an image within a few per cent.
         assert output.var(dim=(1, 2, 3)).sub(1).abs().max() < 0.1
 
     def test_initial_affine_leaves_inputs_alone(self):
-        affine = ModulatedConv2d(4, 5, 3, 6).affine
-        assert torch.equal(affine(torch.zeros(2, 6)), torch.ones(2, 4))
+        affine, style = ModulatedConv2d(4, 5, 3, 6).affine, torch.randn(2, 6)
+        assert torch.equal(affine(style), torch.ones(2, 4))
+        affine(style).sum().backward()
+        assert affine.weight.grad.abs().min() > 0  # and learns not to
 
 
 class TestBlock:

@@ -47,7 +47,8 @@ class GroupMapping(nn.Sequential):
 class ModulatedGroupLinear(nn.Module):
     """
     A linear layer a group whose inputs are scaled by a style and whose outputs are brought back to unit variance:
-    StyleGAN2's weight modulation and demodulation for a linear layer. With `activate`, `scaled_leaky_relu` follows.
+    StyleGAN2's weight modulation and demodulation for a linear layer. New ones don't modulate yet, see
+    [`~style_decoder.ModulatedConv2d`]. With `activate`, `scaled_leaky_relu` follows.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class ModulatedGroupLinear(nn.Module):
     ):
         super().__init__()
         self.affine = GroupLinear(num_groups, style_features, in_features, bias_init=1.0)
+        nn.init.zeros_(self.affine.weight)
         self.weight = nn.Parameter(torch.randn(num_groups, out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(num_groups, out_features, 1, 1))
         self.scale = 1 / math.sqrt(in_features)

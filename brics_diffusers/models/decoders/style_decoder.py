@@ -46,7 +46,9 @@ class EqualizedLinear(nn.Module):
 
 class ModulatedConv2d(nn.Module):
     r"""
-    Convolution whose input channels are scaled by a style, and whose outputs are brought back to unit variance.
+    Convolution whose input channels are scaled by a style, and whose outputs are brought back to unit variance. New
+    ones have the same scale, 1, for every style, as DiT begins its modulation (adaLN-Zero): it is learned where it
+    helps.
 
     One image has its weights scaled, which are fewer than its activations. Of a batch the activations are scaled, with
     the same result: one convolution for all images.
@@ -73,6 +75,7 @@ class ModulatedConv2d(nn.Module):
     ):
         super().__init__()
         self.affine = EqualizedLinear(style_dim, in_channels, bias_init=1.0)
+        nn.init.zeros_(self.affine.weight)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.scale = 1 / math.sqrt(in_channels * kernel_size**2)
