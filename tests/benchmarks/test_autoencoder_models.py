@@ -43,7 +43,7 @@ class TestNoisyAutoencoderKL:
         model.encoder.shortcut.weight.mul_(10)
         plain.load_state_dict(model.state_dict())
         posterior, free = (each.encode(images).latent_dist for each in (model, plain))
-        assert free.mean.abs().max() > 3 and posterior.mean.abs().max() < 2
+        assert free.mean.abs().max() > 3 and posterior.mean.abs().max() <= 2
         assert torch.allclose(posterior.mean, 2 * torch.tanh(free.mean / 2), atol=1e-5)  # of slope 1 at 0
         assert torch.equal(posterior.logvar, free.logvar)
         model.save_pretrained(tmp_path)
