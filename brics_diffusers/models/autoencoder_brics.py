@@ -8,7 +8,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..utils.safe_loading import SafeLoadingMixin
 from ..utils.sizes import height_and_width
-from .configuration import check_config, decoder_factor, encoder_factor
+from .configuration import check_config, decoder_factor, decoder_layers, encoder_factor
 from .decoders.group_mlp import GroupMLP
 from .decoders.style_decoder import StyleDecoder
 from .encoder import ShortcutEncoder
@@ -58,6 +58,9 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
         decoder_type (`str`, defaults to `"style"`): `"style"`, `"vqgan"` or `"movq"` (Sec. 3.3, App. J).
         decoder_block_out_channels (`tuple[int]`, defaults to `(512, 256, 128)`):
             Width of each decoder resolution, from the feature block's up to the image's.
+        decoder_layers_per_block (`int` or `tuple[int]`, defaults to 1):
+            Pairs of convolutions at each resolution of the `"style"` decoder, one number or one each. With more than
+            one, which is ours, they are residual: more and narrower convolutions for the same work.
         regularization (`str`, defaults to `"noise"`):
             What keeps the codes smooth in training: `"noise"` relaxes their precision by `key_noise_scale` (Sec. 3.4),
             `"kl"` draws logits from a Gaussian (App. A.4), `"none"` does nothing, `"interpolate"` moves codes far
@@ -127,6 +130,7 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
         style_dim: int = 512,
         decoder_type: str = "style",
         decoder_block_out_channels: tuple[int, ...] = (512, 256, 128),
+        decoder_layers_per_block: int | tuple[int, ...] = 1,
         regularization: str = "noise",
         key_noise_scale: float | None = None,
         use_coordinates: bool = True,
@@ -166,7 +170,13 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
             num_layers=mlp_layers,
         )
         if decoder_type == "style":
-            self.decoder = StyleDecoder(feature_channels, out_channels, tuple(decoder_block_out_channels), style_dim)
+            self.decoder = StyleDecoder(
+                feature_channels,
+                out_channels,
+                tuple(decoder_block_out_channels),
+                style_dim,
+                decoder_layers(self.config),
+            )
         else:
             self.decoder = Decoder(
                 in_channels=feature_channels,

@@ -19,6 +19,12 @@ def decoder_factor(config: FrozenDict) -> int:
     return 2 ** (len(config.decoder_block_out_channels) - 1)
 
 
+def decoder_layers(config: FrozenDict) -> tuple[int, ...]:
+    """Pairs of convolutions in each block of the style decoder."""
+    layers = config.decoder_layers_per_block
+    return (layers,) * len(config.decoder_block_out_channels) if isinstance(layers, int) else tuple(layers)
+
+
 def check_config(config: FrozenDict) -> None:
     """Refuses arguments of [`BricsAutoencoder`] that contradict each other, with a `ValueError`."""
     divided, multiplied = encoder_factor(config), decoder_factor(config)
@@ -38,6 +44,17 @@ def check_config(config: FrozenDict) -> None:
         raise ValueError(
             f"decoder_block_out_channels is {tuple(config.decoder_block_out_channels)}; the spatial norms of the "
             "'movq' decoder have 32 groups, so use widths that divide by 32."
+        )
+    layers = decoder_layers(config)
+    if len(layers) != len(config.decoder_block_out_channels) or min(layers) < 1:
+        raise ValueError(
+            f"decoder_layers_per_block is {config.decoder_layers_per_block}; give one positive number, or one for "
+            f"each of the {len(config.decoder_block_out_channels)} widths of decoder_block_out_channels."
+        )
+    if config.decoder_type != "style" and set(layers) != {1}:
+        raise ValueError(
+            f"decoder_layers_per_block is {config.decoder_layers_per_block} with decoder_type="
+            f"{config.decoder_type!r}; it is for the 'style' decoder, so leave it out."
         )
     if len(config.down_block_types) != len(config.encoder_block_out_channels):
         raise ValueError(

@@ -5,12 +5,20 @@ import itertools
 import torch
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 
+from .configuration import decoder_layers
+
 
 TILE = 64  # side of a tile of the feature block
-# Pixels of the feature block around a tile on which the tile's image can depend: two by the first block's two
-# convolutions; by the second less than two (up-convolution and filter) and one (its convolutions at half the spacing),
-# by each further block half as many: less than 2 + 3 * 2, however many there are.
-MARGIN = 8
+
+
+def tile_margin(layers_per_block: tuple[int, ...]) -> int:
+    """
+    Pixels of the feature block around a tile on which the tile's image can depend. With n pairs of convolutions in a
+    block at most: 2 n by the first block's; by the second less than two (up-convolution and filter) and n (its
+    convolutions at half the spacing), by each further block half as many: less than 2 n + 2 (2 + n), however many
+    there are.
+    """
+    return 4 * max(layers_per_block) + 4
 
 
 def tile_starts(size: int, tile: int, factor: int) -> list[int]:
@@ -73,12 +81,13 @@ class TilingMixin(AutoencoderMixin):
         """What `self.decoder` gives, tile by tile; the style code is that of the whole images."""
         height, width = feature_block.shape[2:]
         factor = self.decoder_factor
+        margin = tile_margin(decoder_layers(self.config))
         rows = []
         for top in range(0, height, TILE):
             row = []
             for left in range(0, width, TILE):
-                y, x = max(top - MARGIN, 0), max(left - MARGIN, 0)
-                part = feature_block[:, :, y : top + TILE + MARGIN, x : left + TILE + MARGIN]
+                y, x = max(top - margin, 0), max(left - margin, 0)
+                part = feature_block[:, :, y : top + TILE + margin, x : left + TILE + margin]
                 image = self.decoder(part, style)[:, :, (top - y) * factor :, (left - x) * factor :]
                 row.append(image[:, :, : TILE * factor, : TILE * factor].clone())  # frees the margins
             rows.append(torch.cat(row, dim=3))

@@ -81,6 +81,15 @@ class TestErrors:
         "config, message",
         [
             ({"grid_type": "sparse"}, "grid_type is 'sparse'"),
+            (
+                {"decoder_layers_per_block": 0},
+                "decoder_layers_per_block is 0; give one positive number, or one for each of the 2 widths",
+            ),
+            ({"decoder_layers_per_block": (2, 1, 1)}, r"decoder_layers_per_block is \(2, 1, 1\); give one positive"),
+            (
+                {"decoder_type": "vqgan", "decoder_layers_per_block": 2},
+                "decoder_layers_per_block is 2 with decoder_type='vqgan'; it is for the 'style' decoder",
+            ),
             ({"decoder_type": "unet"}, "decoder_type is 'unet'; it must be one of 'style', 'vqgan', 'movq'"),
             ({"regularization": "vq"}, "regularization is 'vq'; it must be one of 'noise', 'kl', 'none', 'interp"),
             ({"interpolation_gamma": 0.0}, "interpolation_gamma is 0.0; it must be above 0"),

@@ -140,18 +140,25 @@ class TestModulatedConv2d:
 class TestBlock:
     @pytest.mark.parametrize("upsample", [False, True])
     @pytest.mark.parametrize("has_image", [False, True])
-    def test_values(self, upsample, has_image):
-        block = randomize(SynthesisBlock(6, 4, 3, 5, upsample).double())
+    @pytest.mark.parametrize("num_layers", [1, 3])
+    def test_values(self, upsample, has_image, num_layers):
+        block = randomize(SynthesisBlock(6, 4, 3, 5, upsample, num_layers).double())
+        assert len(block.convs) == 2 * num_layers
         x, style = torch.randn(2, 6, 4, 6, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
         image = torch.randn(2, 3, 4, 6, dtype=torch.float64) if has_image and upsample else None
         expected = x
-        for conv in [block.up_conv, *block.convs] if upsample else block.convs:
+        for number, conv in enumerate([block.up_conv, *block.convs] if upsample else block.convs, start=not upsample):
+            if number % 2:  # the first of a pair
+                start = expected
             expected = reference_conv(conv, expected, style)
             expected = torch.where(expected > 0, expected, 0.2 * expected) * math.sqrt(2)
+            # The first pair changes the width from 6 to 4, unless the up-convolution has done so.
+            if num_layers == 3 and number % 2 == 0 and number > (0 if upsample else 2):
+                expected = (start + expected) / math.sqrt(2)
         expected_image = reference_conv(block.to_rgb, expected, style)
         if image is not None:
             expected_image = expected_image + naive_upsample(image)
-        # Three layers of sums over 54 products.
+        # Seven layers of sums over 54 products.
         torch.testing.assert_close(block(x, image, style), (expected, expected_image), rtol=1e-10, atol=1e-10)
 
 

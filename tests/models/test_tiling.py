@@ -5,12 +5,14 @@ import torch
 from small_autoencoders import make_model
 
 from brics_diffusers.models import tiling
+from brics_diffusers.models.configuration import decoder_layers
 
 
-# One to three blocks of the decoder, and key codes whose feature block is 40 x 36.
+# One to three blocks of the decoder, one of more layers, and key codes whose feature block is 40 x 36.
 DECODERS = [
     ({"feature_size": 16, "decoder_block_out_channels": (16,)}, (10, 9)),
     ({}, (20, 18)),
+    ({"decoder_layers_per_block": (2, 3)}, (20, 18)),
     ({"feature_size": 4, "decoder_block_out_channels": (16, 8, 8)}, (40, 36)),
 ]
 
@@ -29,7 +31,9 @@ def test_tiles_do_not_show(monkeypatch, config, size):
         assert torch.equal(model.decode(codes).sample, whole)
     torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-5)
     assert sizes[0] == sizes[-1] == (40, 36) and len(sizes) == 2 + 5 * 4
-    assert max(height for height, _ in sizes[1:-1]) == 9 + 2 * tiling.MARGIN
+    margin = tiling.tile_margin(decoder_layers(model.config))
+    spans = [min(top + 9 + margin, 40) - max(top - margin, 0) for top in range(0, 40, 9)]
+    assert max(height for height, _ in sizes[1:-1]) == max(spans) < 40
 
 
 def test_training_is_not_tiled(monkeypatch):

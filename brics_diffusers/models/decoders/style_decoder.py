@@ -118,12 +118,22 @@ class ModulatedConv2d(nn.Module):
 
 class SynthesisBlock(nn.Module):
     """
-    One resolution of the decoder: an up-convolution where the resolution doubles, two convolutions, and an RGB output.
+    One resolution of the decoder: an up-convolution where the resolution doubles, `num_layers` times two convolutions,
+    and an RGB output. Of more than two convolutions, each pair that keeps the width is residual; a sum is divided by
+    the square root of two, so that it keeps the variance.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, image_channels: int, style_dim: int, upsample: bool):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        image_channels: int,
+        style_dim: int,
+        upsample: bool,
+        num_layers: int = 1,
+    ):
         super().__init__()
-        widths = [out_channels if upsample else in_channels, out_channels, out_channels]
+        widths = [out_channels if upsample else in_channels] + 2 * num_layers * [out_channels]
         self.up_conv = (
             ModulatedConv2d(in_channels, out_channels, 3, style_dim, upsample=True, activate=True)
             if upsample
@@ -139,8 +149,10 @@ class SynthesisBlock(nn.Module):
         """x (B, in, H, W), image so far or `None`, style -> features and image at this block's resolution."""
         if self.up_conv is not None:
             x = self.up_conv(x, style)
-        for conv in self.convs:
-            x = conv(x, style)
+        for first, second in zip(self.convs[::2], self.convs[1::2], strict=True):
+            start, x = x, second(first(x, style), style)
+            if len(self.convs) > 2 and start.shape[1] == x.shape[1]:
+                x = (start + x) * 0.5**0.5
         rgb = self.to_rgb(x, style)
         return x, rgb if image is None else rgb + upsample_2d(image)
 
@@ -155,6 +167,7 @@ class StyleDecoder(nn.Module):
         out_channels (`int`, defaults to 3): Channels of the image.
         block_out_channels (`tuple[int]`, defaults to `(512, 256, 128)`):
             Width of each resolution; the first works at the resolution of the feature block, each other doubles it.
+        layers_per_block (`tuple[int]`, *optional*): Pairs of convolutions at each resolution, 1 by default.
         style_dim (`int`, defaults to 512): Width of the style code.
     """
 
@@ -164,12 +177,13 @@ class StyleDecoder(nn.Module):
         out_channels: int = 3,
         block_out_channels: tuple[int, ...] = (512, 256, 128),
         style_dim: int = 512,
+        layers_per_block: tuple[int, ...] | None = None,
     ):
         super().__init__()
-        widths = (in_channels, *block_out_channels)
+        widths, layers = (in_channels, *block_out_channels), layers_per_block or (1,) * len(block_out_channels)
         self.blocks = nn.ModuleList(
-            SynthesisBlock(fan_in, fan_out, out_channels, style_dim, upsample=index > 0)
-            for index, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+            SynthesisBlock(fan_in, fan_out, out_channels, style_dim, index > 0, num_layers)
+            for index, (fan_in, fan_out, num_layers) in enumerate(zip(widths[:-1], widths[1:], layers, strict=True))
         )
         self.gradient_checkpointing = False
 
