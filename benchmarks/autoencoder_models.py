@@ -190,6 +190,7 @@ VARIANTS = {
     "BRICS, decoder's learning rate 24e-3": replace(BRICS, part_learning_rates={"encoder": 2e-3, "decoder": 24e-3}),
     "BRICS, Muon": MUON,
     "BRICS, residual decoder, Muon": replace(MUON, changes=RESIDUAL),
+    "AutoencoderKL, Muon": replace(KL, learning_rate=2e-3, optimizer="Muon"),
     "AutoencoderKL, shortcut, noise, Muon": MUON_KL,
     "AutoencoderKL, shortcut, noise, bounded, Muon": replace(MUON_KL, changes=MUON_KL.changes | {"bounded": True}),
     "BRICS, Muon, grids at 12e-3": replace(MUON, part_learning_rates=MUON.part_learning_rates | {"grids": 12e-3}),
@@ -197,15 +198,12 @@ VARIANTS = {
     "BRICS, the paper's learning rate 2e-3": replace(BRICS, learning_rate=2e-3, part_learning_rates={}),
 }
 # How Muon's learning rates were chosen: halves and doubles, in proportion.
-for share in (0.25, 0.5, 2):
-    VARIANTS[f"BRICS, Muon, learning rate {share * MUON.learning_rate:g}"] = replace(
-        MUON,
-        learning_rate=share * MUON.learning_rate,
-        part_learning_rates={"encoder": share * MUON.part_learning_rates["encoder"]},
-    )
-    VARIANTS[f"AutoencoderKL, shortcut, noise, Muon, learning rate {share * MUON_KL.learning_rate:g}"] = replace(
-        MUON_KL, learning_rate=share * MUON_KL.learning_rate
-    )
+for name in ("BRICS, Muon", "AutoencoderKL, Muon", "AutoencoderKL, shortcut, noise, Muon"):
+    chosen = VARIANTS[name]
+    for share in (0.25, 0.5, 2):
+        parts = {part: share * rate for part, rate in chosen.part_learning_rates.items()}
+        rate = share * chosen.learning_rate
+        VARIANTS[f"{name}, learning rate {rate:g}"] = replace(chosen, learning_rate=rate, part_learning_rates=parts)
 DEFAULT_MODELS = list(VARIANTS)[:5]
 
 
