@@ -48,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"Presets ({', '.join(PRESETS)}) or YAML files, all presets by default. The first is varied.",
     )
     parser.add_argument(
-        "--decoder_types", nargs="+", choices=DECODER_TYPES, default=DECODER_TYPES, help="Decoders to count."
+        "--decoder_types",
+        nargs="+",
+        choices=DECODER_TYPES,
+        help="Decoders to count; default: all for presets, the file's own for YAML files.",
     )
     parser.add_argument("--output_dir", default="runs/reports", help="Folder for the report. Default: %(default)s.")
 
@@ -77,7 +80,12 @@ def run(args: argparse.Namespace) -> None:
     """Counts, and writes `cost`."""
     configs = {name if name in PRESETS else Path(name).stem: read_config(name) for name in args.configs}
     sizes = {name: sample_size(config) for name, config in configs.items()}
-    pairs = [(name, decoder) for name in configs for decoder in args.decoder_types]
+    pairs = [
+        (name, decoder)
+        for name, config in configs.items()
+        for decoder in args.decoder_types
+        or (DECODER_TYPES if name in args.configs else [config.get("decoder_type", "style")])
+    ]
     parts = [
         part_row(name, decoder, sizes[name], autoencoder_cost(configs[name] | {"decoder_type": decoder}))
         for name, decoder in tqdm(pairs, desc="Counting parts", leave=False)

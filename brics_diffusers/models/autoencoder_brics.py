@@ -59,8 +59,8 @@ class BricsAutoencoder(SafeLoadingMixin, ModelMixin, TilingMixin, ConfigMixin):
         decoder_block_out_channels (`tuple[int]`, defaults to `(512, 256, 128)`):
             Width of each decoder resolution, from the feature block's up to the image's.
         decoder_layers_per_block (`int` or `tuple[int]`, defaults to 1):
-            Pairs of convolutions at each resolution of the `"style"` decoder, one number or one each. With more than
-            one, which is ours, they are residual: more and narrower convolutions for the same work.
+            Pairs of convolutions at each resolution of the `"style"` decoder, one number or one each. Of more than
+            one, which is ours, those that keep the width are residual: more and narrower layers for the same work.
         regularization (`str`, defaults to `"noise"`):
             What keeps the codes smooth in training: `"noise"` relaxes their precision by `key_noise_scale` (Sec. 3.4),
             `"kl"` draws logits from a Gaussian (App. A.4), `"none"` does nothing, `"interpolate"` moves codes far

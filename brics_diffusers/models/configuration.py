@@ -22,7 +22,7 @@ def decoder_factor(config: FrozenDict) -> int:
 def decoder_layers(config: FrozenDict) -> tuple[int, ...]:
     """Pairs of convolutions in each block of the style decoder."""
     layers = config.decoder_layers_per_block
-    return (layers,) * len(config.decoder_block_out_channels) if isinstance(layers, int) else tuple(layers)
+    return tuple(layers) if isinstance(layers, (list, tuple)) else (layers,) * len(config.decoder_block_out_channels)
 
 
 def check_config(config: FrozenDict) -> None:
@@ -46,15 +46,11 @@ def check_config(config: FrozenDict) -> None:
             "'movq' decoder have 32 groups, so use widths that divide by 32."
         )
     layers = decoder_layers(config)
-    if len(layers) != len(config.decoder_block_out_channels) or min(layers) < 1:
+    valid = all(type(number) is int and number > 0 for number in layers)
+    if len(layers) != len(config.decoder_block_out_channels) or not valid:
         raise ValueError(
-            f"decoder_layers_per_block is {config.decoder_layers_per_block}; give one positive number, or one for "
+            f"decoder_layers_per_block is {config.decoder_layers_per_block!r}; give one positive number, or one for "
             f"each of the {len(config.decoder_block_out_channels)} widths of decoder_block_out_channels."
-        )
-    if config.decoder_type != "style" and set(layers) != {1}:
-        raise ValueError(
-            f"decoder_layers_per_block is {config.decoder_layers_per_block} with decoder_type="
-            f"{config.decoder_type!r}; it is for the 'style' decoder, so leave it out."
         )
     if len(config.down_block_types) != len(config.encoder_block_out_channels):
         raise ValueError(

@@ -33,13 +33,14 @@ def test_report(run_command, config_file):
 
 def test_configs_of_several_sizes(run_command, tmp_path, monkeypatch):
     for name, size in (("one", 24), ("two", 32)):
-        section = CONFIG["autoencoder"] | {"sample_size": size, "feature_size": size // 2}
+        changes = {"sample_size": size, "feature_size": size // 2, "decoder_layers_per_block": 2}
+        section = CONFIG["autoencoder"] | changes
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"autoencoder": section}))
     drawn = []
     monkeypatch.setattr(
         "brics_diffusers.commands.cost.cost_plot", lambda *bars: drawn.append(bars) or Image.new("L", (1, 1))
     )
-    result, _, _ = run_command("cost", *tmp_path.glob("*.yaml"), "--decoder_types", "style")
+    result, _, _ = run_command("cost", *tmp_path.glob("*.yaml"))  # each with its own decoder only
     sizes = {row["config"]: row["image"] for row in result["parts"]}
     assert sizes == {"one": "24 x 24", "two": "32 x 32"}
     found = sorted((row["image"], row["decoder"]) for row in result["peers"])  # 24 does not divide by 16

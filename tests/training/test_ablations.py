@@ -22,6 +22,7 @@ STAGE_TWO = [row for row in ROWS if "scheduler." in row]
 # Sizes that the small models need in place of the page's.
 SMALL = {
     "autoencoder.feature_size": ["autoencoder.feature_size=8", "autoencoder.decoder_block_out_channels=[16,16,8]"],
+    "layers_per_block": ["autoencoder.decoder_block_out_channels=[12,8]"],
     "movq": ["autoencoder.decoder_block_out_channels=[32,32]"],
 }
 

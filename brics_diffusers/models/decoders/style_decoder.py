@@ -120,7 +120,7 @@ class SynthesisBlock(nn.Module):
     """
     One resolution of the decoder: an up-convolution where the resolution doubles, `num_layers` times two convolutions,
     and an RGB output. Of more than two convolutions, each pair that keeps the width is residual; a sum is divided by
-    the square root of two, so that it keeps the variance.
+    the square root of two, as in StyleGAN2's residual discriminator, so that it grows slowly with the number of pairs.
     """
 
     def __init__(
