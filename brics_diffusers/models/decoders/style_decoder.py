@@ -167,8 +167,8 @@ class StyleDecoder(nn.Module):
         out_channels (`int`, defaults to 3): Channels of the image.
         block_out_channels (`tuple[int]`, defaults to `(512, 256, 128)`):
             Width of each resolution; the first works at the resolution of the feature block, each other doubles it.
-        layers_per_block (`tuple[int]`, *optional*): Pairs of convolutions at each resolution, 1 by default.
         style_dim (`int`, defaults to 512): Width of the style code.
+        layers_per_block (`tuple[int]`, *optional*): Pairs of convolutions at each resolution, 1 by default.
     """
 
     def __init__(
