@@ -190,6 +190,9 @@ VARIANTS = {
     "BRICS, decoder's learning rate 24e-3": replace(BRICS, part_learning_rates={"encoder": 2e-3, "decoder": 24e-3}),
     "BRICS, Muon": MUON,
     "BRICS, residual decoder, Muon": replace(MUON, changes=RESIDUAL),
+    "BRICS, residual decoder as costly as the others', Muon": replace(
+        MUON, changes=RESIDUAL | {"decoder_layers_per_block": (4, 3)}
+    ),
     "AutoencoderKL, Muon": replace(KL, learning_rate=2e-3, optimizer="Muon"),
     "AutoencoderKL, shortcut, noise, Muon": MUON_KL,
     "AutoencoderKL, shortcut, noise, bounded, Muon": replace(MUON_KL, changes=MUON_KL.changes | {"bounded": True}),

@@ -259,9 +259,11 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
         accelerator.load_state(str(checkpoint))
     except Exception as error:
         if "parameter groups" in str(error):
+            known = ("encoder_learning_rate", "decoder_learning_rate", "optimizer")
+            flags = " or ".join(f"--{name}" for name in known if name in settings)
             raise ValueError(
-                f"{checkpoint} was trained with learning rates of other parts or another optimizer; give "
-                "--encoder_learning_rate, --decoder_learning_rate and --optimizer if, and only if, they were before."
+                f"{checkpoint} was trained with other groups of parameters; give {flags} if, and only if, the run before "
+                "had it."
             ) from error
         raise OSError(
             f"{checkpoint} can't be read ({type(error).__name__}: {error}); resume from another checkpoint, of "

@@ -235,7 +235,7 @@ def test_a_checkpoint_by_its_name(stage_one, flags, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=message):
         train_here(train_autoencoder.main, *flags, "checkpoint-9")
     for other in (("--decoder_learning_rate", 0.1), ("--optimizer", "muon")):
-        with pytest.raises(ValueError, match="learning rates of other parts or another optimizer; give --encoder_lea"):
+        with pytest.raises(ValueError, match="other groups of parameters; give --encoder_learning_rate or --dec"):
             train_here(train_autoencoder.main, *flags, "checkpoint-2", *other)
 
 
