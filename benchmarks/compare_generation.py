@@ -42,14 +42,14 @@ from generation_models import (
     latent_space,
     starting_noise,
 )
-from generation_report import write_generation_report
+from generation_report import features_of, write_generation_report
 from tqdm.auto import tqdm
 
 from brics_diffusers.data import collection_fingerprint, training_loader
 from brics_diffusers.metrics.feature_distances import KID_SCALE, kernel_distance, name_with_features
 from brics_diffusers.metrics.feature_extractors import extractor_digest, load_feature_extractor
 from brics_diffusers.metrics.generation import KID_FEATURES, check_image_counts
-from brics_diffusers.metrics.image_features import cached_features, to_uint8
+from brics_diffusers.metrics.image_features import to_uint8
 from brics_diffusers.metrics.nearest_neighbours import FeatureEmbedding, embed_images
 from brics_diffusers.training_utils.arguments import flag_words, positive
 from brics_diffusers.training_utils.checkpoints import appearing_folder, clean_up
@@ -107,6 +107,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--num_samples", type=positive, default=500, help="Images that are generated at each validation.")
     add("--num_inference_steps", type=positive, default=25, help="DPM-Solver++ steps of these.")
     add("--extractor", default=KID_FEATURES, help="Network whose features judge.")
+    more = "Others that judge the last samples too, for instance clip-fid or inception-v3-compat."
+    add("--more_extractors", nargs="+", default=[], metavar="EXTRACTOR", help=more)
     add("--num_reference_images", type=positive, default=3000, help="Training images to compare with, at most.")
     args = parser.parse_args(argv)
     words = [f"--config={args.config}", f"--dataset_name={args.dataset_name}", "--autoencoder_name_or_path=each"]
@@ -273,10 +275,7 @@ def main(argv=None):
         raise ValueError(f"the autoencoders are for images of {sizes} pixels; give --models of one size.")
     args.size = sizes.pop()
     rows = training_rows(len(train_set))[: args.num_reference_images]
-    cache = Path(args.output_dir) / "features"
-    references = cached_features(
-        train_set.select(rows), args.size, extractor, cache, device=args.device, progress=False
-    )[0].features
+    references = features_of(args, train_set.select(rows), extractor)
     check_image_counts(("kid", "fid", "precision-recall"), args.num_samples, len(references))
     common = {"extractor": extractor_digest(extractor), "collection": collection_fingerprint(train_set)}
     runs = []
@@ -290,7 +289,9 @@ def main(argv=None):
         if not run.finished:
             run.train(accelerator, references, extractor)
     if args.report:
-        write_generation_report(args, runs, references, train_set, validation_set, extractor)
+        others = [load_feature_extractor(name, args.device) for name in args.more_extractors]
+        others = {other: features_of(args, train_set.select(rows), other) for other in others}
+        write_generation_report(args, runs, references, train_set, validation_set, extractor, others)
 
 
 if __name__ == "__main__":

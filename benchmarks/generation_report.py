@@ -21,6 +21,7 @@ from brics_diffusers.metrics.generation import precision_recall
 from brics_diffusers.metrics.image_features import cached_features, to_uint8
 from brics_diffusers.metrics.nearest_neighbours import (
     FeatureEmbedding,
+    embed_images,
     nearest_in_collection,
     neighbour_grid,
     squared_distances,
@@ -54,12 +55,26 @@ def code_errors(space, latents: torch.Tensor) -> dict[str, float]:
     return {"nearest_code": nearest.mean().item() / unit, "encoded_again": moved.mean().item() / unit}
 
 
-def measure(run, references: torch.Tensor, extractor) -> dict:
-    """Metrics of a run's last samples."""
+def features_of(args, images, extractor) -> torch.Tensor:
+    """Features (N, D) of a collection's images at the size of the comparison, kept in a cache."""
+    cache = Path(args.output_dir) / "features"
+    return cached_features(images, args.size, extractor, cache, device=args.device, progress=False)[0].features
+
+
+def distances(features: torch.Tensor, references: torch.Tensor, extractor) -> dict[str, float]:
+    """KID, Fréchet distance, precision and recall of samples by an extractor's features."""
+    found = {"kid": KID_SCALE * kernel_distance(features, references), "fid": frechet_distance(features, references)}
+    found |= precision_recall(features, references)
+    return {name_with_features(name, extractor): value for name, value in found.items()}
+
+
+def measure(run, references: torch.Tensor, extractor, others: dict) -> dict:
+    """Metrics of a run's last samples; `others` are references by other extractors."""
     samples, last = run.samples(), {name: value for name, value in run.curve[-1].items() if name != "step"}
-    last[name_with_features("fid", extractor)] = frechet_distance(samples["features"], references)
-    found = precision_recall(samples["features"], references)
-    last |= {name_with_features(name, extractor): value for name, value in found.items()}
+    last |= distances(samples["features"], references, extractor)
+    for other, of_other in others.items():
+        features = embed_images(samples["images"].to(run.space.device), FeatureEmbedding(other), BATCH_SIZE)
+        last |= distances(features.cpu(), of_other, other)
     return last | code_errors(run.space, samples["latents"])
 
 
@@ -75,9 +90,15 @@ def heading_with_features(heading: str, extractor) -> str:
     return f"{heading} ({extractor_description(extractor)['name']})"
 
 
-def table_row(name: str, schedule: str, found: list[dict], of_spaces: list[dict], extractor) -> dict:
+def table_row(name: str, schedule: str, found: list[dict], of_spaces: list[dict], extractor, others: dict) -> dict:
     """A line of the table: mean and standard deviation over the seeds, of UNets and of autoencoders."""
     kid, heading_of = name_with_features("kid", extractor), partial(heading_with_features, extractor=extractor)
+    headings = {
+        "kid": ("KID", 0),
+        "fid": ("Fréchet distance", 1),
+        "precision": ("precision", 2),
+        "recall": ("recall", 2),
+    }
 
     def cell(key: str, digits: int) -> str:
         return spread([values[key] for values in found], digits)
@@ -86,9 +107,9 @@ def table_row(name: str, schedule: str, found: list[dict], of_spaces: list[dict]
     row[heading_of("KID from own reconstructions")] = cell(f"{kid}_from_reconstructions", 0)
     of_reconstructions = [values[f"{kid}_of_reconstructions"] for values in of_spaces]
     row[heading_of("KID of reconstructions")] = spread(of_reconstructions, 0)
-    row[heading_of("Fréchet distance")] = cell(name_with_features("fid", extractor), 1)
-    for key in ("precision", "recall"):
-        row[heading_of(key)] = cell(name_with_features(key, extractor), 2)
+    for judge in (extractor, *others):
+        for key, (heading, digits) in headings.items():
+            row[heading_with_features(heading, judge)] = cell(name_with_features(key, judge), digits)
     for heading, key in (("to the nearest code", "nearest_code"), ("encoded again", "encoded_again")):
         row[heading] = f"{cell(key, 2)} ({statistics.mean(values[key] for values in of_spaces):.2f})"
     row["denoising, s"], row["decoding, s"] = cell("denoising_seconds", 3), cell("decoding_seconds", 3)
@@ -150,6 +171,7 @@ def report_text(args, table: list[dict], result: dict, extractor) -> str:
         if args.num_samples < FEW_IMAGES
         else ""
     )
+    judges = " and ".join([args.extractor, *args.more_extractors])
     pictures = ", ".join(f"{row['latents of']} ({row['schedule']})" for row in table)
     nearest = ", ".join(f"{name} ({args.schedules[0]})" for name in args.models)
     shown = f"Rows of nearest training images, first sample each: {nearest}.\n" if args.show_images else ""
@@ -165,7 +187,7 @@ DPM-Solver++ (2M) with {args.num_inference_steps} steps. Seeds of the UNets {see
 standard deviation over the seeds. {one}Schedule a: cosine of Nichol and Dhariwal with min-SNR-5; b: cosine variant.
 
 {markdown_table(table)}
-KID (times 1,000) and the rest by features of {args.extractor}, from {counts["references"]} training images; `from own
+KID (times 1,000) and the rest by features of {judges}, from {counts["references"]} training images; `from own
 reconstructions`: from the autoencoder's reconstructions of these; `of reconstructions`: of {counts["held_out"]}
 held-out images' reconstructions from the training images, where a perfect diffusion model would end; the held-out
 images themselves are at {result[f"{kid}_held_out"]:.0f}. {few}Distances of codes are root mean squares over a code's
@@ -182,15 +204,16 @@ Rows of samples, seed {args.seeds[0]}: {pictures}.
 {shown}"""
 
 
-def write_generation_report(args, runs: list, references: torch.Tensor, train_set, validation_set, extractor) -> None:
-    """Writes JSON, Markdown and pictures of finished runs into `args.output_dir`."""
+def write_generation_report(args, runs: list, references, train_set, validation_set, extractor, others: dict) -> None:
+    """
+    Writes JSON, Markdown and pictures of finished runs into `args.output_dir`; `references` are features of training
+    images, and `others` those of other extractors.
+    """
     by_variant = {(name, schedule): [] for name in args.models for schedule in args.schedules}
     for run in runs:
         by_variant[run.name, run.schedule].append(run)
-    held_out = cached_features(
-        validation_set, args.size, extractor, Path(args.output_dir) / "features", device=args.device, progress=False
-    )[0].features
-    found = {run.folder.name: measure(run, references, extractor) for run in runs}
+    held_out = features_of(args, validation_set, extractor)
+    found = {run.folder.name: measure(run, references, extractor, others) for run in runs}
     spaces = {run.space.name: run.space for run in runs}
     measured = {name: measure_space(space, references, extractor) for name, space in spaces.items()}
     autoencoders = {
@@ -198,8 +221,14 @@ def write_generation_report(args, runs: list, references: torch.Tensor, train_se
         for name in args.models
     }
     table = [
-        table_row(name, schedule, [found[run.folder.name] for run in group], [*autoencoders[name].values()], extractor)
-        for (name, schedule), group in by_variant.items()
+        table_row(
+            *variant,
+            [found[run.folder.name] for run in group],
+            [*autoencoders[variant[0]].values()],
+            extractor,
+            others,
+        )
+        for variant, group in by_variant.items()
     ]
     counts = {"references": len(references), "held_out": len(held_out), "latents": len(runs[0].space.latents)}
     details = {run.folder.name: run.settings | {"curve": run.curve, "last": found[run.folder.name]} for run in runs}

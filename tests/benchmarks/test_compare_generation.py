@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from safetensors.torch import load_file
 from small_models import AUTOENCODER, ROOT
 
 from brics_diffusers.data import evaluation_loader, load_collection
+from brics_diffusers.metrics.feature_extractors import load_feature_extractor
 
 
 PEER = SMALL_PEER | {"block_out_channels": (8, 8, 16), "sample_size": 32}
@@ -286,6 +288,29 @@ class TestReport:
         assert "One seed: exploratory" in text and "autoencoders of seed 0." in text
         assert "nearest training images" not in text
         assert not (folder / "generation-nearest.png").exists()
+
+    def test_another_extractor_judges_the_same_samples(self, flags, folder, tmp_path, monkeypatch):
+        class Twin(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.network = load_feature_extractor("random-conv")
+                self.description = self.network.description | {"name": "twin"}
+
+            def forward(self, images):
+                return self.network(images)
+
+        load = {"random-conv": load_feature_extractor, "twin": lambda name, device: Twin()}
+        monkeypatch.setattr(
+            compare_generation, "load_feature_extractor", lambda name, device: load[name](name, device)
+        )
+        monkeypatch.setattr(Run, "train", pytest.fail)
+        shutil.copytree(folder, tmp_path / "copy")
+        again = run(flags, tmp_path / "copy", "--more_extractors", "twin", "--no-show_images", models=["BRICS"])
+        last, row = again["runs"]["BRICS-b-0"]["last"], again["table"][0]
+        for metric in ("kid", "fid", "precision", "recall"):
+            assert last[f"{metric}_twin"] == pytest.approx(last[f"{metric}_random_conv"], rel=1e-4, abs=1e-6)
+        assert row["KID (twin)"] == row["KID (random-conv)"] and row["recall (twin)"] == row["recall (random-conv)"]
+        assert "features of random-conv and twin, from 22" in (tmp_path / "copy/generation.md").read_text()
 
     @torch.no_grad()
     def test_code_errors(self, autoencoders, image_folder):
