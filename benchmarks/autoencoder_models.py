@@ -162,7 +162,7 @@ class Variant:
         return CLASSES[self.class_name](**self.arguments(preset))
 
 
-# BRICS' noise over the standard deviation of its codes, as the reports print it.
+# BRICS' noise over the standard deviation of its codes, at 64 x 64 after 3,000 steps; at 32 x 32 it is 0.07.
 RELATIVE_NOISE = 0.04
 BRICS = Variant("BricsAutoencoder", {}, 12e-3, {"encoder": 2e-3})
 KL = Variant("AutoencoderKL", {}, 1e-3)
@@ -180,9 +180,16 @@ VARIANTS = {
     "VQModel": replace(KL, class_name="VQModel"),
     "BRICS, two thirds of the steps": replace(BRICS, steps=2 / 3),
     "BRICS without noise": replace(BRICS, changes={"key_noise_scale": 0.0}),
+    "BRICS, noise 0.03125": replace(BRICS, changes={"key_noise_scale": 0.03125}),
     "BRICS, noise 0.0625": replace(BRICS, changes={"key_noise_scale": 0.0625}),
     "BRICS, noise 0.125": replace(BRICS, changes={"key_noise_scale": 0.125}),
     "BRICS, interpolated noise": replace(BRICS, changes={"regularization": "interpolate"}),
+    "BRICS, interpolated noise 0.3": replace(
+        BRICS, changes={"regularization": "interpolate", "interpolation_gamma": 0.3}
+    ),
+    "BRICS, interpolated noise 0.1": replace(
+        BRICS, changes={"regularization": "interpolate", "interpolation_gamma": 0.1}
+    ),
     "BRICS, KL regularization": replace(BRICS, changes={"regularization": "kl"}),
     "BRICS without shortcut": replace(BRICS, changes={"encoder_shortcut": False}),
     "BRICS, grids from 4 cells": replace(BRICS, changes={"min_resolution": 4}),
