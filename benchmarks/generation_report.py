@@ -175,7 +175,7 @@ def report_text(args, table: list[dict], result: dict, extractor) -> str:
     pictures = ", ".join(f"{row['latents of']} ({row['schedule']})" for row in table)
     nearest = ", ".join(f"{name} ({args.schedules[0]})" for name in args.models)
     shown = f"Rows of nearest training images, first sample each: {nearest}.\n" if args.show_images else ""
-    return f"""# What latents are worth to a diffusion model: {Path(args.config).stem}
+    return f"""# What latents are worth to a diffusion model: {Path(args.dataset_name).name}, {args.size} x {args.size}
 
 {origin(on)}
 
