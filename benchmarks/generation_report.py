@@ -184,7 +184,8 @@ Images of {args.size} x {args.size}. One UNet of {result["parameters"] / 1e6:.1f
 latents out of {counts["latents"]}, {args.flags.scheduler.get("prediction_type", "v_prediction")}, the same noise,
 timesteps and order of images for all; averaged weights. {args.num_samples} samples of one and the same noise,
 DPM-Solver++ (2M) with {args.num_inference_steps} steps. Seeds of the UNets {seeds}; autoencoders {of_seed}. Mean ±
-standard deviation over the seeds. {one}Schedule a: cosine of Nichol and Dhariwal with min-SNR-5; b: cosine variant.
+standard deviation over the seeds. {one}Schedule a: cosine of Nichol and Dhariwal with min-SNR-5; b: cosine variant;
+b-min-snr: that with min-SNR-5.
 
 {markdown_table(table)}
 KID (times 1,000) and the rest by features of {judges}, from {counts["references"]} training images; `from own
