@@ -94,7 +94,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         help=f"Names in compare_autoencoders.py. Default: {'; '.join(DEFAULT_MODELS)}.",
     )
     add("--autoencoder_seed", type=int, help="Of which seed autoencoders are. Default: of the UNet's own.")
-    add("--schedules", nargs="+", choices=list(SCHEDULES), default=["b"], help="Those of Table 4, or b with min-SNR-5.")
+    add(
+        "--schedules", nargs="+", choices=list(SCHEDULES), default=["b"], help="Those of Table 4, or b with min-SNR-5."
+    )
     add("--max_train_steps", type=positive, default=4000, help="Steps of each UNet.")
     add("--validation_steps", type=positive, default=1000, help="Steps from one validation to the next.")
     add("--checkpointing_steps", type=positive, default=500, help="Steps from one saved state to the next.")

@@ -21,7 +21,7 @@ from brics_diffusers.utils.files import atomic_write, weights_digest
 from brics_diffusers.utils.safe_loading import load_class_safely
 
 
-# Table 4's, by its letters, and what the configs for small collections have: changes of the scheduler, and the limit of
+# Table 4's, by its letters, and that of the configs for small collections: changes of the scheduler, and the limit of
 # min-SNR weighting.
 SCHEDULES = {
     "b": ({"gamma_schedule": "cosine_variant"}, None),
