@@ -262,8 +262,8 @@ def resume(accelerator: Accelerator, output_dir: str | os.PathLike, checkpoint: 
             known = ("encoder_learning_rate", "decoder_learning_rate", "optimizer")
             flags = " or ".join(f"--{name}" for name in known if name in settings)
             raise ValueError(
-                f"{checkpoint} was trained with other groups of parameters; give {flags} if, and only if, the run before "
-                "had it."
+                f"{checkpoint} was trained with other groups of parameters; give {flags} if, and only if, the run "
+                "before had it."
             ) from error
         raise OSError(
             f"{checkpoint} can't be read ({type(error).__name__}: {error}); resume from another checkpoint, of "
