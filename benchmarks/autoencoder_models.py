@@ -225,13 +225,13 @@ def search_variants(names: list[str]) -> dict[str, Variant]:
         rates = (1e-3, 2e-3, 4e-3, 8e-3)
         options = [{"learning_rate": rate, "adam_beta2": beta} for rate in rates for beta in (0.99, 0.999)]
         options += [{"learning_rate": rate, "warmup": 0.1} for rate in rates[1:3]]
-        if variant.part_learning_rates:  # in proportion
-            options = [
-                option
-                | {"learning_rate": 6 * option["learning_rate"]}
-                | {"part_learning_rates": {"encoder": option["learning_rate"]}}
-                for option in options
-            ]
+        if "encoder" in variant.part_learning_rates:  # the options are the encoder's rates, all others in proportion
+            for option in options:
+                share = option["learning_rate"] / variant.part_learning_rates["encoder"]
+                option["learning_rate"] = share * variant.learning_rate
+                option["part_learning_rates"] = {
+                    part: share * rate for part, rate in variant.part_learning_rates.items()
+                }
         for option in options:
             text = ", ".join(f"{key} {value:g}" for key, value in option.items() if key != "part_learning_rates")
             trials[f"{name}: {text}"] = replace(variant, **{"adam_beta2": 0.99, "warmup": 0.02} | option)

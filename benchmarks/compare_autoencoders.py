@@ -4,7 +4,7 @@
 
 For each seed, all models see the same images in the same order, with the same loss, batch, number of steps (unless the
 name says otherwise), shape of the learning-rate schedule (warm-up, then cosine to 0) and averaging of the weights;
-each has its own regularizer, learning rate and warm-up (`--search` is how those of the peers were chosen). Validation
+each has its own regularizer, learning rate and warm-up (`--search` tries others, as many for each). Validation
 is protocol `standard`: outputs of the averaged weights clipped, codes exact. The models take turns,
 `--validation_steps` at a time, and after each turn its state is saved: after an interruption, run the same command
 again. What is finished in --output_dir is not trained again, so several processes may share the work, each with
@@ -67,7 +67,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         default="vgg",
         help="Perceptual distance, measured where its weights are, and in the loss by its weight. Default: LPIPS.",
     )
-    add("--perceptual_weight", type=float, default=0.0, help="Its weight; 5 in the paper.")
+    add("--perceptual_weight", "--lpips_weight", type=float, default=0.0, help="Its weight; 5 in the paper.")
     add("--mse_weight", type=float, default=20.0, help="Weight of the mean squared error.")
     add("--dataloader_num_workers", type=not_negative, default=0, help="Processes that read images.")
     args = parser.parse_args(argv)

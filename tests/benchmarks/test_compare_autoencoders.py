@@ -307,6 +307,13 @@ class TestModels:
             assert variant.learning_rate == pytest.approx(6 * rate)
             assert [variant.adam_beta2, variant.warmup] == others
 
+    def test_what_a_variant_is_named_for_is_searched_too(self):
+        name = "BRICS, decoder's learning rate 24e-3"
+        for variant in autoencoder_models.search_variants([name]).values():
+            encoder = variant.part_learning_rates["encoder"]
+            assert variant.part_learning_rates == pytest.approx({"encoder": encoder, "decoder": 12 * encoder})
+            assert variant.learning_rate == pytest.approx(6 * encoder)
+
     def test_regularizers(self, images):
         models = {name: make_model(name) for name in CLASSES}
         parts = {name: autoencoder_models.reconstruct(model, images)[1] for name, model in models.items()}
