@@ -8,6 +8,7 @@ import yaml
 from comparison import config_path
 from diffusers import AutoencoderKL, VQModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import Decoder
 
 from brics_diffusers import BricsAutoencoder
 from brics_diffusers.models.encoder import ShortcutEncoder
@@ -82,20 +83,20 @@ PRESETS = {
 
 
 class BoundedEncoder(ShortcutEncoder):
-    """`ShortcutEncoder` with `double_z`, whose means lie in [-2, 2]."""
+    """`ShortcutEncoder` with `double_z`, whose means lie in [-2, 2] and whose variances are as good as none."""
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         """(B, in_channels, H, W) -> (B, 2 * out_channels, H / f, W / f): means and log-variances."""
         means, log_variances = super().forward(sample).chunk(2, dim=1)
-        return torch.cat([4 * torch.sigmoid(means) - 2, log_variances], dim=1)
+        return torch.cat([4 * torch.sigmoid(means) - 2, torch.full_like(log_variances, -30)], dim=1)
 
 
 class NoisyAutoencoderKL(AutoencoderKL):
     """
     `AutoencoderKL` with BRICS' shortcut in the encoder, and with noise on the latents in training. Arguments as of
     `AutoencoderKL`; `relative_noise`, the standard deviation of that noise in units of the latents' own in the batch;
-    and `bounded`, for means that a sigmoid keeps in [-2, 2], as it keeps BRICS' codes in [0, 1]: near 0 they stay as
-    they are.
+    `bounded`, for latents like BRICS' codes, which a sigmoid keeps in [-2, 2] (near 0 they stay as they are) and that
+    are not drawn from a posterior; and `decoder_block_out_channels`, for a decoder of other widths than the encoder's.
     """
 
     @register_to_config
@@ -110,6 +111,7 @@ class NoisyAutoencoderKL(AutoencoderKL):
         latent_channels: int,
         relative_noise: float = 0.0,
         bounded: bool = False,
+        decoder_block_out_channels: tuple[int, ...] | None = None,
     ):
         encoder = {
             "down_block_types": down_block_types,
@@ -121,6 +123,10 @@ class NoisyAutoencoderKL(AutoencoderKL):
         super().__init__(**encoder, **sizes, use_quant_conv=False)
         encoder_class = BoundedEncoder if bounded else ShortcutEncoder
         self.encoder = encoder_class(in_channels=3, out_channels=latent_channels, double_z=True, **encoder)
+        if decoder_block_out_channels is not None:
+            widths = {"block_out_channels": decoder_block_out_channels, "up_block_types": up_block_types}
+            depths = {"layers_per_block": layers_per_block, "norm_num_groups": norm_num_groups}
+            self.decoder = Decoder(in_channels=latent_channels, out_channels=3, **widths, **depths)
 
 
 CLASSES = {
@@ -169,6 +175,7 @@ KL = Variant("AutoencoderKL", {}, 1e-3)
 SHORTCUT_KL = Variant("NoisyAutoencoderKL", {}, 2e-3, warmup=0.1)
 MUON = replace(BRICS, learning_rate=24e-3, part_learning_rates={"encoder": 4e-3}, optimizer="Muon")
 MUON_KL = replace(SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE}, learning_rate=4e-3, optimizer="Muon")
+BOUNDED_KL = replace(MUON_KL, changes=MUON_KL.changes | {"bounded": True})
 # More and narrower convolutions for nearly the same multiply-adds.
 RESIDUAL = {"feature_channels": 40, "decoder_block_out_channels": (40, 24), "decoder_layers_per_block": (3, 2)}
 # The first five are trained unless --models says otherwise.
@@ -202,7 +209,10 @@ VARIANTS = {
     ),
     "AutoencoderKL, Muon": replace(KL, learning_rate=2e-3, optimizer="Muon"),
     "AutoencoderKL, shortcut, noise, Muon": MUON_KL,
-    "AutoencoderKL, shortcut, noise, bounded, Muon": replace(MUON_KL, changes=MUON_KL.changes | {"bounded": True}),
+    "AutoencoderKL, shortcut, noise, bounded, Muon": BOUNDED_KL,
+    "AutoencoderKL, shortcut, noise, bounded, decoder as costly as BRICS', Muon": replace(
+        BOUNDED_KL, changes=BOUNDED_KL.changes | {"decoder_block_out_channels": (16, 24, 56)}
+    ),
     "BRICS, Muon, grids at 12e-3": replace(MUON, part_learning_rates=MUON.part_learning_rates | {"grids": 12e-3}),
     "BRICS, one learning rate 4e-3": replace(BRICS, learning_rate=4e-3, part_learning_rates={}),
     "BRICS, the paper's learning rate 2e-3": replace(BRICS, learning_rate=2e-3, part_learning_rates={}),

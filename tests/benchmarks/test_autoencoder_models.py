@@ -38,17 +38,26 @@ class TestNoisyAutoencoderKL:
         assert torch.equal(model.encode(images).latent_dist.mean, means)
 
     @torch.no_grad()
-    def test_bounded_means(self, images, tmp_path):
+    def test_bounded_latents_are_not_drawn(self, images, tmp_path):
         model, plain = (make_model("NoisyAutoencoderKL", bounded=bounded).eval() for bounded in (True, False))
         model.encoder.shortcut.weight.mul_(10)
         plain.load_state_dict(model.state_dict())
         posterior, free = (each.encode(images).latent_dist for each in (model, plain))
         assert free.mean.abs().max() > 3 and posterior.mean.abs().max() <= 2
         assert torch.allclose(posterior.mean, 2 * torch.tanh(free.mean / 2), atol=1e-5)  # of slope 1 at 0
-        assert torch.equal(posterior.logvar, free.logvar)
+        assert torch.allclose(posterior.sample(), posterior.mean, atol=1e-5)  # e**-15 of them is noise
         model.save_pretrained(tmp_path)
         loaded = NoisyAutoencoderKL.from_pretrained(tmp_path).eval()
         assert torch.equal(autoencoder_models.encode(loaded, images), posterior.mean)
+
+    @torch.no_grad()
+    def test_a_decoder_of_other_widths(self, images, tmp_path):
+        model = make_model("NoisyAutoencoderKL", decoder_block_out_channels=(16, 8, 24)).eval()
+        assert [block.resnets[-1].out_channels for block in model.decoder.up_blocks] == [24, 8, 16]
+        assert model.encoder.conv_in.out_channels == PEER["block_out_channels"][0]
+        model.save_pretrained(tmp_path)
+        loaded = NoisyAutoencoderKL.from_pretrained(tmp_path).eval()
+        assert torch.equal(loaded(images).sample, model(images).sample)
 
     @torch.no_grad()
     def test_without_shortcut_and_noise_it_is_an_autoencoder_kl(self, images):
