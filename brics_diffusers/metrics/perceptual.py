@@ -20,6 +20,11 @@ LPIPS_WEIGHTS = {
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
 }
 PERCEPTUAL_NETWORKS = (*LPIPS_WEIGHTS, "efficientnet-lite0")
+WITHOUT_LPIPS = (
+    "take a network from Python packages: --perceptual_network efficientnet-lite0 --perceptual_weight 10, or none: "
+    "--perceptual_weight 0"
+)
+WITHOUT_ANY = "do without a perceptual network: --perceptual_weight 0"
 
 
 def lpips_is_cached(network: str = "vgg") -> bool:
@@ -27,9 +32,7 @@ def lpips_is_cached(network: str = "vgg") -> bool:
     return os.path.exists(os.path.join(torch.hub.get_dir(), "checkpoints", LPIPS_WEIGHTS[network]))
 
 
-def load_lpips(
-    network: str = "vgg", pretrained: bool = True, remedy: str = "do without LPIPS: --perceptual_weight 0"
-) -> nn.Module:
+def load_lpips(network: str = "vgg", pretrained: bool = True, remedy: str = WITHOUT_LPIPS) -> nn.Module:
     """
     The LPIPS metric of Zhang et al. 2018, frozen, in eval mode, with the backbone `"vgg"`, `"alex"` or `"squeeze"`; of
     random weights, for tests without a network, unless `pretrained`. It takes two batches of images in [-1, 1] and
@@ -109,11 +112,7 @@ def perceptual_is_cached(network: str = "vgg") -> bool:
     return lpips_is_cached(network) if network in LPIPS_WEIGHTS else efficientnet_is_installed(network)
 
 
-def load_perceptual_network(
-    network: str = "vgg",
-    pretrained: bool = True,
-    remedy: str = "do without a perceptual network: --perceptual_weight 0",
-) -> nn.Module:
+def load_perceptual_network(network: str = "vgg", pretrained: bool = True, remedy: str | None = None) -> nn.Module:
     """
     A perceptual distance as of [`load_lpips`], with its arguments and errors: LPIPS, or for `"efficientnet-lite0"`
     [`EfficientNetDistance`], whose weights come with the extra `learned-features`. Its `metric_name`, `"lpips"` or
@@ -122,5 +121,6 @@ def load_perceptual_network(
     if network not in PERCEPTUAL_NETWORKS:
         raise ValueError(f"{network!r} is no perceptual network; give one of {', '.join(PERCEPTUAL_NETWORKS)}.")
     if network in LPIPS_WEIGHTS:
-        return load_lpips(network, pretrained, remedy)
-    return EfficientNetDistance(load_efficientnet(network, pretrained, remedy)).requires_grad_(False).eval()
+        return load_lpips(network, pretrained, remedy or WITHOUT_LPIPS)
+    network = load_efficientnet(network, pretrained, remedy or WITHOUT_ANY)
+    return EfficientNetDistance(network).requires_grad_(False).eval()

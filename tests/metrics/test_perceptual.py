@@ -37,7 +37,7 @@ def test_missing_weights_are_named(monkeypatch, tmp_path):
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth").touch()
     assert lpips_is_cached("alex") and not lpips_is_cached("vgg")
-    with pytest.raises(FileNotFoundError, match="vgg16-397923af.pth.*no network.*checkpoints.*--perceptual_weight 0"):
+    with pytest.raises(FileNotFoundError, match="vgg16-397.*no network.*points.*-lite0.* none: --perceptual_weight 0"):
         load_lpips("vgg")
 
 
