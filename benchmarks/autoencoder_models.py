@@ -202,7 +202,11 @@ VARIANTS = {
     "BRICS, grids from 4 cells": replace(BRICS, changes={"min_resolution": 4}),
     "BRICS, decoder as costly as the others'": replace(BRICS, changes={"decoder_block_out_channels": (80, 40)}),
     "BRICS, decoder's learning rate 24e-3": replace(BRICS, part_learning_rates={"encoder": 2e-3, "decoder": 24e-3}),
+    "BRICS, learning rate 24e-3, warm-up 0.1": replace(
+        BRICS, learning_rate=24e-3, part_learning_rates={"encoder": 4e-3}, warmup=0.1
+    ),
     "BRICS, Muon": MUON,
+    "BRICS, Muon, warm-up 0.1": replace(MUON, warmup=0.1),
     "BRICS, residual decoder, Muon": replace(MUON, changes=RESIDUAL),
     "BRICS, residual decoder as costly as the others', Muon": replace(
         MUON, changes=RESIDUAL | {"decoder_layers_per_block": (4, 3)}
