@@ -5,7 +5,7 @@
 
 --autoencoders is the folder `models` of a comparison by compare_autoencoders.py, over the same collection. On the
 latents of each of them, the same UNet is trained for the same number of steps with the same noise, timesteps and order
-of images, once with each schedule of Table 4. The images of one and the same starting noise are compared with the
+of images, once with each of --schedules. The images of one and the same starting noise are compared with the
 training images, and with the autoencoder's own reconstructions of them, so that the two stages are told apart. What
 the config's sections `unet`, `scheduler` and `train_key_codes` say counts, but for the noise schedule and min-SNR.
 

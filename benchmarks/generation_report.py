@@ -79,10 +79,16 @@ def measure(run, references: torch.Tensor, extractor, others: dict) -> dict:
 
 
 def measure_space(space, references: torch.Tensor, extractor) -> dict:
-    """What the autoencoder alone does to held-out images."""
-    kid = KID_SCALE * kernel_distance(space.held_out_reconstruction_features, references)
-    name = f"{name_with_features('kid', extractor)}_of_reconstructions"
-    return {name: kid, "deviation": space.deviation} | code_errors(space, space.held_out)
+    """
+    What the autoencoder alone does to held-out images, and to the training images that are compared with, no image
+    compared with its own reconstruction.
+    """
+    kid = name_with_features("kid", extractor)
+    held_out = kernel_distance(space.held_out_reconstruction_features, references)
+    of_training = kernel_distance(space.reconstruction_features, references, paired=True)
+    found = {f"{kid}_of_reconstructions": held_out, f"{kid}_of_training_reconstructions": of_training}
+    found = {name: KID_SCALE * value for name, value in found.items()}
+    return found | {"deviation": space.deviation} | code_errors(space, space.held_out)
 
 
 def heading_with_features(heading: str, extractor) -> str:
@@ -155,6 +161,7 @@ def report_text(args, table: list[dict], result: dict, extractor) -> str:
     kid = name_with_features("kid", extractor)
     headings = {
         f"{kid}_of_reconstructions": heading_with_features("KID of reconstructions", extractor),
+        f"{kid}_of_training_reconstructions": heading_with_features("KID of training reconstructions", extractor),
         "deviation": "latents divided by",
         "nearest_code": "to the nearest code",
         "encoded_again": "encoded again",
@@ -190,15 +197,16 @@ b-min-snr: that with min-SNR-5.
 {markdown_table(table)}
 KID (times 1,000) and the rest by features of {judges}, from {counts["references"]} training images; `from own
 reconstructions`: from the autoencoder's reconstructions of these; `of reconstructions`: of {counts["held_out"]}
-held-out images' reconstructions from the training images, where a perfect diffusion model would end; the held-out
+held-out images' reconstructions from the training images; the held-out
 images themselves are at {result[f"{kid}_held_out"]:.0f}. {few}Distances of codes are root mean squares over a code's
 elements, in units of the standard deviation of the training images' codes, means over the samples, and in brackets
 over the held-out images: to the nearest code of a training image (or of its mirror image, if these are trained on),
 and from a code to that of the image which it is decoded to. Seconds are for one image (on a CPU: of all its cores,
 other work left out).
 
-The autoencoders alone, of held-out images. Latents, and key codes less 0.5, are divided by their standard deviation
-over the training images, or key codes by one over --scaling_factor if that is given.
+The autoencoders alone, of held-out images; `of training reconstructions`: of those of the training images, from these,
+no image compared with its own, where a perfect diffusion model would end. Latents, and key codes less 0.5, are divided
+by their standard deviation over the training images, or key codes by one over --scaling_factor if that is given.
 
 {markdown_table(alone)}
 Rows of samples, seed {args.seeds[0]}: {pictures}.

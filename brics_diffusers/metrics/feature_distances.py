@@ -46,11 +46,12 @@ def kernel_distance(
     generated: torch.Tensor, real: torch.Tensor, rows_at_once: int = 2_048, paired: bool = False
 ) -> float:
     """
-    Squared maximum mean discrepancy of features (N, D) and (M, D) with the kernel `(x . y / D + 1)^3`, which makes KID
-    (Bińkowski et al. 2018) of them, times `KID_SCALE`. Unbiased: its expectation does not depend on the number of
-    images, so few of them do, at least 2 of each, and it may be slightly negative. Of all images at once, where others
-    average over subsets; the kernel of `rows_at_once` images with as many others is in memory. `paired`: row i of both
-    is of the same image (reconstructions and their originals), which is left out, as an image with itself is.
+    Squared maximum mean discrepancy of features (N, D) and (M, D) with the kernel `(x . y / D + 1)^3`: KID (Bińkowski
+    et al. 2018), which is reported times `KID_SCALE`, by the caller. Unbiased: its expectation does not depend on the
+    number of images, so few of them do, at least 2 of each, and it may be slightly negative. Of all images at once,
+    where others average over subsets; the kernel of `rows_at_once` images with as many others is in memory. `paired`:
+    row i of both is of the same image (reconstructions and their originals), which is left out, as an image with
+    itself is.
     """
     check_count("kid", 2, generated=len(generated), real=len(real))
     if paired and len(generated) != len(real):

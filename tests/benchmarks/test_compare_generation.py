@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import compare_decoders
 import compare_generation
@@ -259,7 +260,8 @@ class TestReport:
             assert list(of_spaces) == [f"{name}-0", f"{name}-1"]
             for of_space in of_spaces.values():
                 assert 0 < of_space["nearest_code"] < 3 and of_space["encoded_again"] >= 0
-                assert of_space[f"{KID}_of_reconstructions"] != result[f"{KID}_held_out"]
+                values = [of_space[f"{KID}_of_{which}reconstructions"] for which in ("", "training_")]
+                assert len({*values, result[f"{KID}_held_out"]}) == 3
         assert set(result["autoencoders"]) == set(MODELS)
         by_seed = [result["runs"][f"VQModel-a-{seed}"]["last"][KID] for seed in (0, 1)]
         assert by_seed[0] != by_seed[1] and result["means"]["VQModel, a"][KID] == pytest.approx(sum(by_seed) / 2)
@@ -313,6 +315,18 @@ class TestReport:
         assert "features of random-conv and twin, from 22" in (tmp_path / "copy/generation.md").read_text()
 
     @torch.no_grad()
+    def test_a_perfect_autoencoder_is_at_nothing(self, monkeypatch):
+        """Of training images; held-out ones are other images, whatever the autoencoder does."""
+        monkeypatch.setattr(generation_report, "code_errors", lambda *_: {})
+        extractor = load_feature_extractor("random-conv")
+        references, others = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+        for moved, perfect in ((0.0, True), (1.0, False)):
+            space = SimpleNamespace(deviation=1.0, held_out=None, held_out_reconstruction_features=others)
+            space.reconstruction_features = references + moved
+            found = generation_report.measure_space(space, references, extractor)
+            assert (abs(found[f"{KID}_of_training_reconstructions"]) < 1e-3) == perfect
+            assert abs(found[f"{KID}_of_reconstructions"]) > 1
+
     def test_code_errors(self, autoencoders, image_folder):
         space, batch, _ = make_space(autoencoders, "AutoencoderKL", image_folder)
         deviation = space.latents.var(dim=(0, 2, 3)).mean().sqrt().item()
