@@ -234,7 +234,7 @@ seeds {seeds}; averaged weights, protocol `standard`. Mean ± standard deviation
 
 {markdown_table(table)}
 PSNR, SSIM and the perceptual distance: means over {images["held_out"]} held-out images. The perceptual distance is of
-the kind that was trained with (all losses but the first); features of {args.extractor} were not. rFID: between
+the kind that is trained with; features of {args.extractor} are in no loss. rFID: between
 {images["rfid"]} images of the training split and their own reconstructions. KID (times 1,000): of the held-out
 images' reconstructions from {images["kid"]} training images; `originals`: of the held-out images themselves,
 `above_originals`: the difference, 0 for a perfect autoencoder, which says little where the held-out images themselves
