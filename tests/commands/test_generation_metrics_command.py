@@ -56,7 +56,8 @@ def test_two_processes_give_the_report_of_one(flags, pipe, image_folder, tmp_pat
     first, second = (json.loads((folder / "generation-metrics.json").read_text()) for folder in (one, two))
     assert first["metrics"]["fid_random_conv"] == pytest.approx(second["metrics"]["fid_random_conv"], rel=1e-2)
     for name in ("precision_random_conv", "recall_random_conv"):
-        assert 0 < first["metrics"][name] == second["metrics"][name] < 1
+        assert 0 < first["metrics"][name] == second["metrics"][name] <= 1
+    assert first["metrics"]["recall_random_conv"] < 1  # of real images far from what weights at random make
     assert not first["extractors"]["fid"]["real_features_cached"]
     assert second["extractors"]["fid"]["real_features_cached"]
 
