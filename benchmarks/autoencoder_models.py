@@ -202,7 +202,6 @@ VARIANTS = {
     "BRICS, grids from 4 cells": replace(BRICS, changes={"min_resolution": 4}),
     "BRICS, decoder as costly as the others'": replace(BRICS, changes={"decoder_block_out_channels": (80, 40)}),
     "BRICS, decoder's learning rate 24e-3": replace(BRICS, part_learning_rates={"encoder": 2e-3, "decoder": 24e-3}),
-    "AutoencoderKL, learning rate 2e-3, warm-up 0.1": replace(KL, learning_rate=2e-3, warmup=0.1),
     "BRICS, learning rate 24e-3, warm-up 0.1": replace(
         BRICS, learning_rate=24e-3, part_learning_rates={"encoder": 4e-3}, warmup=0.1
     ),
@@ -212,6 +211,7 @@ VARIANTS = {
     "BRICS, residual decoder as costly as the others', Muon": replace(
         MUON, changes=RESIDUAL | {"decoder_layers_per_block": (4, 3)}
     ),
+    "AutoencoderKL, learning rate 2e-3, warm-up 0.1": replace(KL, learning_rate=2e-3, warmup=0.1),
     "AutoencoderKL, Muon": replace(KL, learning_rate=2e-3, optimizer="Muon"),
     "AutoencoderKL, shortcut, noise, Muon": MUON_KL,
     "AutoencoderKL, shortcut, noise, bounded, Muon": BOUNDED_KL,

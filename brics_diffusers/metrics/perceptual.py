@@ -24,7 +24,6 @@ WITHOUT_LPIPS = (
     "take a network from Python packages: --perceptual_network efficientnet-lite0 --perceptual_weight 10, or none: "
     "--perceptual_weight 0"
 )
-WITHOUT_ANY = "do without a perceptual network: --perceptual_weight 0"
 
 
 def lpips_is_cached(network: str = "vgg") -> bool:
@@ -122,5 +121,5 @@ def load_perceptual_network(network: str = "vgg", pretrained: bool = True, remed
         raise ValueError(f"{network!r} is no perceptual network; give one of {', '.join(PERCEPTUAL_NETWORKS)}.")
     if network in LPIPS_WEIGHTS:
         return load_lpips(network, pretrained, remedy or WITHOUT_LPIPS)
-    network = load_efficientnet(network, pretrained, remedy or WITHOUT_ANY)
-    return EfficientNetDistance(network).requires_grad_(False).eval()
+    remedy = remedy or "do without a perceptual network: --perceptual_weight 0"
+    return EfficientNetDistance(load_efficientnet(network, pretrained, remedy)).requires_grad_(False).eval()

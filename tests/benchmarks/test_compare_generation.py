@@ -314,7 +314,6 @@ class TestReport:
         assert row["KID (twin)"] == row["KID (random-conv)"] and row["recall (twin)"] == row["recall (random-conv)"]
         assert "features of random-conv and twin, from 22" in (tmp_path / "copy/generation.md").read_text()
 
-    @torch.no_grad()
     def test_a_perfect_autoencoder_is_at_nothing(self, monkeypatch):
         """Of training images; held-out ones are other images, whatever the autoencoder does."""
         monkeypatch.setattr(generation_report, "code_errors", lambda *_: {})
@@ -327,6 +326,7 @@ class TestReport:
             assert (abs(found[f"{KID}_of_training_reconstructions"]) < 1e-3) == perfect
             assert abs(found[f"{KID}_of_reconstructions"]) > 1
 
+    @torch.no_grad()
     def test_code_errors(self, autoencoders, image_folder):
         space, batch, _ = make_space(autoencoders, "AutoencoderKL", image_folder)
         deviation = space.latents.var(dim=(0, 2, 3)).mean().sqrt().item()
