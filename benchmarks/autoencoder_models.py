@@ -11,6 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder
 
 from brics_diffusers import BricsAutoencoder
+from brics_diffusers.metrics.reconstruction import image_metrics, row_generator
 from brics_diffusers.models.encoder import ShortcutEncoder
 from brics_diffusers.training_utils.optimization import build_optimizer
 
@@ -293,3 +294,14 @@ def encode(model, images: torch.Tensor) -> torch.Tensor:
 def decode(model, latents: torch.Tensor) -> torch.Tensor:
     """Images of latents that may be noisy: key codes stay in [0, 1], and `VQModel` takes the nearest codes."""
     return model.decode(latents.clamp(0, 1) if isinstance(model, BricsAutoencoder) else latents).sample
+
+
+@torch.no_grad()
+def psnr_with_noise(model, batches: list, noise: float) -> float:
+    """Mean PSNR of images from latents with noise of a standard deviation, each image's noise by its row alone;
+    `batches` are latents, the images that they are of, and their rows."""
+    values = []
+    for latents, images, rows in batches:
+        draws = [torch.randn(latents.shape[1:], generator=row_generator(0, row)) for row in rows.tolist()]
+        values.append(image_metrics(decode(model, latents + noise * torch.stack(draws).to(latents)), images)["psnr"])
+    return torch.cat(values).mean().item()

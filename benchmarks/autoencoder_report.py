@@ -3,7 +3,7 @@
 import statistics
 
 import torch
-from autoencoder_models import decode, encode, latent_deviation
+from autoencoder_models import decode, encode, latent_deviation, psnr_with_noise
 from comparison import origin, spread
 from diffusers import VQModel
 from timing import interleaved, medians
@@ -11,7 +11,7 @@ from timing import interleaved, medians
 from brics_diffusers import BricsAutoencoder
 from brics_diffusers.analysis.cost import count_multiply_adds
 from brics_diffusers.data import evaluation_loader
-from brics_diffusers.metrics.reconstruction import image_batches, image_metrics, reconstruction_metrics, row_generator
+from brics_diffusers.metrics.reconstruction import image_batches, reconstruction_metrics
 from brics_diffusers.training_utils.ema import averaged_weights
 from brics_diffusers.utils.image_grids import image_grid
 from brics_diffusers.utils.reports import machine, markdown_table, write_report
@@ -79,21 +79,14 @@ def training_psnr(run, train_set) -> float:
 @torch.no_grad()
 def noise_curve(run, dataset) -> dict:
     """
-    PSNR of held-out images from latents with noise of `NOISES` times their standard deviation, each image's noise by
-    its row alone; that deviation; and for BRICS the noise of its training in units of it.
+    PSNR of held-out images from latents with noise of `NOISES` times their standard deviation; that deviation; and for
+    BRICS the noise of its training in units of it.
     """
     loader = list(evaluation_loader(dataset, run.model.config.sample_size, run.args.train_batch_size))
     with averaged_weights(run.model, run.ema) as model:
         batches = [(encode(model, images), images, rows) for images, rows in image_batches(loader, model.device)]
         deviation = latent_deviation(torch.cat([latents for latents, *_ in batches])).item()
-        psnr = []
-        for noise in NOISES:
-            values = []
-            for latents, images, rows in batches:
-                draws = [torch.randn(latents.shape[1:], generator=row_generator(0, row)) for row in rows.tolist()]
-                noisy = latents + noise * deviation * torch.stack(draws).to(latents)
-                values.append(image_metrics(decode(model, noisy), images)["psnr"])
-            psnr.append(torch.cat(values).mean().item())
+        psnr = [psnr_with_noise(model, batches, noise * deviation) for noise in NOISES]
         noisy = isinstance(model, BricsAutoencoder) and model.config.regularization == "noise"
         trained = model.key_noise_scale / deviation if noisy else None
     return {"deviation": deviation, "training_noise": trained, "psnr": psnr}

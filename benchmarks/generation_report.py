@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from autoencoder_models import latent_deviation
+from autoencoder_models import encode, latent_deviation, psnr_with_noise
 from comparison import BATCH_SIZE, line_colors, origin, spread
 
 from brics_diffusers.data import evaluation_loader
@@ -26,6 +26,7 @@ from brics_diffusers.metrics.nearest_neighbours import (
     neighbour_grid,
     squared_distances,
 )
+from brics_diffusers.metrics.reconstruction import image_batches
 from brics_diffusers.utils.image_grids import image_grid
 from brics_diffusers.utils.plots import new_figure
 from brics_diffusers.utils.reports import machine, markdown_table, write_report
@@ -53,6 +54,16 @@ def code_errors(space, latents: torch.Tensor) -> dict[str, float]:
     again = [space.encode(space.decode(part).clamp(-1, 1)) for part in latents.to(space.device).split(BATCH_SIZE)]
     moved = (torch.cat(again).cpu() - latents).flatten(1).norm(dim=1)
     return {"nearest_code": nearest.mean().item() / unit, "encoded_again": moved.mean().item() / unit}
+
+
+@torch.no_grad()
+def psnr_with_errors(space, validation_set, size: int, errors: list[float]) -> list[float]:
+    """PSNR of held-out images from codes with noise, each of a size in the units of [`code_errors`]."""
+    loader = evaluation_loader(validation_set, size, BATCH_SIZE)
+    batches = image_batches(loader, space.device, progress=False)
+    batches = [(encode(space.autoencoder, images), images, rows) for images, rows in batches]
+    unit = latent_deviation(space.latents).item() * space.deviation
+    return [psnr_with_noise(space.autoencoder, batches, error * unit) for error in errors]
 
 
 def features_of(args, images, extractor) -> torch.Tensor:
@@ -118,6 +129,7 @@ def table_row(name: str, schedule: str, found: list[dict], of_spaces: list[dict]
             row[heading_with_features(heading, judge)] = cell(name_with_features(key, judge), digits)
     for heading, key in (("to the nearest code", "nearest_code"), ("encoded again", "encoded_again")):
         row[heading] = f"{cell(key, 2)} ({statistics.mean(values[key] for values in of_spaces):.2f})"
+    row["PSNR, codes as wrong"] = f"{cell('psnr_with_errors', 2)} ({cell('psnr', 2)})"
     row["denoising, s"], row["decoding, s"] = cell("denoising_seconds", 3), cell("decoding_seconds", 3)
     return row
 
@@ -201,7 +213,8 @@ held-out images' reconstructions from the training images; the held-out
 images themselves are at {result[f"{kid}_held_out"]:.0f}. {few}Distances of codes are root mean squares over a code's
 elements, in units of the standard deviation of the training images' codes, means over the samples, and in brackets
 over the held-out images: to the nearest code of a training image (or of its mirror image, if these are trained on),
-and from a code to that of the image which it is decoded to. Seconds are for one image (on a CPU: of all its cores,
+and from a code to that of the image which it is decoded to. `PSNR, codes as wrong`: of held-out images whose codes
+have noise of the size of the latter, and in brackets none. Seconds are for one image (on a CPU: of all its cores,
 other work left out).
 
 The autoencoders alone, of held-out images; `of training reconstructions`: of those of the training images, from these,
@@ -223,6 +236,11 @@ def write_generation_report(args, runs: list, references, train_set, validation_
         by_variant[run.name, run.schedule].append(run)
     held_out = features_of(args, validation_set, extractor)
     found = {run.folder.name: measure(run, references, extractor, others) for run in runs}
+    for run in runs:
+        of_run = found[run.folder.name]
+        errors = [of_run["encoded_again"], 0.0]
+        psnr = psnr_with_errors(run.space, validation_set, args.size, errors)
+        of_run["psnr_with_errors"], of_run["psnr"] = psnr
     spaces = {run.space.name: run.space for run in runs}
     measured = {name: measure_space(space, references, extractor) for name, space in spaces.items()}
     autoencoders = {

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from autoencoder_models import CLASSES, SMALL_PEER, encode, folder_name
+from autoencoder_models import CLASSES, SMALL_PEER, encode, folder_name, latent_deviation, psnr_with_noise
 from compare_generation import Run
 from comparison import spread
 from diffusers import UNet2DModel
@@ -28,6 +28,7 @@ from small_models import AUTOENCODER, ROOT
 
 from brics_diffusers.data import evaluation_loader, load_collection
 from brics_diffusers.metrics.feature_extractors import load_feature_extractor
+from brics_diffusers.metrics.reconstruction import image_batches, reconstruction_metrics
 
 
 PEER = SMALL_PEER | {"block_out_channels": (8, 8, 16), "sample_size": 32}
@@ -338,6 +339,18 @@ class TestReport:
         # A constant shift that is small beside the distances between codes: every code stays its own nearest.
         shifted = generation_report.code_errors(space, space.latents + 0.01)
         assert shifted["nearest_code"] == pytest.approx(0.01 / deviation, rel=1e-3)
+
+    @pytest.mark.parametrize("name", ("AutoencoderKL", "BRICS"))
+    def test_psnr_with_errors(self, name, autoencoders, image_folder):
+        space, _, latents = make_space(autoencoders, name, image_folder)
+        images = load_collection(image_folder)
+        loader = evaluation_loader(images, 32, 24)
+        expected = reconstruction_metrics(space.autoencoder, loader, progress=False)["psnr"].mean().item()
+        none, some = generation_report.psnr_with_errors(space, images, 32, [0.0, 0.5])
+        assert none == pytest.approx(expected, abs=1e-3)
+        (batch, rows), *_ = image_batches(loader, progress=False)
+        noise = 0.5 * latent_deviation(latents).item()  # of the autoencoder's own latents, before they are scaled
+        assert some == pytest.approx(psnr_with_noise(space.autoencoder, [(latents, batch, rows)], noise), abs=1e-3)
 
     def test_codes_with_bounds_are_clipped_first(self, autoencoders, image_folder):
         space, *_ = make_space(autoencoders, "BRICS", image_folder)
