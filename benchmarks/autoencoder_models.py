@@ -180,6 +180,7 @@ MUON = replace(SEARCHED, warmup=0.02, optimizer="Muon")
 MUON_KL = replace(SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE}, learning_rate=4e-3, optimizer="Muon")
 BOUNDED_KL = replace(MUON_KL, changes=MUON_KL.changes | {"bounded": True})
 # More and narrower convolutions for nearly the same multiply-adds.
+COARSE = {"num_levels": 4, "max_resolution": 8}  # 1, 2, 4 and 8 cells an axis
 RESIDUAL = {"feature_channels": 40, "decoder_block_out_channels": (40, 24), "decoder_layers_per_block": (3, 2)}
 # The first five are trained unless --models says otherwise.
 VARIANTS = {
@@ -203,9 +204,13 @@ VARIANTS = {
     "BRICS, KL regularization": replace(BRICS, changes={"regularization": "kl"}),
     "BRICS without shortcut": replace(BRICS, changes={"encoder_shortcut": False}),
     "BRICS, grids from 4 cells": replace(BRICS, changes={"min_resolution": 4}),
+    # With the noise that goes with them by default, a quarter of the finest cell.
+    "BRICS, grids to 8 cells": replace(BRICS, changes=COARSE),
+    "BRICS, grids to 4 cells": replace(BRICS, changes={"num_levels": 3, "max_resolution": 4}),
     "BRICS, decoder as costly as the others'": replace(BRICS, changes={"decoder_block_out_channels": (80, 40)}),
     "BRICS, decoder's learning rate 24e-3": replace(BRICS, part_learning_rates={"encoder": 2e-3, "decoder": 24e-3}),
     "BRICS, learning rate 24e-3, warm-up 0.1": SEARCHED,
+    "BRICS, grids to 8 cells, learning rate 24e-3, warm-up 0.1": replace(SEARCHED, changes=COARSE),
     "BRICS, residual decoder, learning rate 24e-3, warm-up 0.1": replace(SEARCHED, changes=RESIDUAL),
     "BRICS, Muon": MUON,
     "BRICS, Muon, warm-up 0.1": replace(SEARCHED, optimizer="Muon"),
