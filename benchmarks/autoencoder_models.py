@@ -179,8 +179,8 @@ SEARCHED = replace(BRICS, learning_rate=24e-3, part_learning_rates={"encoder": 4
 MUON = replace(SEARCHED, warmup=0.02, optimizer="Muon")
 MUON_KL = replace(SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE}, learning_rate=4e-3, optimizer="Muon")
 BOUNDED_KL = replace(MUON_KL, changes=MUON_KL.changes | {"bounded": True})
-# More and narrower convolutions for nearly the same multiply-adds.
 COARSE = {"num_levels": 4, "max_resolution": 8}  # 1, 2, 4 and 8 cells an axis
+# More and narrower convolutions for nearly the same multiply-adds.
 RESIDUAL = {"feature_channels": 40, "decoder_block_out_channels": (40, 24), "decoder_layers_per_block": (3, 2)}
 # The first five are trained unless --models says otherwise.
 VARIANTS = {
@@ -220,6 +220,9 @@ VARIANTS = {
     ),
     "AutoencoderKL, learning rate 2e-3, warm-up 0.1": replace(KL, learning_rate=2e-3, warmup=0.1),
     "AutoencoderKL, Muon": replace(KL, learning_rate=2e-3, optimizer="Muon"),
+    "AutoencoderKL, shortcut, noise, bounded": replace(
+        SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE, "bounded": True}
+    ),
     "AutoencoderKL, shortcut, noise, Muon": MUON_KL,
     "AutoencoderKL, shortcut, noise, bounded, Muon": BOUNDED_KL,
     "AutoencoderKL, shortcut, noise, bounded, decoder as costly as BRICS', Muon": replace(
