@@ -211,6 +211,9 @@ VARIANTS = {
     "BRICS, decoder's learning rate 24e-3": replace(BRICS, part_learning_rates={"encoder": 2e-3, "decoder": 24e-3}),
     "BRICS, learning rate 24e-3, warm-up 0.1": SEARCHED,
     "BRICS, grids to 8 cells, learning rate 24e-3, warm-up 0.1": replace(SEARCHED, changes=COARSE),
+    "BRICS without coordinates, learning rate 24e-3, warm-up 0.1": replace(
+        SEARCHED, changes={"use_coordinates": False}
+    ),
     "BRICS, residual decoder, learning rate 24e-3, warm-up 0.1": replace(SEARCHED, changes=RESIDUAL),
     "BRICS, Muon": MUON,
     "BRICS, Muon, warm-up 0.1": replace(SEARCHED, optimizer="Muon"),
