@@ -14,8 +14,9 @@ train() {
         --allow_tf32 --resume_from_checkpoint latest "$@"
 }
 
-# A larger batch and wider models than the config's, which is made for CPU cores, and Adam, which it had then. The decoder is trained on by itself, with
-# an adversarial loss and more noise on the key codes, as generated codes are never exact.
+# A larger batch and wider models than the config's, which is made for CPU cores, and Adam, which it had then. The
+# decoder is trained on by itself, with an adversarial loss and more noise on the key codes, as generated codes are
+# never exact.
 autoencoder=(--optimizer adam --train_batch_size 16 --perceptual_network efficientnet-lite0 --perceptual_weight 2)
 train train_autoencoder.py "${autoencoder[@]}" --output_dir $runs/first --max_train_steps 1803 --lr_warmup_steps 36 \
     --learning_rate 12e-3 --encoder_learning_rate 2e-3 \
