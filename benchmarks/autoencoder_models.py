@@ -177,8 +177,10 @@ SHORTCUT_KL = Variant("NoisyAutoencoderKL", {}, 2e-3, warmup=0.1)
 # What search_variants found best at 32 x 32.
 SEARCHED = replace(BRICS, learning_rate=24e-3, part_learning_rates={"encoder": 4e-3}, warmup=0.1)
 MUON = replace(SEARCHED, warmup=0.02, optimizer="Muon")
-MUON_KL = replace(SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE}, learning_rate=4e-3, optimizer="Muon")
-BOUNDED_KL = replace(MUON_KL, changes=MUON_KL.changes | {"bounded": True})
+NOISY_KL = replace(SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE})
+BOUNDED_KL = replace(NOISY_KL, changes=NOISY_KL.changes | {"bounded": True})
+MUON_KL = replace(NOISY_KL, learning_rate=4e-3, optimizer="Muon")
+BOUNDED_MUON_KL = replace(MUON_KL, changes=BOUNDED_KL.changes)
 COARSE = {"num_levels": 4, "max_resolution": 8}  # 1, 2, 4 and 8 cells an axis
 # More and narrower convolutions for nearly the same multiply-adds.
 RESIDUAL = {"feature_channels": 40, "decoder_block_out_channels": (40, 24), "decoder_layers_per_block": (3, 2)}
@@ -187,7 +189,7 @@ VARIANTS = {
     "AutoencoderKL": KL,
     "BRICS": BRICS,
     "AutoencoderKL, shortcut": SHORTCUT_KL,
-    "AutoencoderKL, shortcut, noise": replace(SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE}),
+    "AutoencoderKL, shortcut, noise": NOISY_KL,
     "VQModel": replace(KL, class_name="VQModel"),
     "BRICS, two thirds of the steps": replace(BRICS, steps=2 / 3),
     "BRICS without noise": replace(BRICS, changes={"key_noise_scale": 0.0}),
@@ -206,14 +208,10 @@ VARIANTS = {
     "BRICS, grids from 4 cells": replace(BRICS, changes={"min_resolution": 4}),
     # With the noise that goes with them by default, a quarter of the finest cell.
     "BRICS, grids to 8 cells": replace(BRICS, changes=COARSE),
-    "BRICS, grids to 4 cells": replace(BRICS, changes={"num_levels": 3, "max_resolution": 4}),
     "BRICS, decoder as costly as the others'": replace(BRICS, changes={"decoder_block_out_channels": (80, 40)}),
     "BRICS, decoder's learning rate 24e-3": replace(BRICS, part_learning_rates={"encoder": 2e-3, "decoder": 24e-3}),
     "BRICS, learning rate 24e-3, warm-up 0.1": SEARCHED,
     "BRICS, grids to 8 cells, learning rate 24e-3, warm-up 0.1": replace(SEARCHED, changes=COARSE),
-    "BRICS without coordinates, learning rate 24e-3, warm-up 0.1": replace(
-        SEARCHED, changes={"use_coordinates": False}
-    ),
     "BRICS, residual decoder, learning rate 24e-3, warm-up 0.1": replace(SEARCHED, changes=RESIDUAL),
     "BRICS, Muon": MUON,
     "BRICS, Muon, warm-up 0.1": replace(SEARCHED, optimizer="Muon"),
@@ -223,13 +221,11 @@ VARIANTS = {
     ),
     "AutoencoderKL, learning rate 2e-3, warm-up 0.1": replace(KL, learning_rate=2e-3, warmup=0.1),
     "AutoencoderKL, Muon": replace(KL, learning_rate=2e-3, optimizer="Muon"),
-    "AutoencoderKL, shortcut, noise, bounded": replace(
-        SHORTCUT_KL, changes={"relative_noise": RELATIVE_NOISE, "bounded": True}
-    ),
+    "AutoencoderKL, shortcut, noise, bounded": BOUNDED_KL,
     "AutoencoderKL, shortcut, noise, Muon": MUON_KL,
-    "AutoencoderKL, shortcut, noise, bounded, Muon": BOUNDED_KL,
+    "AutoencoderKL, shortcut, noise, bounded, Muon": BOUNDED_MUON_KL,
     "AutoencoderKL, shortcut, noise, bounded, decoder as costly as BRICS', Muon": replace(
-        BOUNDED_KL, changes=BOUNDED_KL.changes | {"decoder_block_out_channels": (16, 24, 56)}
+        BOUNDED_MUON_KL, changes=BOUNDED_MUON_KL.changes | {"decoder_block_out_channels": (16, 24, 56)}
     ),
     "BRICS, Muon, grids at 12e-3": replace(MUON, part_learning_rates=MUON.part_learning_rates | {"grids": 12e-3}),
     "BRICS, one learning rate 4e-3": replace(BRICS, learning_rate=4e-3, part_learning_rates={}),

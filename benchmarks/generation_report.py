@@ -79,14 +79,17 @@ def distances(features: torch.Tensor, references: torch.Tensor, extractor) -> di
     return {name_with_features(name, extractor): value for name, value in found.items()}
 
 
-def measure(run, references: torch.Tensor, extractor, others: dict) -> dict:
+def measure(run, references: torch.Tensor, validation_set, extractor, others: dict) -> dict:
     """Metrics of a run's last samples; `others` are references by other extractors."""
     samples, last = run.samples(), {name: value for name, value in run.curve[-1].items() if name != "step"}
     last |= distances(samples["features"], references, extractor)
     for other, of_other in others.items():
         features = embed_images(samples["images"].to(run.space.device), FeatureEmbedding(other), BATCH_SIZE)
         last |= distances(features.cpu(), of_other, other)
-    return last | code_errors(run.space, samples["latents"])
+    last |= code_errors(run.space, samples["latents"])
+    errors = [last["encoded_again"], 0.0]
+    last["psnr_with_errors"], last["psnr"] = psnr_with_errors(run.space, validation_set, run.args.size, errors)
+    return last
 
 
 def measure_space(space, references: torch.Tensor, extractor) -> dict:
@@ -235,12 +238,7 @@ def write_generation_report(args, runs: list, references, train_set, validation_
     for run in runs:
         by_variant[run.name, run.schedule].append(run)
     held_out = features_of(args, validation_set, extractor)
-    found = {run.folder.name: measure(run, references, extractor, others) for run in runs}
-    for run in runs:
-        of_run = found[run.folder.name]
-        errors = [of_run["encoded_again"], 0.0]
-        psnr = psnr_with_errors(run.space, validation_set, args.size, errors)
-        of_run["psnr_with_errors"], of_run["psnr"] = psnr
+    found = {run.folder.name: measure(run, references, validation_set, extractor, others) for run in runs}
     spaces = {run.space.name: run.space for run in runs}
     measured = {name: measure_space(space, references, extractor) for name, space in spaces.items()}
     autoencoders = {
