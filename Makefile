@@ -18,10 +18,10 @@ test-slow: $(INSTALLED)
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal
 
-# As on other processors: one thread and two, without and with AVX2, as far as this one has it.
+# One thread and two, on this processor as it is, and as on others: without and with AVX2, as far as it has that.
 test-processors: $(INSTALLED)
-	for threads in 1 2; do for capability in default avx2; do \
-	    BRICS_TEST_THREADS=$$threads ATEN_CPU_CAPABILITY=$$capability ONEDNN_MAX_CPU_ISA=AVX2 \
+	for threads in 1 2; do for processor in "" ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2; do \
+	    env BRICS_TEST_THREADS=$$threads $$processor $${processor:+ONEDNN_MAX_CPU_ISA=AVX2} \
 	        $(VENV)/bin/python -m pytest -n 2 --dist worksteal || exit 1; \
 	done; done
 

@@ -191,6 +191,8 @@ def main(argv=None):
     runs = [Run(args, variant, seed) for seed in args.seeds for variant in args.variants]  # flags are checked first
     for run in runs:
         run.check()
+    if any(run.flags.perceptual_weight and run.flags.perceptual_network == args.extractor for run in runs):
+        raise ValueError(f"{args.extractor} is the perceptual loss's network; give an --extractor that is in no loss.")
     torch.set_flush_denormal(True)  # Adam's second moments become denormal numbers, on which CPUs are slow
     with stopping_on_sigterm():
         for run in runs:

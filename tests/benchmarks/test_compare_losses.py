@@ -115,6 +115,10 @@ class TestFlags:
             self.build("--gan_begin", 3)
         assert "--gan_begin" in capsys.readouterr().err
 
+    def test_the_judge_is_in_no_loss(self):
+        with pytest.raises(ValueError, match="efficientnet-lite0 is the perceptual loss's network; give an --extractor"):
+            compare_losses.main(["--dataset_name", "x", "--output_dir", "y", "--extractor", "efficientnet-lite0"])
+
     def test_what_changes_nothing_is_no_setting(self):
         words = (["--gan_start_step", 50, "--set", "discriminator.max_channels=64"], ["--adversarial_weight", 0.3])
         runs = [self.build(*some, variant="mse").settings for some in words]
