@@ -182,6 +182,7 @@ BOUNDED_KL = replace(NOISY_KL, changes=NOISY_KL.changes | {"bounded": True})
 MUON_KL = replace(NOISY_KL, learning_rate=4e-3, optimizer="Muon")
 BOUNDED_MUON_KL = replace(MUON_KL, changes=BOUNDED_KL.changes)
 COARSE = {"num_levels": 4, "max_resolution": 8}  # 1, 2, 4 and 8 cells an axis
+NARROW = {"key_channels": 3, "feature_channels": 63, "style_dim": 63}  # three groups, by which widths must divide
 # More and narrower convolutions for nearly the same multiply-adds.
 RESIDUAL = {"feature_channels": 40, "decoder_block_out_channels": (40, 24), "decoder_layers_per_block": (3, 2)}
 # The first five are trained unless --models says otherwise.
@@ -208,10 +209,12 @@ VARIANTS = {
     "BRICS, grids from 4 cells": replace(BRICS, changes={"min_resolution": 4}),
     # With the noise that goes with them by default, a quarter of the finest cell.
     "BRICS, grids to 8 cells": replace(BRICS, changes=COARSE),
+    "BRICS, 3 channels": replace(BRICS, changes=NARROW),
     "BRICS, decoder as costly as the others'": replace(BRICS, changes={"decoder_block_out_channels": (80, 40)}),
     "BRICS, decoder's learning rate 24e-3": replace(BRICS, part_learning_rates={"encoder": 2e-3, "decoder": 24e-3}),
     "BRICS, learning rate 24e-3, warm-up 0.1": SEARCHED,
     "BRICS, grids to 8 cells, learning rate 24e-3, warm-up 0.1": replace(SEARCHED, changes=COARSE),
+    "BRICS, 3 channels, learning rate 24e-3, warm-up 0.1": replace(SEARCHED, changes=NARROW),
     "BRICS, residual decoder, learning rate 24e-3, warm-up 0.1": replace(SEARCHED, changes=RESIDUAL),
     "BRICS, Muon": MUON,
     "BRICS, Muon, warm-up 0.1": replace(SEARCHED, optimizer="Muon"),

@@ -56,6 +56,13 @@ def code_errors(space, latents: torch.Tensor) -> dict[str, float]:
     return {"nearest_code": nearest.mean().item() / unit, "encoded_again": moved.mean().item() / unit}
 
 
+def variance_shares(latents: torch.Tensor) -> list[float]:
+    """How much of the variance of latents (N, C, H, W) is along each principal direction of the C channels."""
+    covariance = torch.atleast_2d(torch.cov(latents.transpose(0, 1).flatten(1).double()))
+    variances = torch.linalg.eigvalsh(covariance).flip(0)
+    return (variances / variances.sum()).tolist()
+
+
 @torch.no_grad()
 def psnr_with_errors(space, validation_set, size: int, errors: list[float]) -> list[float]:
     """PSNR of held-out images from codes with noise, each of a size in the units of [`code_errors`]."""
@@ -102,7 +109,8 @@ def measure_space(space, references: torch.Tensor, extractor) -> dict:
     of_training = kernel_distance(space.reconstruction_features, references, paired=True)
     found = {f"{kid}_of_reconstructions": held_out, f"{kid}_of_training_reconstructions": of_training}
     found = {name: KID_SCALE * value for name, value in found.items()}
-    return found | {"deviation": space.deviation} | code_errors(space, space.held_out)
+    of_codes = {"deviation": space.deviation, "variance_shares": variance_shares(space.latents)}
+    return found | of_codes | code_errors(space, space.held_out)
 
 
 def heading_with_features(heading: str, extractor) -> str:
@@ -181,11 +189,12 @@ def report_text(args, table: list[dict], result: dict, extractor) -> str:
         "nearest_code": "to the nearest code",
         "encoded_again": "encoded again",
     }
-    alone = [
-        {"latents of": name}
-        | {heading: spread([values[key] for values in found.values()], 2) for key, heading in headings.items()}
-        for name, found in result["autoencoders"].items()
-    ]
+    alone = []
+    for name, found in result["autoencoders"].items():
+        row = {heading: spread([values[key] for values in found.values()], 2) for key, heading in headings.items()}
+        shares = zip(*(values["variance_shares"] for values in found.values()), strict=True)
+        row["variance by direction, %"] = ", ".join(f"{100 * statistics.mean(share):.0f}" for share in shares)
+        alone.append({"latents of": name} | row)
     of_seed = f"of seed {args.autoencoder_seed}" if args.autoencoder_seed is not None else "of the same seeds"
     one = "One seed: exploratory, differences may be chance. " if len(args.seeds) == 1 else ""
     few = (
@@ -222,7 +231,9 @@ other work left out).
 
 The autoencoders alone, of held-out images; `of training reconstructions`: of those of the training images, from these,
 no image compared with its own, where a perfect diffusion model would end. Latents, and key codes less 0.5, are divided
-by their standard deviation over the training images, or key codes by one over --scaling_factor if that is given.
+by their standard deviation over the training images, or key codes by one over --scaling_factor if that is given. The
+variance is that along the principal directions of the channels, means over the seeds: a share of nearly none is a
+channel that the latents don't use.
 
 {markdown_table(alone)}
 Rows of samples, seed {args.seeds[0]}: {pictures}.

@@ -260,6 +260,8 @@ class TestReport:
         for name, of_spaces in result["autoencoders"].items():
             assert list(of_spaces) == [f"{name}-0", f"{name}-1"]
             for of_space in of_spaces.values():
+                shares = of_space["variance_shares"]
+                assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(1)
                 assert 0 < of_space["nearest_code"] < 3 and of_space["encoded_again"] >= 0
                 values = [of_space[f"{KID}_of_{which}reconstructions"] for which in ("", "training_")]
                 assert len({*values, result[f"{KID}_held_out"]}) == 3
@@ -318,14 +320,26 @@ class TestReport:
     def test_a_perfect_autoencoder_is_at_nothing(self, monkeypatch):
         """Of training images; held-out ones are other images, whatever the autoencoder does."""
         monkeypatch.setattr(generation_report, "code_errors", lambda *_: {})
+        monkeypatch.setattr(generation_report, "variance_shares", lambda *_: [1.0])
         extractor = load_feature_extractor("random-conv")
         references, others = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
         for moved, perfect in ((0.0, True), (1.0, False)):
-            space = SimpleNamespace(deviation=1.0, held_out=None, held_out_reconstruction_features=others)
+            space = SimpleNamespace(deviation=1.0, latents=None, held_out=None)
+            space.held_out_reconstruction_features = others
             space.reconstruction_features = references + moved
             found = generation_report.measure_space(space, references, extractor)
             assert (abs(found[f"{KID}_of_training_reconstructions"]) < 1e-3) == perfect
             assert abs(found[f"{KID}_of_reconstructions"]) > 1
+
+    @pytest.mark.parametrize("channels", (1, 3))
+    def test_variance_shares(self, channels):
+        """Of channels that are one up to a factor a direction has all, of independent ones each has its own."""
+        latents = torch.randn(50, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+        powers = torch.arange(1.0, channels + 1)
+        shares = generation_report.variance_shares(latents * powers.sqrt()[:, None, None] + 5)
+        assert shares == pytest.approx((powers.flip(0) / powers.sum()).tolist(), abs=0.02)
+        alike = generation_report.variance_shares(latents[:, :1] * powers[:, None, None])
+        assert alike == pytest.approx([1.0] + [0.0] * (channels - 1), abs=1e-6)
 
     @torch.no_grad()
     def test_code_errors(self, autoencoders, image_folder):

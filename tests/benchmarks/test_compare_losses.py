@@ -116,7 +116,7 @@ class TestFlags:
         assert "--gan_begin" in capsys.readouterr().err
 
     def test_the_judge_is_in_no_loss(self):
-        with pytest.raises(ValueError, match="efficientnet-lite0 is the perceptual loss's network; give an --extractor"):
+        with pytest.raises(ValueError, match="efficientnet-lite0 is the perceptual loss's network; give an"):
             compare_losses.main(["--dataset_name", "x", "--output_dir", "y", "--extractor", "efficientnet-lite0"])
 
     def test_what_changes_nothing_is_no_setting(self):
