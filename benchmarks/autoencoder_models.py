@@ -182,7 +182,7 @@ BOUNDED_KL = replace(NOISY_KL, changes=NOISY_KL.changes | {"bounded": True})
 MUON_KL = replace(NOISY_KL, learning_rate=4e-3, optimizer="Muon")
 BOUNDED_MUON_KL = replace(MUON_KL, changes=BOUNDED_KL.changes)
 COARSE = {"num_levels": 4, "max_resolution": 8}  # 1, 2, 4 and 8 cells an axis
-NARROW = {"key_channels": 3, "feature_channels": 63, "style_dim": 63}  # three groups, by which widths must divide
+NARROW = {"key_channels": 3, "feature_channels": 63, "style_dim": 63}  # widths must be divisible by the three groups
 # More and narrower convolutions for nearly the same multiply-adds.
 RESIDUAL = {"feature_channels": 40, "decoder_block_out_channels": (40, 24), "decoder_layers_per_block": (3, 2)}
 # The first five are trained unless --models says otherwise.

@@ -150,6 +150,8 @@ class Run:
         self.variant, self.seed, self.folder = variant, seed, Path(args.output_dir) / "runs" / f"{name}-{seed}"
         self.words = training_words(args, variant, seed)
         self.flags = train_autoencoder.parse_args([*self.words, f"--output_dir={self.folder}"])
+        if self.flags.perceptual_weight and self.flags.perceptual_network == args.extractor:
+            raise ValueError(f"{args.extractor} is the network of a loss; give an --extractor that is in none.")
 
     @property
     def finished(self) -> bool:
@@ -191,8 +193,6 @@ def main(argv=None):
     runs = [Run(args, variant, seed) for seed in args.seeds for variant in args.variants]  # flags are checked first
     for run in runs:
         run.check()
-    if any(run.flags.perceptual_weight and run.flags.perceptual_network == args.extractor for run in runs):
-        raise ValueError(f"{args.extractor} is the perceptual loss's network; give an --extractor that is in no loss.")
     torch.set_flush_denormal(True)  # Adam's second moments become denormal numbers, on which CPUs are slow
     with stopping_on_sigterm():
         for run in runs:

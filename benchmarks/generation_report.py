@@ -59,7 +59,7 @@ def code_errors(space, latents: torch.Tensor) -> dict[str, float]:
 def variance_shares(latents: torch.Tensor) -> list[float]:
     """How much of the variance of latents (N, C, H, W) is along each principal direction of the C channels."""
     covariance = torch.atleast_2d(torch.cov(latents.transpose(0, 1).flatten(1).double()))
-    variances = torch.linalg.eigvalsh(covariance).flip(0)
+    variances = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)
     return (variances / variances.sum()).tolist()
 
 
@@ -233,7 +233,7 @@ The autoencoders alone, of held-out images; `of training reconstructions`: of th
 no image compared with its own, where a perfect diffusion model would end. Latents, and key codes less 0.5, are divided
 by their standard deviation over the training images, or key codes by one over --scaling_factor if that is given. The
 variance is that along the principal directions of the channels, means over the seeds: a share of nearly none is a
-channel that the latents don't use.
+direction in which the latents hardly vary.
 
 {markdown_table(alone)}
 Rows of samples, seed {args.seeds[0]}: {pictures}.

@@ -116,8 +116,10 @@ class TestFlags:
         assert "--gan_begin" in capsys.readouterr().err
 
     def test_the_judge_is_in_no_loss(self):
-        with pytest.raises(ValueError, match="efficientnet-lite0 is the perceptual loss's network; give an"):
-            compare_losses.main(["--dataset_name", "x", "--output_dir", "y", "--extractor", "efficientnet-lite0"])
+        words = ["--extractor", "efficientnet-lite0"]
+        with pytest.raises(ValueError, match="efficientnet-lite0 is the network of a loss; give an --extractor "):
+            self.build(*words)
+        assert self.build(*words, variant="mse").flags.perceptual_network == "efficientnet-lite0"  # of no weight
 
     def test_what_changes_nothing_is_no_setting(self):
         words = (["--gan_start_step", 50, "--set", "discriminator.max_channels=64"], ["--adversarial_weight", 0.3])
