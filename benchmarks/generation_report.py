@@ -212,8 +212,9 @@ def report_text(args, table: list[dict], result: dict, extractor) -> str:
 
 Images of {args.size} x {args.size}. One UNet of {result["parameters"] / 1e6:.1f} M parameters,
 {flags.max_train_steps} steps of {flags.train_batch_size}
-latents out of {counts["latents"]}, {args.flags.scheduler.get("prediction_type", "v_prediction")}, the same noise,
-timesteps and order of images for all; averaged weights. {args.num_samples} samples of one and the same noise,
+latents out of {counts["latents"]}, {args.flags.scheduler.get("prediction_type", "v_prediction")}, the same timesteps
+and order of images for all, and for latents of one shape the same noise; averaged weights.
+{args.num_samples} samples of the same noise too,
 DPM-Solver++ (2M) with {args.num_inference_steps} steps. Seeds of the UNets {seeds}; autoencoders {of_seed}. Mean ±
 standard deviation over the seeds. {one}Schedule a: cosine of Nichol and Dhariwal with min-SNR-5; b: cosine variant;
 b-min-snr: that with min-SNR-5.

@@ -321,11 +321,10 @@ class TestReport:
     def test_a_perfect_autoencoder_is_at_nothing(self, monkeypatch):
         """Of training images; held-out ones are other images, whatever the autoencoder does."""
         monkeypatch.setattr(generation_report, "code_errors", lambda *_: {})
-        monkeypatch.setattr(generation_report, "variance_shares", lambda *_: [1.0])
         extractor = load_feature_extractor("random-conv")
         references, others = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
         for moved, perfect in ((0.0, True), (1.0, False)):
-            space = SimpleNamespace(deviation=1.0, latents=None, held_out=None)
+            space = SimpleNamespace(deviation=1.0, latents=others[:, :, None, None], held_out=None)
             space.held_out_reconstruction_features = others
             space.reconstruction_features = references + moved
             found = generation_report.measure_space(space, references, extractor)
